@@ -1,0 +1,54 @@
+"""Bidirectional Mamba: each block scans left to right and right to left (BiMamba of Caduceus, arXiv 2403.03234).
+
+With tied projections (the published models) in_proj and out_proj are shared, so both directions read one projection
+of the input and, for `combine: add`, one out_proj serves their sum: out_proj is linear. No tensor is ever flipped; the
+operators run right to left themselves.
+"""
+
+from torch import Tensor, nn
+
+from seqlab.backbones.mamba import BackboneConfig, Mamba, MambaMixer
+
+
+class BidirectionalMixer(nn.Module):
+    """fwd(x) combined with rev(x), (b l d_model) -> (b l d_model); it has no state to carry."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.config = config
+        self.mamba_fwd = MambaMixer(config)
+        self.mamba_rev = MambaMixer(config)
+        if config.tie_projections:
+            self.mamba_rev.in_proj = self.mamba_fwd.in_proj
+            self.mamba_rev.out_proj = self.mamba_fwd.out_proj
+
+    def forward(self, x: Tensor, state: None = None, mask: Tensor | None = None, return_state: bool = False):
+        tied = self.config.tie_projections
+        fwd, rev = self.mamba_fwd, self.mamba_rev
+        u, z = fwd.in_proj(x).chunk(2, dim=-1)
+        u_rev, z_rev = (u, z) if tied else rev.in_proj(x).chunk(2, dim=-1)
+        y, _ = fwd.scan(u, z, mask=mask)
+        y_rev, _ = rev.scan(u_rev, z_rev, mask=mask, reverse=True)
+        if self.config.combine == "multiply":
+            return fwd.out_proj(y) * rev.out_proj(y_rev), None
+        if tied and fwd.out_proj.bias is None:
+            return fwd.out_proj(y + y_rev), None
+        return fwd.out_proj(y) + rev.out_proj(y_rev), None
+
+
+class BidirectionalMamba(Mamba):
+    """A stack of bidirectional blocks; every output sees the whole sequence, so there is no state to carry."""
+
+    is_causal = False
+
+    def make_mixer(self, config: BackboneConfig) -> nn.Module:
+        return BidirectionalMixer(config)
+
+    def forward(self, x: Tensor, state: None = None, mask: Tensor | None = None, return_state: bool = False):
+        if state is not None:
+            raise ValueError("a bidirectional backbone has no state: every position already sees the whole sequence")
+        y, _ = super().forward(x, None, mask, return_state=False)
+        return y, None
+
+    def step(self, x: Tensor, state: None = None):
+        raise ValueError("a bidirectional backbone cannot run one position at a time; use direction: causal")

@@ -1,0 +1,225 @@
+"""Mamba, the backbone. Read this file first.
+
+Glossary (Gu & Dao 2023, arXiv 2312.00752; equation and algorithm numbers are that paper's):
+
+    b, l        batch, sequence length                    shapes are written as lower-case words, (b l d_model)
+    d_model     width of the residual stream               D in the paper's section 3.4
+    d_inner     expand * d_model, width inside a block     E * D
+    d_state     n, size of the state of one channel        N
+    dt_rank     rank of the projection that makes delta    R
+    u           input of the scan  (b l d_inner)           x in equation 1
+    delta       step size, > 0     (b l d_inner)           eq. 4; softplus(dt_proj(.)), algorithm 2
+    A           decay, < 0         (d_inner n)             stored as A_log = log(-A), S4D-Real initialisation
+    B, C        input and output vectors of the state, both functions of the input: the selection, algorithm 2
+    D           skip weight of a channel (d_inner)
+    z           gate               (b l d_inner)           section 3.4, figure 3
+    reverse     right to left in time; never "reverse complement", which is always written rc
+
+One block:  x -> norm -> in_proj -> (u | z);  u -> causal_conv1d + SiLU -> x_proj -> (delta | B | C) -> selective scan,
+gated by SiLU(z) -> out_proj -> + x.
+
+A backbone is `forward(x, state=None, mask=None) -> (y, state)`: feed a sequence in pieces, carrying the state, and the
+answer is the same as for the whole; one position at a time is the same again.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from seqlab.ops import causal_conv1d, selective_scan
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Shape of a stack of Mamba blocks. `direction` decides the objective too: causal models predict the next symbol,
+    bidirectional ones fill in masked symbols."""
+
+    d_model: int = 256
+    n_layer: int = 8
+    direction: Literal["causal", "bidirectional"] = "causal"
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int | None = None  # None: ceil(d_model / 16)
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_init_floor: float = 1e-4
+    conv_bias: bool = True
+    bias: bool = False
+    norm_epsilon: float = 1e-5
+    dropout: float = 0.0
+    tie_projections: bool = True  # bidirectional: both directions share in_proj and out_proj
+    combine: Literal["add", "multiply"] = "add"  # bidirectional: how the two directions meet
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layer", "d_state", "d_conv", "expand"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be 1 or more, got {getattr(self, name)}")
+        if self.d_state > 256:
+            raise ValueError(f"d_state: at most 256, got {self.d_state}")
+        if self.dt_rank is not None and self.dt_rank < 1:
+            raise ValueError(f"dt_rank: must be 1 or more, or null for ceil(d_model / 16), got {self.dt_rank}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: must lie in [0, 1), got {self.dropout}")
+        if not 0.0 < self.dt_min <= self.dt_max:
+            raise ValueError(f"dt_min: must lie in (0, dt_max], got {self.dt_min} with dt_max {self.dt_max}")
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def rank(self) -> int:
+        return self.dt_rank if self.dt_rank is not None else math.ceil(self.d_model / 16)
+
+
+class MixerState(NamedTuple):
+    """What one causal mixer remembers of everything to its left."""
+
+    conv: Tensor  # (b d_conv-1 d_inner), the last inputs of the convolution
+    ssm: Tensor  # (b d_inner n), float32
+
+
+class MambaMixer(nn.Module):
+    """One selective state space mixer, (b l d_model) -> (b l d_model); paper section 3.4, figure 3.
+
+    Parameter names and shapes are those of the published implementations, so their weights load unrenamed.
+    """
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        d_inner, d_state = config.d_inner, config.d_state
+        self.config = config
+        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=config.bias)
+        # nn.Conv1d only holds the weights (d_inner 1 d_conv); the arithmetic is our own channel-last operator
+        self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner, bias=config.conv_bias)
+        self.x_proj = nn.Linear(d_inner, config.rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(config.rank, d_inner, bias=True)
+        self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, config.d_model, bias=config.bias)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Section 3.6 and appendix: delta starts log-uniform in [dt_min, dt_max]."""
+        config = self.config
+        nn.init.uniform_(self.dt_proj.weight, -(config.rank**-0.5), config.rank**-0.5)
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        delta = torch.exp(torch.rand(config.d_inner) * (high - low) + low).clamp(min=config.dt_init_floor)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # inverse of softplus
+            # two residual branches of a Transformer become one here: GPT-2's 1/sqrt(number of residual adds)
+            self.out_proj.weight /= math.sqrt(config.n_layer)
+
+    def forward(
+        self, x: Tensor, state: MixerState | None = None, mask: Tensor | None = None, return_state: bool = True
+    ) -> tuple[Tensor, MixerState | None]:
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (b l d_inner) each
+        y, state = self.scan(u, z, state, mask, return_state=return_state)
+        return self.out_proj(y), state
+
+    def scan(
+        self,
+        u: Tensor,
+        z: Tensor,
+        state: MixerState | None = None,
+        mask: Tensor | None = None,
+        reverse: bool = False,
+        return_state: bool = False,
+    ) -> tuple[Tensor, MixerState | None]:
+        """Everything between the two projections: u, z (b l d_inner) -> gated output (b l d_inner)."""
+        rank, d_state = self.config.rank, self.config.d_state
+        u = causal_conv1d(
+            u,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            initial_state=None if state is None else state.conv,
+            mask=mask,
+            reverse=reverse,
+            return_final_state=return_state,
+        )
+        if return_state:
+            u, conv_state = u
+        delta, B, C = self.x_proj(u).split([rank, d_state, d_state], dim=-1)
+        y = selective_scan(
+            u,
+            F.linear(delta, self.dt_proj.weight),  # the bias goes into the scan, in float32
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D.float(),
+            z=z,
+            delta_bias=self.dt_proj.bias.float(),
+            delta_softplus=True,
+            initial_state=None if state is None else state.ssm,
+            mask=mask,
+            reverse=reverse,
+            return_final_state=return_state,
+        )
+        if return_state:
+            y, ssm_state = y
+            return y, MixerState(conv_state, ssm_state)
+        return y, None
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + dropout(mixer(norm(x)))."""
+
+    def __init__(self, config: BackboneConfig, mixer: nn.Module):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.mixer = mixer
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, state, mask: Tensor | None, return_state: bool):
+        y, state = self.mixer(self.norm(x), state, mask, return_state)
+        return x + self.dropout(y), state
+
+
+class Mamba(nn.Module):
+    """A stack of blocks and a final norm: forward(x, state, mask) -> (y, state), all (b l d_model).
+
+    `state` is a list with one MixerState a layer (None: start of the sequence). `mask` (b l) is True at real
+    positions; the others change nothing. `return_state=False` saves the work of making the final state.
+    """
+
+    is_causal = True
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Block(config, self.make_mixer(config)) for _ in range(config.n_layer))
+        self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
+        # A run-time choice, not part of the model: recompute blocks in the backward pass instead of keeping them.
+        # It renames no parameter and changes no result.
+        self.checkpoint_blocks = False
+
+    def make_mixer(self, config: BackboneConfig) -> nn.Module:
+        return MambaMixer(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: list[MixerState] | None = None,
+        mask: Tensor | None = None,
+        return_state: bool = True,
+    ) -> tuple[Tensor, list[MixerState] | None]:
+        states = []
+        for i, layer in enumerate(self.layers):
+            before = None if state is None else state[i]
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x, after = checkpoint(layer, x, before, mask, return_state, use_reentrant=False)
+            else:
+                x, after = layer(x, before, mask, return_state)
+            states.append(after)
+        return self.norm_f(x), states if return_state else None
+
+    def step(self, x: Tensor, state: list[MixerState] | None = None) -> tuple[Tensor, list[MixerState]]:
+        """One position, x (b 1 d_model); the same as `forward` on a sequence of one."""
+        return self(x, state)

@@ -1,0 +1,44 @@
+"""Reverse-complement equivariance by parameter sharing (Caduceus-PS, arXiv 2403.03234 section 4).
+
+A DNA molecule can be read from either strand, so a model f of one strand should satisfy
+
+    f(rc(x)) == complement(flip(f(x)))          rc(x): complement every base, then reverse the order
+
+Caduceus-PS gets this by running the same weights on two halves of the channels, the second half flipped along length
+and channels. Those halves never mix before the head, so they are two independent sequences for one d_model-wide stack:
+here they are two rows of the batch, each in its own frame. That is the same function with no flip inside the stack.
+The two meet only in the logits, by a sum, which commutes: the equation above holds exactly.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class ReverseComplementEquivariant(nn.Module):
+    """Makes a token-to-logits model equivariant: logits(x) = f(x) + complement(flip(f(rc(x)))).
+
+    `complement` (vocab) maps each token id, hence each logit column, to its complement's.
+    """
+
+    def __init__(self, model: nn.Module, complement: Tensor):
+        super().__init__()
+        if not torch.equal(complement[complement], torch.arange(len(complement))):
+            raise ValueError(f"complement must be an involution over the vocabulary, got {complement.tolist()}")
+        self.model = model
+        self.register_buffer("complement", complement, persistent=False)
+
+    def forward(self, ids: Tensor, state: None = None, mask: Tensor | None = None, return_state: bool = False):
+        if state is not None:
+            raise ValueError("a reverse-complement equivariant model has no state: it reads the sequence both ways")
+        both = torch.cat([ids, self.complement[ids.long()].flip(1).to(ids.dtype)])  # (2b l)
+        both_mask = None if mask is None else torch.cat([mask, mask.flip(1)])
+        forward_strand, reverse_strand = self.model(both, mask=both_mask, return_state=False)[0].chunk(2)
+        return forward_strand + reverse_strand.flip(1)[..., self.complement], None
+
+
+def average_strands(model: nn.Module, complement: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Post-hoc conjoining (Caduceus-Ph): the mean log-probability of both strands' readings, (b l vocab)."""
+    there = model(ids, mask=mask, return_state=False)[0].float().log_softmax(-1)
+    rc_mask = None if mask is None else mask.flip(1)
+    back = model(complement[ids.long()].flip(1), mask=rc_mask, return_state=False)[0].float().log_softmax(-1)
+    return 0.5 * (there + back.flip(1)[..., complement])

@@ -1,0 +1,167 @@
+"""Plots and tables of a run: what a person looks at first. Needs matplotlib; draws to files, never to a window."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+INK, MODEL, BASELINE, FAINT = "#22313f", "#0b6e8f", "#d1791f", "#c9d1d6"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A GitHub-flavoured table; the first column is left-aligned, the others right."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def evaluation_rows(evaluation: Any) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table that `eval` prints: the model by context length, then the Markov models by order."""
+    has_soft = any(s.bits_soft_masked is not None for s in evaluation.contexts.values())
+    header = ["model", "bits/base", "perplexity", "accuracy"] + (["soft-masked", "other"] if has_soft else [])
+
+    def row(name, score):
+        cells = [name, f"{score.bits:.4f}", f"{score.perplexity:.3f}", f"{100 * score.accuracy:.2f} %"]
+        if has_soft:
+            for bits in (score.bits_soft_masked, score.bits_other):
+                cells.append("-" if bits is None else f"{bits:.4f}")
+        return cells
+
+    rows = []
+    for context, score in evaluation.contexts.items():
+        note = " (trained)" if context == evaluation.trained_context else ""
+        rows.append(row(f"Mamba, context {context:,}{note}", score))
+    best = evaluation.best_markov[0]
+    for order, score in evaluation.markov.items():
+        rows.append(row(f"Markov, order {order}{' (best)' if order == best else ''}", score))
+    return header, rows
+
+
+def evaluation_verdict(evaluation: Any) -> str:
+    """One honest sentence: who won, by how much."""
+    context, score = evaluation.best
+    order, markov = evaluation.best_markov
+    gap = markov.bits - score.bits
+    where = f"{evaluation.bases:,} bases of the {evaluation.split} split"
+    if gap > 0:
+        return (
+            f"The model needs {score.bits:.4f} bits per base at context {context:,}, {gap:.4f} fewer than the best "
+            f"Markov model (order {order}, {markov.bits:.4f}) on the same {where}."
+        )
+    return (
+        f"The Markov model of order {order} wins: {markov.bits:.4f} bits per base against {score.bits:.4f} for the "
+        f"model at context {context:,}, on the same {where}."
+    )
+
+
+def evaluation_dict(evaluation: Any) -> dict:
+    """Plain values for --json."""
+
+    def plain(score):
+        return {
+            "bits_per_base": score.bits,
+            "perplexity": score.perplexity,
+            "accuracy": score.accuracy,
+            "bases": score.bases,
+            "bits_soft_masked": score.bits_soft_masked,
+            "bits_other": score.bits_other,
+        }
+
+    return {
+        "split": evaluation.split,
+        "bases": evaluation.bases,
+        "not_scored": evaluation.not_scored,
+        "soft_masked": evaluation.soft_masked,
+        "trained_context": evaluation.trained_context,
+        "contexts": {str(c): plain(s) for c, s in evaluation.contexts.items()},
+        "markov": {str(o): plain(s) for o, s in evaluation.markov.items()},
+    }
+
+
+def _figure(width: float = 7.0, height: float = 4.2):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(width, height), dpi=130, layout="constrained")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6, alpha=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def plot_evaluation(evaluation: Any, path: Path) -> Path:
+    """Bits per base against context length, with the Markov models as levels."""
+    figure, axes = _figure()
+    contexts = list(evaluation.contexts)
+    bits = [s.bits for s in evaluation.contexts.values()]
+    axes.plot(contexts, bits, "o-", color=MODEL, linewidth=2, markersize=5, label="model", zorder=3)
+    order, markov = evaluation.best_markov
+    axes.axhline(markov.bits, color=BASELINE, linewidth=1.6, label=f"best Markov model (order {order})")
+    shown = [o for o in (0, 3, 6, 9, 12) if o in evaluation.markov and o != order]
+    low, high = min(bits + [markov.bits]), max(bits + [markov.bits])
+    room = max(0.02, 0.5 * (high - low))
+    for other in shown:
+        level = evaluation.markov[other].bits
+        if low - room <= level <= high + room:
+            axes.axhline(level, color=BASELINE, linewidth=0.8, linestyle=":")
+            axes.annotate(
+                f"order {other}", (contexts[-1], level), fontsize=7, color=BASELINE, ha="right", va="bottom"
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(low - room, high + room)
+    if evaluation.trained_context in evaluation.contexts:
+        axes.axvline(evaluation.trained_context, color=FAINT, linewidth=1, zorder=0)
+        axes.annotate(
+            "trained context",
+            (evaluation.trained_context, low - room),
+            fontsize=7,
+            color=INK,
+            rotation=90,
+            ha="right",
+            va="bottom",
+            xytext=(-2, 3),
+            textcoords="offset points",
+        )
+    axes.set_xlabel("context length (bases)")
+    axes.set_ylabel("bits per base")
+    axes.set_title(f"{evaluation.bases:,} bases of the {evaluation.split} split", fontsize=10, color=INK)
+    axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def plot_history(rows: list[dict[str, float]], metric: str, path: Path, baseline: tuple[str, float] | None = None) -> Path:
+    """Training loss (a moving mean over the raw points) and validation against steps."""
+    figure, axes = _figure()
+    points = [(r["step"], r["bits"]) for r in rows if not math.isnan(r["bits"])]
+    valid = [(r["step"], r["valid"]) for r in rows if not math.isnan(r["valid"])]
+    if points:
+        steps, bits = zip(*points)
+        axes.plot(steps, bits, color=FAINT, linewidth=0.8)
+        window = max(1, len(bits) // 40)
+        smooth = [sum(bits[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(bits))]
+        axes.plot(steps, smooth, color=MODEL, linewidth=1.5, label="training")
+    if valid:
+        axes.plot(*zip(*valid), "o-", color=INK, linewidth=1.2, markersize=4, label="validation")
+        best = min(valid, key=lambda point: point[1])
+        axes.annotate(f"{best[1]:.4f}", best, fontsize=8, color=INK, xytext=(0, -12), textcoords="offset points", ha="center")
+    if baseline is not None:
+        axes.axhline(baseline[1], color=BASELINE, linewidth=1.4, label=baseline[0])
+    everything = [b for _, b in valid] + [b for _, b in points[len(points) // 20 :]]
+    if everything:
+        low, high = min(everything), max(everything)
+        axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+    axes.set_xlabel("step")
+    axes.set_ylabel(metric)
+    axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)

@@ -1,0 +1,119 @@
+"""Run directories and checkpoints: atomic files that a killed process cannot leave half-written.
+
+    RUN/config.yaml                     the resolved configuration, and nothing else is needed to load the model
+    RUN/manifest.json                   the dataset's manifest (its hash is in run.json)
+    RUN/run.json                        versions, git commit, dataset path and hash, state of the run
+    RUN/metrics.csv                     one row a logged step
+    RUN/checkpoints/best/               model.safetensors + config.yaml: lowest validation loss
+    RUN/checkpoints/last/               the same, and trainer.pt: everything `--resume` needs, in one file
+    RUN/plots/*.png, RUN/report.md
+
+Every file is replaced by rename, after fsync. Only `trainer.pt` is read for resuming and only `model.safetensors` for
+anything else, so no pair of files has to be consistent.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from seqlab.errors import UserError
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary)`, then fsync and rename to `path`. Nothing is left behind if it fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose --out") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def save_model(model: nn.Module, directory: Path, config_text: str) -> None:
+    """Weights as safetensors, tied tensors once, with the config beside them."""
+    weights, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            continue  # tied: stored under its first name, tied again by the model itself on loading
+        seen.add(tensor.data_ptr())
+        weights[name] = tensor.detach().contiguous().cpu()
+    write_text(directory / "config.yaml", config_text)
+    write_atomic(
+        directory / "model.safetensors",
+        lambda temporary: save_file(weights, temporary, metadata={"format": "pt", "writer": "seqlab"}),
+    )
+
+
+def load_model(model: nn.Module, path: Path) -> None:
+    """Load `model.safetensors` strictly: every weight present, every shape equal. Raises UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; give a run directory that `seqlab train` has written")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({str(error)[:80]}); use another checkpoint") from None
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in own:
+            raise UserError(f"{path}: holds {name}, which this model does not have; it belongs to another model")
+        if own[name].shape != tensor.shape:
+            raise UserError(
+                f"{path}: {name} is {list(tensor.shape)} there and {list(own[name].shape)} in this model; "
+                "use the config that it was trained with"
+            )
+    pointers = {own[name].data_ptr() for name in weights}
+    absent = [name for name, tensor in own.items() if tensor.data_ptr() not in pointers and tensor.numel()]
+    if absent:
+        raise UserError(f"{path}: lacks {absent[0]} (and {len(absent) - 1} more); it belongs to another model")
+    model.load_state_dict(weights, strict=False)
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's trainer state in one file, written atomically and read with `weights_only=True`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_atomic(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: nothing to resume; the run has not saved a checkpoint yet, start it again")
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:  # torch raises a dozen kinds for a damaged file
+            reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+            raise UserError(f"{path}: damaged trainer state ({reason}); start again with --init {path}") from None
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)

@@ -1,0 +1,186 @@
+"""Train a task into a run directory, from the start or from where it was left."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import seqlab
+from seqlab.config import dump_yaml
+from seqlab.errors import UserError
+from seqlab.training.callbacks import Clock, History, ProgressBar, Validation
+from seqlab.training.checkpoint import AtomicCheckpointIO, load_model, write_json
+from seqlab.training.module import DivergedError, TrainConfig, TrainingModule
+from seqlab.training.optim import OptimConfig
+from seqlab.training.task import Task
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended. `best` is the validation metric of `checkpoints/best`."""
+
+    steps: int
+    minutes: float
+    best: float
+    best_step: int
+    tokens: int
+    tokens_per_second: float
+    ended: str  # "finished", "stopped early" or "interrupted"
+
+
+def fit(
+    task: Task,
+    optim: OptimConfig,
+    train: TrainConfig,
+    run_dir: Path,
+    *,
+    init: Path | None = None,
+    resume: bool = False,
+) -> FitResult:
+    """Train; leaves `checkpoints/best` and `checkpoints/last`. Raises UserError for what the user can mend."""
+    quiet_lightning()
+    run_dir = Path(run_dir)
+    accelerator = resolve_accelerator(train)
+    torch.manual_seed(train.seed)
+    module = TrainingModule(task, optim, train)
+    if init is not None:
+        load_model(module.model, init)
+    if train.compile:
+        module.model.compile()
+    clock = Clock(train)
+    history = History(run_dir / "metrics.csv", clock, train.log_every)
+    validation = Validation(run_dir, dump_yaml(task.resolved_config()), train, history)
+    bar = ProgressBar(clock, history, validation, train, task.metric)
+    precision = train.precision
+    if precision == "auto":
+        precision = "bfloat16" if accelerator == "gpu" else "float32"
+    trainer = lightning.Trainer(
+        accelerator=accelerator,
+        devices=train.devices,
+        strategy="ddp" if train.devices > 1 or _is_torchrun() else "auto",
+        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
+        precision={"float32": "32-true", "bfloat16": "bf16-mixed"}[precision],
+        max_steps=train.max_steps,
+        callbacks=[clock, history, validation, bar],
+        logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+    checkpoint = run_dir / "checkpoints" / "last" / "trainer.pt"
+    interrupted = False
+    try:
+        trainer.fit(module, ckpt_path=checkpoint if resume else None)
+        interrupted = trainer.interrupted
+    except KeyboardInterrupt:
+        interrupted = True
+    except SystemExit:  # Lightning turns Ctrl-C into an exit on some strategies
+        interrupted = True
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of GPU memory at step {trainer.global_step}; try --set train.checkpoint_blocks=true, "
+            f"--set train.micro_batch_tokens={max(1, train.tokens_per_step // 4)} or a smaller --context; "
+            "the last checkpoint is kept, --resume goes on from it"
+        ) from None
+    finally:
+        bar.stop()
+    if interrupted and trainer.global_step > 0:
+        validation.save_last(trainer, module)
+    ended = "interrupted" if interrupted else "stopped early" if validation.stopped_early else "finished"
+    return FitResult(
+        steps=trainer.global_step,
+        minutes=clock.elapsed / 60,
+        best=validation.best,
+        best_step=validation.best_step,
+        tokens=history.tokens,
+        tokens_per_second=history.tokens / max(clock.elapsed, 1e-9),
+        ended=ended,
+    )
+
+
+def resolve_accelerator(train: TrainConfig) -> str:
+    """"cpu" or "gpu"; UserError when the devices asked for are not there."""
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    accelerator = train.accelerator
+    if accelerator == "auto":
+        accelerator = "gpu" if present else "cpu"
+    if accelerator == "gpu" and not present:
+        raise UserError("train.accelerator=gpu, but torch sees no GPU here; use cpu, or run `seqlab doctor` for the reason")
+    if accelerator == "gpu" and train.devices > present and not _is_torchrun():
+        raise UserError(f"--devices {train.devices}, but torch sees {present} GPU(s) here; use --devices {present}")
+    return accelerator
+
+
+def is_main_process() -> bool:
+    """False in the extra processes that a run on several devices starts."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
+def _is_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def quiet_lightning() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
+
+
+def write_run_facts(run_dir: Path, facts: dict) -> None:
+    """run.json: versions, commit and whatever else is needed to say later how a number came about."""
+    write_json(
+        Path(run_dir) / "run.json",
+        {
+            "seqlab": seqlab.__version__,
+            "git": git_commit(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "machine": machine(),
+            **facts,
+        },
+    )
+
+
+def read_run_facts(run_dir: Path) -> dict:
+    path = Path(run_dir) / "run.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{run_dir}: not a run directory (no readable run.json); give one that `seqlab train` wrote") from None
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def git_commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(seqlab.__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+__all__ = ["DivergedError", "FitResult", "fit", "is_main_process", "read_run_facts", "resolve_accelerator", "write_run_facts"]

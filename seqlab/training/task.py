@@ -1,0 +1,43 @@
+"""What the trainer needs to know of a task; each file in `tasks/` implements it."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+
+class Task(Protocol):
+    """A thing a model can be trained for.
+
+    Batches are dictionaries of tensors on the CPU. They are pure functions of the step (and of the run's seed), so a
+    resumed run sees what an uninterrupted one would have seen.
+    """
+
+    #: name and unit of the number that validation reports and early stopping minimises, for example "bits per base"
+    metric: str
+
+    def build_model(self) -> nn.Module: ...
+
+    def train_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
+        """The micro-batches of one optimiser step on one rank."""
+
+    def validation_batches(self, rank: int, world_size: int) -> Iterable[Batch]: ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Weighted sum of losses in nats and the sum of weights, both (); apart, so that means over ranks are exact."""
+
+    def weight(self, batch: Batch) -> float:
+        """The sum of weights that `loss` will return for this batch."""
+
+    def metric_value(self, mean_loss: float) -> float:
+        """Validation loss (nats) in the unit of `metric`."""
+
+    def tokens(self, batch: Batch) -> int:
+        """Tokens read, for the rate in the progress bar."""
+
+    def describe(self, batch: Batch) -> str:
+        """Where the batch comes from, for the message about a loss that is not a number."""
+
+    def resolved_config(self) -> Any: ...

@@ -1,0 +1,497 @@
+"""DNA language modelling: next base (causal) or masked base (bidirectional), on a prepared genome.
+
+One record: a window of `context` bases of one sequence, as ids, for example ACGTNa -> 7 8 9 10 11 7 (a lower-case base
+is soft-masked: same id, and `data.soft_mask_weight` in the loss).
+
+Split rule: by blocks, by sequence or by a BED file, decided by `seqlab prep dna`; no window crosses a split border, so no
+base of the validation or test split is ever read in training.
+
+Bits per base are over A, C, G and T only, in training too: the softmax runs over those four logits, and positions whose
+true symbol is anything else are not scored.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from seqlab.backbones.strand import average_strands
+from seqlab.dataset import TokenStore, WindowSampler, eval_windows
+from seqlab.errors import UserError
+from seqlab.heads.language import weighted_cross_entropy
+from seqlab.markov import MarkovModels
+from seqlab.model import ModelConfig, build_model, language_model
+from seqlab.tokenizers import nucleotide
+from seqlab.training.module import TrainConfig, step_seed
+from seqlab.training.optim import OptimConfig
+from seqlab.training.task import Batch
+
+FIRST_BASE, LAST_BASE = nucleotide.BASES[0], nucleotide.BASES[-1]  # A, C, G, T are consecutive ids
+NOT_SCORED = -1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    context: int = 1024
+    soft_mask_weight: float = 1.0  # weight of soft-masked (lower-case) bases in the loss; the field also uses 0.1
+    length_warmup_start: int | None = None  # first context of a length warm-up by doubling; null: none
+    length_warmup: float = 0.3  # share of max_steps spent below the full context
+
+    def __post_init__(self) -> None:
+        if self.context < 2:
+            raise ValueError(f"context: must be 2 or more, got {self.context}")
+        if not 0 <= self.soft_mask_weight:
+            raise ValueError(f"soft_mask_weight: must be 0 or more, got {self.soft_mask_weight}")
+        if self.length_warmup_start is not None and not 2 <= self.length_warmup_start <= self.context:
+            raise ValueError(f"length_warmup_start: must lie in 2 .. context, got {self.length_warmup_start}")
+        if not 0 < self.length_warmup < 1:
+            raise ValueError(f"length_warmup: must lie in (0, 1), got {self.length_warmup}")
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Masked language modelling (bidirectional models). `bases` masks and replaces among A, C, G, T only; `vocabulary`
+    is the published variant: any position may be chosen, replacements come from all 12 symbols."""
+
+    rate: float = 0.15
+    mask: float = 0.8
+    random: float = 0.1
+    replacements: Literal["bases", "vocabulary"] = "bases"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate: must lie in (0, 1), got {self.rate}")
+        if self.mask < 0 or self.random < 0 or self.mask + self.random > 1:
+            raise ValueError(f"mask and random: must be 0 or more and together at most 1, got {self.mask}, {self.random}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    contexts: tuple[int, ...] = ()  # empty: 64, 256, 1024, ... to the longest that the split holds
+    max_context: int = 1_048_576
+    max_bases: int | None = 2_000_000  # at most this many bases of the split, evenly spread; null: all
+    max_order: int = 12  # Markov models of order 0 to this
+    average_strands: bool = True  # bidirectional models with strand: augment
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_order <= 12:
+            raise ValueError(f"max_order: must lie in 0 .. 12, got {self.max_order}")
+        if any(c < 2 for c in self.contexts):
+            raise ValueError(f"contexts: each must be 2 or more, got {list(self.contexts)}")
+
+
+@dataclass(frozen=True)
+class DnaConfig:
+    """One run of `seqlab train dna`."""
+
+    task: Literal["dna"] = "dna"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.context > self.train.tokens_per_step:
+            raise ValueError(
+                f"data.context: {self.data.context} is more than train.tokens_per_step {self.train.tokens_per_step}; "
+                "raise train.tokens_per_step to at least the context"
+            )
+        if (self.train.tokens_per_step // self.data.context) % self.train.devices:
+            raise ValueError(
+                f"train.devices: {self.train.tokens_per_step // self.data.context} windows a step cannot be shared "
+                f"evenly by {self.train.devices} devices; change train.tokens_per_step"
+            )
+
+
+class LanguageModeling:
+    """The task that `seqlab.training` trains; see seqlab/training/task.py for the protocol."""
+
+    metric = "bits per base"
+
+    def __init__(self, config: DnaConfig, store: TokenStore):
+        self.config, self.store = config, store
+        self.is_causal = config.model.direction == "causal"
+        self._samplers: dict[tuple[int, int, int], WindowSampler] = {}
+        self.extra = 1 if self.is_causal else 0  # a causal window holds one base more: the last target
+        self._sampler(config.data.context, 0, 1)  # fails now, not at the first step, if no window fits
+
+    def build_model(self) -> nn.Module:
+        return build_dna_model(self.config.model)
+
+    def resolved_config(self) -> DnaConfig:
+        return self.config
+
+    # -- data ------------------------------------------------------------------------------------------------------
+    def context_at(self, step: int) -> int:
+        """Context of a step: doubling stages of equal length, then the full context (length warm-up)."""
+        data = self.config.data
+        if data.length_warmup_start is None:
+            return data.context
+        stages = max(1, math.ceil(math.log2(data.context / data.length_warmup_start)))
+        stage_steps = max(1, int(self.config.train.max_steps * data.length_warmup / stages))
+        return min(data.context, data.length_warmup_start << min(step // stage_steps, stages))
+
+    def _sampler(self, context: int, rank: int, world_size: int) -> WindowSampler:
+        key = (context, rank, world_size)
+        if key not in self._samplers:
+            self._samplers[key] = WindowSampler(
+                self.store,
+                "train",
+                context,
+                self.config.train.tokens_per_step // context,
+                extra=self.extra,
+                seed=self.config.train.seed,
+                rank=rank,
+                world_size=world_size,
+                reverse_complement=self.config.model.strand == "augment",
+                soft_mask=self.config.data.soft_mask_weight != 1.0,
+            )
+        return self._samplers[key]
+
+    def train_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
+        context = self.context_at(step)
+        windows = self._sampler(context, rank, world_size).batch(step)
+        tokens, soft = windows["tokens"], windows.get("soft_mask")
+        micro = self.config.train.micro_batch_tokens or tokens.size
+        rows = max(1, micro // context)
+        batches = []
+        for i in range(0, len(tokens), rows):
+            part = slice(i, i + rows)
+            # the masks of a row depend on the row alone, not on how rows are dealt to ranks or micro-batches
+            rng = None if self.is_causal else self._rng(step, rank, i)
+            batch = self._batch(tokens[part], None if soft is None else soft[part], rng)
+            batch["start"] = torch.from_numpy(windows["start"][part])
+            batches.append(batch)
+        return batches
+
+    def _rng(self, *parts: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=step_seed(self.config.train.seed, *parts)))
+
+    def _batch(self, tokens: np.ndarray, soft: np.ndarray | None, rng: np.random.Generator | None) -> Batch:
+        """ids, target, weight, each (b l); a causal model's target is the next base, else the masked one."""
+        if self.is_causal:
+            ids, target = tokens[:, :-1], tokens[:, 1:]
+            soft = None if soft is None else soft[:, 1:]
+            weight = is_base(target)
+        else:
+            ids, chosen = mask_tokens(tokens, self.config.masking, rng)
+            target = tokens
+            weight = chosen & is_base(target)
+        weight = weight.astype(np.float32)
+        if soft is not None:
+            weight = np.where(soft, weight * self.config.data.soft_mask_weight, weight).astype(np.float32)
+        return {
+            "ids": torch.from_numpy(np.ascontiguousarray(ids)),
+            "target": torch.from_numpy(np.ascontiguousarray(target)),
+            "weight": torch.from_numpy(weight),
+        }
+
+    def validation_batches(self, rank: int, world_size: int) -> Iterator[Batch]:
+        """The validation split in windows of the training context, thinned evenly to validation_tokens."""
+        context = self.config.data.context
+        windows = [w for w in eval_windows(self.store, "valid", context, extra=self.extra)]
+        full = [w for w in windows if w[1] - w[0] == context + self.extra]
+        windows = thin(full or windows[:1], max(1, self.config.train.validation_tokens // context))
+        rows = max(1, (self.config.train.micro_batch_tokens or self.config.train.tokens_per_step) // context)
+        mine = windows[rank::world_size]
+        for i in range(0, len(mine), rows):
+            chunk = mine[i : i + rows]
+            tokens = np.stack([self.store.tokens[start:end] for start, end in chunk])
+            soft = None
+            if self.config.data.soft_mask_weight != 1.0:
+                soft = np.stack([self.store.soft_mask(start, end) for start, end in chunk])
+            if self.is_causal:
+                yield self._batch(tokens, soft, None)
+            else:
+                starts = np.array([start for start, _ in chunk])
+                yield evaluation_mask_batch(tokens, starts, self.config.masking.rate)
+
+    # -- loss ------------------------------------------------------------------------------------------------------
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits, _ = model(batch["ids"], return_state=False)
+        return weighted_cross_entropy(
+            logits[..., FIRST_BASE : LAST_BASE + 1], base_index(batch["target"]), batch["weight"]
+        )
+
+    def weight(self, batch: Batch) -> float:
+        return batch["weight"].sum().item()
+
+    def tokens(self, batch: Batch) -> int:
+        return batch["ids"].numel()
+
+    def metric_value(self, mean_loss: float) -> float:
+        return mean_loss / math.log(2)
+
+    def describe(self, batch: Batch) -> str:
+        starts = batch.get("start")
+        if starts is None:
+            return "validation windows"
+        places = [self.store.locate(int(start)) for start in starts[:3]]
+        more = f" and {len(starts) - 3} more" if len(starts) > 3 else ""
+        return "windows at " + ", ".join(f"{name}:{position}" for name, position in places) + more
+
+
+def build_dna_model(config: ModelConfig) -> nn.Module:
+    return build_model(config, torch.from_numpy(nucleotide.COMPLEMENT.astype(np.int64)))
+
+
+def is_base(tokens: np.ndarray) -> np.ndarray:
+    return (tokens >= FIRST_BASE) & (tokens <= LAST_BASE)
+
+
+def base_index(target: Tensor) -> Tensor:
+    """Token ids to 0..3; anything that is not a base (weight 0) becomes 0."""
+    return (target.long() - FIRST_BASE).clamp(0, 3)
+
+
+def mask_tokens(
+    tokens: np.ndarray, masking: MaskingConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """BERT's masking (Devlin et al. 2018, section 3.1): (ids with some replaced, which positions were chosen)."""
+    u = rng.random(tokens.shape, dtype=np.float32)
+    chosen = u < masking.rate
+    if masking.replacements == "bases":
+        chosen &= is_base(tokens)
+        replacement = rng.integers(FIRST_BASE, LAST_BASE + 1, tokens.shape, dtype=np.uint8)
+    else:
+        replacement = rng.integers(0, nucleotide.VOCAB_SIZE, tokens.shape, dtype=np.uint8)
+    share = u / masking.rate  # uniform in [0, 1) where chosen
+    ids = np.where(chosen & (share < masking.mask), np.uint8(nucleotide.MASK), tokens)
+    swap = chosen & (share >= masking.mask) & (share < masking.mask + masking.random)
+    return np.where(swap, replacement, ids), chosen
+
+
+def evaluation_mask(starts: np.ndarray, length: int, rate: float) -> np.ndarray:
+    """(b length) bool: the positions that are masked and scored, a fixed function of the position in the genome, so
+    every context length and every run scores the same bases."""
+    position = (starts[:, None] + np.arange(length)).astype(np.uint64)
+    # splitmix64: a good hash of a counter (Steele, Lea, Flood 2014)
+    position = (position + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    position ^= position >> np.uint64(31)
+    position *= np.uint64(0x94D049BB133111EB)
+    position ^= position >> np.uint64(29)
+    return (position >> np.uint64(11)).astype(np.float64) / 2.0**53 < rate
+
+
+def evaluation_mask_batch(tokens: np.ndarray, starts: np.ndarray, rate: float) -> Batch:
+    chosen = evaluation_mask(starts, tokens.shape[1], rate) & is_base(tokens)
+    return {
+        "ids": torch.from_numpy(np.where(chosen, np.uint8(nucleotide.MASK), tokens)),
+        "target": torch.from_numpy(tokens),
+        "weight": torch.from_numpy(chosen.astype(np.float32)),
+    }
+
+
+def thin(items: list, keep: int) -> list:
+    """At most `keep` of the items, evenly spread."""
+    if len(items) <= keep:
+        return items
+    return [items[i * len(items) // keep] for i in range(keep)]
+
+
+# -- evaluation ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Score:
+    """Of one model on one set of bases. Bits per base; accuracy as a share."""
+
+    bits: float
+    accuracy: float
+    bases: int
+    bits_soft_masked: float | None = None  # over soft-masked bases only, where there are any
+    bits_other: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return 2.0**self.bits
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a language model by context length, with Markov baselines on exactly the same bases."""
+
+    split: str
+    contexts: dict[int, Score]
+    markov: dict[int, Score]  # by order
+    bases: int  # scored
+    not_scored: int  # N and other symbols at target positions
+    soft_masked: int  # of the scored ones
+    trained_context: int
+
+    @property
+    def best(self) -> tuple[int, Score]:
+        return min(self.contexts.items(), key=lambda item: item[1].bits)
+
+    @property
+    def best_markov(self) -> tuple[int, Score]:
+        return min(self.markov.items(), key=lambda item: item[1].bits)
+
+
+def default_contexts(trained: int, longest: int, limit: int, is_causal: bool) -> list[int]:
+    """64, 256, 1024, ... and the trained context, to the longest that the split holds. Bidirectional models cannot be
+    streamed, so they stop at four times the trained context."""
+    top = min(longest, limit) if is_causal else min(longest, limit, 4 * trained)
+    contexts = {c for c in (64 * 4**i for i in range(12)) if c <= top} | {min(trained, longest)}
+    return sorted(contexts)
+
+
+def evaluate(
+    model: nn.Module,
+    config: DnaConfig,
+    store: TokenStore,
+    markov: MarkovModels,
+    *,
+    split: str = "test",
+    contexts: Iterable[int] = (),
+    device: str = "cpu",
+    precision: str = "auto",
+    progress=None,
+) -> Evaluation:
+    """Score the model on a split at each context length, and the Markov models on the same bases.
+
+    The split is cut into spans of the longest context; each shorter context cuts those spans further, so every context
+    length predicts the same bases, each from the bases before it in its own window (causal) or around it (masked).
+    `progress(done, total)` is called with tokens.
+    """
+    is_causal = config.model.direction == "causal"
+    extra = 1 if is_causal else 0
+    intervals = store.intervals(split)
+    if not len(intervals):
+        raise UserError(f"the dataset has no {split} split; choose --split train, valid or test, or prepare it with one")
+    longest = int((intervals[:, 1] - intervals[:, 0]).max()) - extra
+    contexts = sorted(set(contexts or config.eval.contexts))
+    if not contexts:
+        contexts = default_contexts(config.data.context, longest, config.eval.max_context, is_causal)
+    too_long = [c for c in contexts if c > longest]
+    if too_long:
+        raise UserError(f"--context {too_long[0]}: the longest stretch of the {split} split holds {longest} bases")
+    spans = list(eval_windows(store, split, max(contexts), extra=extra))
+    if config.eval.max_bases is not None:
+        spans = thin(spans, max(1, config.eval.max_bases // max(contexts)))
+    spans = [(start, end) for start, end in spans if end - start > extra]
+    total = sum(end - start - extra for start, end in spans) * len(contexts)
+    done = 0
+
+    positions, targets = [], []
+    for start, end in spans:
+        span_positions = np.arange(start + extra, end)
+        chosen = is_base(store.tokens[start + extra : end])
+        if not is_causal:
+            chosen &= evaluation_mask(np.array([start]), end - start, config.masking.rate)[0]
+        positions.append(span_positions[chosen])
+        targets.append(store.tokens[start + extra : end][chosen])
+    all_positions = np.concatenate(positions) if positions else np.empty(0, np.int64)
+    if not len(all_positions):
+        raise UserError(f"the {split} split holds no A, C, G or T to score; choose other splits")
+    soft = np.concatenate([store.soft_mask(start + extra, end)[p - start - extra] for (start, end), p in zip(spans, positions)])
+    scored_targets = sum(end - start - extra for start, end in spans)
+    not_scored = scored_targets - sum(int(is_base(store.tokens[s + extra : e]).sum()) for s, e in spans)
+
+    scores = {}
+    average = config.eval.average_strands and not is_causal and config.model.strand == "augment"
+    scorer = _Scorer(model, config, store, device, precision, average)
+    for context in contexts:
+        nats, hits = [], []
+        for bits, hit, tokens in scorer.run(spans, context):
+            nats.append(bits)
+            hits.append(hit)
+            done += tokens
+            if progress is not None:
+                progress(done, total)
+        scores[context] = _score(np.concatenate(nats) / math.log(2), np.concatenate(hits), soft)
+    markov_scores = {}
+    for order, (bits, hit) in markov.score_positions(store, all_positions).items():
+        markov_scores[order] = _score(bits, hit, soft)
+    return Evaluation(
+        split=split,
+        contexts=scores,
+        markov=markov_scores,
+        bases=len(all_positions),
+        not_scored=not_scored,
+        soft_masked=int(soft.sum()),
+        trained_context=config.data.context,
+    )
+
+
+def _score(bits: np.ndarray, hits: np.ndarray, soft: np.ndarray) -> Score:
+    if len(bits) != len(soft):
+        raise AssertionError(f"scored {len(bits)} bases, expected {len(soft)}")
+    some_soft, some_other = soft.any(), not soft.all()
+    return Score(
+        bits=float(bits.mean(dtype=np.float64)),
+        accuracy=float(hits.mean()),
+        bases=len(bits),
+        bits_soft_masked=float(bits[soft].mean(dtype=np.float64)) if some_soft else None,
+        bits_other=float(bits[~soft].mean(dtype=np.float64)) if some_soft and some_other else None,
+    )
+
+
+class _Scorer:
+    """Runs a model over spans in windows of one context; yields nats and hits of the scored bases, in order."""
+
+    def __init__(self, model: nn.Module, config: DnaConfig, store: TokenStore, device: str, precision: str, average: bool):
+        self.model = model.to(device).eval()
+        self.config, self.store, self.device, self.average = config, store, torch.device(device), average
+        self.is_causal = config.model.direction == "causal"
+        self.bf16 = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
+        width = language_model(model).config.d_inner
+        # tokens of one forward pass: about 50 (b l d_inner) float32 tensors' worth of 2 GB (CPU) or 20 GB (GPU)
+        budget = (2 if self.device.type == "cpu" else 20) * 2**30
+        self.tokens_at_once = max(1024, budget // (50 * 4 * width))
+
+    @torch.inference_mode()
+    def run(self, spans: list[tuple[int, int]], context: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        extra = 1 if self.is_causal else 0
+        windows = [
+            (at, min(at + context, end - extra) + extra)
+            for start, end in spans
+            for at in range(start, end - extra, context)
+        ]
+        rows = max(1, self.tokens_at_once // context)
+        for i in range(0, len(windows), rows):
+            yield self._batch(windows[i : i + rows], context)
+
+    def _batch(self, windows: list[tuple[int, int]], context: int) -> tuple[np.ndarray, np.ndarray, int]:
+        extra = 1 if self.is_causal else 0
+        tokens = np.full((len(windows), context + extra), nucleotide.PAD, np.uint8)
+        for row, (start, end) in enumerate(windows):
+            tokens[row, : end - start] = self.store.tokens[start:end]
+        lengths = np.array([end - start - extra for start, end in windows])
+        real = np.arange(context) < lengths[:, None]
+        if self.is_causal:
+            ids, target = tokens[:, :-1], tokens[:, 1:]
+            chosen = is_base(target) & real
+        else:
+            starts = np.array([start for start, _ in windows])
+            chosen = evaluation_mask(starts, context, self.config.masking.rate) & is_base(tokens) & real
+            ids, target = np.where(chosen, np.uint8(nucleotide.MASK), tokens), tokens
+        mask = None if real.all() or self.is_causal else torch.from_numpy(real).to(self.device)
+        log_probs = self._log_probs(torch.from_numpy(np.ascontiguousarray(ids)).to(self.device), mask)
+        keep = torch.from_numpy(chosen).to(self.device)
+        log_probs = log_probs[keep]  # (scored, 4), row by row: the order of the genome
+        target = base_index(torch.from_numpy(np.ascontiguousarray(target)).to(self.device)[keep])
+        nats = -log_probs.gather(1, target[:, None])[:, 0]
+        hits = log_probs.argmax(-1) == target
+        return nats.double().cpu().numpy(), hits.cpu().numpy(), int(lengths.sum())
+
+    def _log_probs(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """(b l 4) log-probabilities over A, C, G, T. A causal model streams long windows with its state carried."""
+        bases = slice(FIRST_BASE, LAST_BASE + 1)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            if not self.is_causal:
+                if self.average:
+                    complement = torch.from_numpy(nucleotide.COMPLEMENT.astype(np.int64)).to(ids.device)
+                    logits = average_strands(self.model, complement, ids, mask)
+                else:
+                    logits, _ = self.model(ids, mask=mask, return_state=False)
+                return logits[..., bases].float().log_softmax(-1)
+            state, parts = None, []
+            for piece in ids.split(max(1, self.tokens_at_once // len(ids)), dim=1):
+                logits, state = self.model(piece, state, return_state=piece.shape[1] < ids.shape[1])
+                parts.append(logits[..., bases].float().log_softmax(-1))
+            return torch.cat(parts, dim=1)
