@@ -1,0 +1,172 @@
+"""causal_conv1d: a short depthwise convolution over time, with state, masks and either direction.
+
+Maths and limits are in README.md beside this file. This module holds the signature, the checks, the final state and the
+handling of masks; a back end only convolves.
+
+Shapes: b batch, l length, d channels, w width.
+"""
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from seqlab.ops import dispatch
+from seqlab.ops.causal_conv1d import cpu, mamba_ssm, reference
+
+BACKENDS: dict[str, ModuleType] = {"mamba_ssm": mamba_ssm, "cpu": cpu, "reference": reference}
+if importlib.util.find_spec(f"{__name__}.cuda") is not None:
+    BACKENDS = {"cuda": importlib.import_module(f"{__name__}.cuda"), **BACKENDS}
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+MAX_WIDTH = 8
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    reverse: bool = False,
+    return_final_state: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Convolve every channel with its own short filter, looking only at what came before.
+
+        y_t = act(bias + sum_k weight[:, k] x_{t-(w-1)+k})               k = 0 .. w-1
+        y_t = act(bias + sum_k weight[:, k] x_{t+(w-1)-k})               reverse: flip(conv(flip(x)))
+
+    Args:
+        x: (b l d), bfloat16, float32 or float64 (float64: CPU). float16 is refused.
+        weight: (d w), w from 1 to 8.
+        bias: (d).
+        activation: None or "silu".
+        initial_state: (b w-1 d), the inputs just before position 0 (reverse: just after position l-1), in sequence
+            order (left to right) for both directions. Absent: zeros.
+        mask: (b l) bool, True where the position is real. The others are as if removed from the sequence: windows reach
+            over them to the nearest real positions. Output and gradients there are 0 and the values (even NaN) never matter.
+        reverse: the mirror image.
+        return_final_state: also return the state that continues the sequence: the last w-1 real inputs (reverse: the
+            first), in sequence order.
+        backend: "auto", or the name of one back end, which is then used or refused, never replaced.
+
+    Returns:
+        y (b l d) in x's dtype; with return_final_state (y, final_state), the state (b w-1 d) in x's dtype.
+        Differentiable in every tensor argument, through y and through the final state.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, or an unknown back end.
+        RuntimeError: the back end asked for cannot run this; lists every back end with its reason.
+    """
+    _check(x, weight, bias, activation, initial_state, mask)
+    width = int(weight.shape[1])
+    parameter = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight, bias, initial_state = _cast(weight, parameter), _cast(bias, parameter), _cast(initial_state, x.dtype)
+    wants_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, initial_state)
+    )
+    name = dispatch.choose(
+        "causal_conv1d",
+        _modules,
+        backend,
+        (
+            x.device.type,
+            x.dtype,
+            int(weight.shape[0]),
+            0,
+            width,
+            initial_state is not None,
+            return_final_state,
+            wants_grad,
+            mask is not None,
+            reverse,
+        ),
+    )
+    module = reference if x.numel() == 0 else BACKENDS[name]
+    silu = activation == "silu"
+    if mask is None:
+        y = module.run(x, weight, bias, silu, initial_state, reverse)
+        if not return_final_state:
+            return y
+        keep = min(width - 1, x.shape[1])
+        last = x[:, :keep] if reverse else x[:, x.shape[1] - keep :]
+        ends = _with_state(last, width, initial_state, reverse)  # (b keep+w-1 d)
+        return y, (ends[:, : width - 1] if reverse else ends[:, keep:]).clone()
+    # The real positions are moved together, to the end where the filter starts (left, or right for reverse), so that it
+    # runs over them without gaps; then the outputs go back to where their inputs came from.
+    order = torch.sort((mask if reverse else ~mask).to(torch.uint8), dim=1, stable=True).indices  # (b l)
+    index = order.unsqueeze(-1).expand(x.shape)
+    packed = torch.where(mask.gather(1, order).unsqueeze(-1), x.gather(1, index), 0.0)
+    y = module.run(packed, weight, bias, silu, initial_state, reverse)
+    y = torch.zeros_like(y).scatter(1, index, y)
+    y = torch.where(mask.unsqueeze(-1), y, 0.0)
+    if not return_final_state:
+        return y
+    ends = _with_state(packed, width, initial_state, reverse)
+    count = mask.sum(dim=1, keepdim=True)  # (b 1)
+    first = x.shape[1] - count if reverse else count
+    window = first + torch.arange(width - 1, device=x.device)  # (b w-1)
+    return y, ends.gather(1, window.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def _modules() -> dict[str, ModuleType]:
+    return BACKENDS
+
+
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+def _with_state(x: Tensor, width: int, initial_state: Tensor | None, reverse: bool) -> Tensor:
+    """The inputs with the state (or zeros) at the end where the filter starts: (b l+w-1 d)."""
+    if initial_state is None:
+        initial_state = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    return torch.cat((x, initial_state) if reverse else (initial_state, x), dim=1)
+
+
+def _check(x, weight, bias, activation, initial_state, mask) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"causal_conv1d: x must be (batch length channels), got shape {tuple(x.shape)}")
+    if x.dtype == torch.float16:
+        raise ValueError("causal_conv1d: x is float16, which is refused for its range (65504); use x.bfloat16()")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"causal_conv1d: x is {x.dtype}; allowed: bfloat16, float32, float64")
+    if activation not in (None, "silu"):
+        raise ValueError(f"causal_conv1d: activation {activation!r} does not exist; allowed: None, 'silu'")
+    if weight.dim() != 2 or weight.shape[0] != x.shape[2]:
+        raise ValueError(
+            f"causal_conv1d: weight must be (channels width) = ({x.shape[2]}, w) to go with x {tuple(x.shape)}, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if not 1 <= weight.shape[1] <= MAX_WIDTH:
+        raise ValueError(f"causal_conv1d: weight has width {weight.shape[1]}; allowed: 1 to {MAX_WIDTH}")
+    batch, length, channels = x.shape
+    expected = (
+        ("weight", weight, tuple(weight.shape)),
+        ("bias", bias, (channels,)),
+        ("initial_state", initial_state, (batch, weight.shape[1] - 1, channels)),
+        ("mask", mask, (batch, length)),
+    )
+    for name, t, shape in expected:
+        if t is None:
+            continue
+        if tuple(t.shape) != shape:
+            raise ValueError(
+                f"causal_conv1d: {name} has shape {tuple(t.shape)}, expected {shape} "
+                f"to go with x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+            )
+        if t.device != x.device:
+            raise ValueError(f"causal_conv1d: {name} is on {t.device}, x on {x.device}; move one of them")
+        if name == "mask":
+            if t.dtype != torch.bool:
+                raise ValueError(f"causal_conv1d: mask is {t.dtype}, expected bool (True = real position)")
+        elif t.dtype == torch.float16 or not t.dtype.is_floating_point:
+            raise ValueError(
+                f"causal_conv1d: {name} is {t.dtype}; allowed: bfloat16, float32, float64"
+                + (" (float16 overflows, use bfloat16)" if t.dtype == torch.float16 else "")
+            )

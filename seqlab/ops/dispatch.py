@@ -1,0 +1,98 @@
+"""Pick a back end for an operator, or say exactly why it cannot be used.
+
+A back end is a module with two names:
+
+    unavailable(request=None) -> str | None    why it cannot run this (None: it can); the reason carries the command
+                                               that mends it. request=None asks about the machine only.
+    run(...)                                   the operator, on checked arguments (the op's __init__ lists them)
+
+It must cost nothing to import: numba, triton, compiled extensions and the like are looked for inside those functions.
+"""
+
+import difflib
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+ORDER = ("cuda", "mamba_ssm", "cpu", "reference")
+"""What "auto" tries, fastest first."""
+
+ENVIRONMENT = "SEQLAB_BACKEND"
+
+_log = logging.getLogger("seqlab")
+_announced: set[tuple[str, str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call needs of a back end: facts about the arguments, never their values."""
+
+    device: str  # "cpu", "cuda", ...
+    dtype: torch.dtype  # of the data (u or x); parameters and states are fp32, or fp64 beside fp64 data
+    channels: int  # d
+    d_state: int = 0  # n (selective_scan)
+    width: int = 0  # w (causal_conv1d)
+    initial_state: bool = False
+    final_state: bool = False
+    grad: bool = False  # some argument wants a gradient
+    mask: bool = False
+    reverse: bool = False
+
+
+def reasons(modules: dict[str, ModuleType], request: Request | None = None) -> dict[str, str | None]:
+    """name -> why that back end cannot serve `request` (None: it can), in the order of preference."""
+    return {name: modules[name].unavailable(request) for name in ORDER if name in modules}
+
+
+def check_name(name: str, modules: dict[str, ModuleType], where: str) -> None:
+    """Raise ValueError for a back end that does not exist, naming the nearest one that does."""
+    if name == "auto" or name in modules:
+        return
+    near = difflib.get_close_matches(str(name), ["auto", *modules], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{where} {name!r} is not a back end; allowed: {', '.join(['auto', *modules])}{hint}")
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, modules_of, backend: str, request_values: tuple) -> str:
+    """Name of the back end that runs `op` for these arguments.
+
+    An explicit name (argument, else the environment variable) is taken or refused, never replaced. "auto" takes the
+    first that is right and logs that once per process. While compiling, the answer is a constant of the graph.
+
+    Raises:
+        ValueError: no such back end.
+        RuntimeError: the one asked for cannot run this; the message lists every back end with its reason.
+    """
+    modules = modules_of()
+    request = Request(*request_values)
+    where = "backend"
+    if backend == "auto":
+        backend, where = os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT
+    check_name(backend, modules, where)
+    if backend == "auto":
+        for name in ORDER:
+            if name in modules and modules[name].unavailable(request) is None:
+                _announce(op, name, request.device)
+                return name
+        raise RuntimeError(f"{op}: no back end can run this on {request.device}: {_listing(modules, request)}")
+    reason = modules[backend].unavailable(request)
+    if reason is not None:
+        raise RuntimeError(
+            f"{op}: back end {backend!r} (from {where}) cannot run this: {reason}. All back ends: "
+            f"{_listing(modules, request)}"
+        )
+    return backend
+
+
+def _listing(modules: dict[str, ModuleType], request: Request) -> str:
+    return "; ".join(f"{name}: {why or 'can run this'}" for name, why in reasons(modules, request).items())
+
+
+def _announce(op: str, name: str, device: str) -> None:
+    if (op, name, device) not in _announced:
+        _announced.add((op, name, device))
+        _log.info("%s: back end %s on %s", op, name, device)
