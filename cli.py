@@ -1,0 +1,524 @@
+"""The command line: parse, load a config, call. No logic of its own; heavy imports wait until a command needs them."""
+
+import datetime
+import functools
+import inspect
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from seqlab.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train and run Mamba models on DNA and raw audio at million-token context.",
+)
+prep_app = typer.Typer(no_args_is_help=True, help="Raw files -> dataset directory.")
+train_app = typer.Typer(no_args_is_help=True, help="Train a model.")
+app.add_typer(prep_app, name="prep")
+app.add_typer(train_app, name="train")
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def command(group: typer.Typer, name: str):
+    """A command that turns UserError into one line and exit code 1, and adds --debug for tracebacks."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapper(*args, debug: bool = False, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except (typer.Exit, typer.Abort, typer.BadParameter):
+                raise
+            except KeyboardInterrupt:
+                if debug:
+                    raise
+                fail("stopped by Ctrl-C")
+            except BrokenPipeError:  # `seqlab ... | head`: nothing is wrong
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(0) from None
+            except Exception as error:
+                if debug:
+                    traceback.print_exc()
+                    raise typer.Exit(1) from None
+                if isinstance(error, UserError):
+                    fail(str(error))
+                if isinstance(error, OSError) and error.strerror:
+                    fail(f"{error.filename or 'input/output'}: {error.strerror}")
+                first = (str(error).strip().splitlines() or [""])[0][:200]
+                fail(f"{type(error).__name__}: {first} (unexpected; repeat with --debug for the whole story)")
+
+        signature = inspect.signature(function)
+        option = inspect.Parameter(
+            "debug",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")],
+        )
+        wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+        return group.command(name)(wrapper)
+
+    return decorate
+
+
+def fail(message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    raise typer.Exit(1)
+
+
+def note(message: str = "") -> None:
+    """A line for people, on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+def emit(json_out: Optional[str], data: dict, *, human) -> None:
+    """`human()` prints for people; --json FILE writes `data` too, and --json - prints it instead."""
+    text = json.dumps(data, indent=1)
+    if json_out == "-":
+        print(text)
+        return
+    human()
+    if json_out is not None:
+        from seqlab.training.checkpoint import write_text
+
+        write_text(Path(json_out), text + "\n")
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def progress_bar(title: str, unit: str, scale: float = 1.0):
+    """(context manager, update(done, total)): a bar with rate and remaining time; silent when not on a terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+        expand=True,
+    )
+    task = bar.add_task(title, total=None, rate="")
+
+    def update(done: float, total: float | None) -> None:
+        speed = bar.tasks[0].speed
+        rate = f"{speed / scale:,.1f} {unit}/s" if speed else ""
+        bar.update(task, completed=done, total=total, rate=rate)
+
+    return bar, update
+
+
+# -- configuration -------------------------------------------------------------------------------------------------
+def presets() -> list[str]:
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """A preset's name or a path -> the YAML file."""
+    if (CONFIGS / f"{name}.yaml").is_file():
+        return CONFIGS / f"{name}.yaml"
+    path = Path(name)
+    if path.is_file():
+        return path
+    import difflib
+
+    close = difflib.get_close_matches(name, presets(), n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UserError(f"--config {name}: no such file or preset; {hint}presets: {', '.join(presets())}")
+
+
+def load_dna_config(name: str, overrides: list[str], options: dict):
+    """The preset or file, then the options of the command line, then --set, all through the same check."""
+    from seqlab.config import from_dict, load_yaml, merge, parse_override
+    from tasks.language_modeling import DnaConfig
+
+    path = find_config(name)
+    data = load_yaml(path)
+    for top in [options, *(parse_override(text) for text in overrides)]:
+        data = merge(data, top)
+    return from_dict(DnaConfig, data, name)
+
+
+def dna_options(*, context, seed, devices, precision, max_steps, max_minutes) -> dict:
+    """Command-line options as a nested dictionary of what was given."""
+    names = {"float32": "float32", "fp32": "float32", "32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "auto": "auto"}
+    if precision is not None:
+        if precision in ("fp16", "float16", "16", "half"):
+            raise UserError(
+                f"--precision {precision}: float16 is refused, its range is too small for the scan's state and training "
+                "turns to NaN; use bf16 or fp32"
+            )
+        if precision not in names:
+            raise UserError(f"--precision {precision}: unknown; use fp32, bf16 or auto")
+    train = {
+        "seed": seed,
+        "devices": devices,
+        "precision": None if precision is None else names[precision],
+        "max_steps": max_steps,
+        "max_minutes": max_minutes,
+    }
+    options = {"train": {key: value for key, value in train.items() if value is not None}}
+    if context is not None:
+        options["data"] = {"context": parse_int(context, "--context")}
+    return options
+
+
+def parse_int(text: str, option: str) -> int:
+    try:
+        return int(str(text).replace(",", "").replace("_", ""))
+    except ValueError:
+        raise UserError(f"{option} {text}: expected a whole number, for example 131072 or 1_000_000") from None
+
+
+def default_run_dir(name: str) -> Path:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{name}-{stamp}"
+
+
+def newest_run() -> Path:
+    runs = sorted(Path("runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UserError("--resume: no run under runs/; name it with --out DIR")
+    return runs[-1].parent
+
+
+def check_new_directory(path: Path, overwrite: bool) -> None:
+    """UserError unless `path` can become a new directory (or --overwrite says it may be replaced)."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not overwrite:
+            raise UserError(f"{path}: already used; choose another --out, continue with --resume, or add --overwrite")
+        if not path.is_dir() or not (path / "run.json").exists():
+            raise UserError(f"{path}: not a run directory, so --overwrite will not remove it; choose another --out")
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{path}: {parent} is not writable; choose another --out")
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+Fasta = Annotated[Optional[list[Path]], typer.Option("--fasta", help="FASTA file, plain, gzip or bgzip; may be repeated.")]
+Splits = Annotated[Optional[Path], typer.Option("--splits", help="BED: chrom start end train|valid|test.")]
+Valid = Annotated[Optional[list[str]], typer.Option("--valid", help="Sequence to validate on; may be repeated.")]
+Test = Annotated[Optional[list[str]], typer.Option("--test", help="Sequence to test on; may be repeated.")]
+Block = Annotated[Optional[int], typer.Option("--block", help="Bases in a block of the default split.")]
+Json = Annotated[Optional[str], typer.Option("--json", help="Write results as JSON to this file; - for standard output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+@command(prep_app, "dna")
+def prep_dna(
+    fasta: Annotated[list[Path], typer.Argument(help="FASTA files, plain, gzip or bgzip.")],
+    out: Annotated[Path, typer.Option("--out", help="Dataset directory to write.")],
+    splits: Splits = None,
+    valid: Valid = None,
+    test: Test = None,
+    block: Block = None,
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Prepare a genome once: one byte a base, splits, manifest.
+
+    Example:  seqlab prep dna ecoli.fa.gz --out data/ecoli
+    """
+    dataset = _prepare(fasta, out, splits, valid, test, block, overwrite)
+    manifest = json.loads((dataset / "manifest.json").read_text())
+
+    def human() -> None:
+        _print_manifest(manifest, dataset)
+        note(f"Next:  seqlab train dna --data {dataset}")
+
+    emit(json_out, {"dataset": str(dataset), **{k: manifest[k] for k in ("counts", "soft_masked", "total")}}, human=human)
+
+
+def _prepare(fasta, out, splits, valid, test, block, overwrite) -> Path:
+    from data_prep.genome import prepare_genome
+
+    bar, update = progress_bar("preparing", "MB", 1e6)
+    with bar:
+        return prepare_genome(
+            list(fasta),
+            out,
+            splits=splits,
+            valid=list(valid or []),
+            test=list(test or []),
+            block=block,
+            overwrite=overwrite,
+            progress=update,
+        )
+
+
+def _print_manifest(manifest: dict, dataset: Path) -> None:
+    counts = manifest["counts"]
+    total = max(1, manifest["total"])
+    rows = [[base, f"{n:,}", f"{100 * n / total:.2f} %"] for base, n in counts.items()]
+    rows.append(["soft-masked", f"{manifest['soft_masked']:,}", f"{100 * manifest['soft_masked'] / total:.2f} %"])
+    for split, intervals in manifest["splits"].items():
+        n = sum(end - start for _, start, end in intervals)
+        rows.append([f"split {split}", f"{n:,}", f"{100 * n / total:.2f} %"])
+    print_table(f"{dataset}: {manifest['total']:,} bases in {len(manifest['sequences'])} sequences", ["", "bases", "share"], rows)
+    note(f"Splits: {manifest['split_rule']}")
+
+
+@command(train_app, "dna")
+def train_dna(
+    fasta: Fasta = None,
+    data: Annotated[Optional[Path], typer.Option("--data", help="Dataset directory from `seqlab prep dna`.")] = None,
+    config: Annotated[Optional[str], typer.Option("--config", help="Preset or YAML file.")] = None,
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")] = False,
+    init: Annotated[Optional[Path], typer.Option("--init", help="Start from the weights of this run.")] = None,
+    context: Annotated[Optional[str], typer.Option("--context", help="Window length in bases.")] = None,
+    seed: Annotated[Optional[int], typer.Option("--seed")] = None,
+    devices: Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")] = None,
+    precision: Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")] = None,
+    max_steps: Annotated[Optional[int], typer.Option("--max-steps")] = None,
+    max_minutes: Annotated[Optional[float], typer.Option("--max-minutes")] = None,
+    splits: Splits = None,
+    valid: Valid = None,
+    test: Test = None,
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Train a DNA language model and evaluate it beside Markov models.
+
+    Without arguments it simulates a small genome and trains on that for about three minutes.
+
+    Example:  seqlab train dna --fasta ecoli.fa.gz --max-minutes 10
+    """
+    if resume:
+        run_dir, dataset, settings = _resumed_run(out, data, fasta, config, init, set_, context, seed, devices, precision, max_steps, max_minutes)
+    else:
+        run_dir, dataset, settings = _new_run(
+            out, data, fasta, config, set_, dna_options(
+                context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes
+            ), splits, valid, test, overwrite,
+        )
+    from seqlab.training.fit import is_main_process, resolve_accelerator
+    from tasks import dna
+
+    checkpoint = None if init is None or resume else dna.find_checkpoint(init)
+    try:
+        accelerator = resolve_accelerator(settings.train)
+        model = settings.model
+        note(
+            f"{run_dir}: {model.direction} Mamba, {model.n_layer} layers of d_model {model.d_model}, context "
+            f"{settings.data.context:,}, on the {accelerator.upper()}; Ctrl-C saves and stops"
+        )
+        result = dna.train(settings, dataset, run_dir, init=checkpoint, resume=resume)
+    except Exception:
+        if not resume and is_main_process():
+            dna.discard_empty(run_dir)
+        raise
+    if not is_main_process():
+        return
+    if result.ended == "interrupted":
+        note(f"Stopped at step {result.steps}; saved. Go on with:  seqlab train dna --resume --out {run_dir}")
+        raise typer.Exit(130)
+    note(
+        f"Trained {result.steps:,} steps, {result.tokens:,} tokens in {result.minutes:.1f} minutes "
+        f"({result.tokens_per_second:,.0f} tokens/s), {result.ended}; best validation {result.best:.4f} bits per base "
+        f"at step {result.best_step:,}."
+    )
+    evaluation = _evaluate(dna.load_run(run_dir), dataset, dataset, "test", (), "auto")
+    report_path = dna.write_report(run_dir, evaluation)
+    from seqlab import report
+
+    def human() -> None:
+        _print_evaluation(evaluation)
+        note(f"Report with plots: {report_path}")
+        note("Next:")
+        if fasta is None and data is None and not resume:
+            note("  seqlab train dna --fasta YOUR_GENOME.fa.gz          train on your own genome")
+        note(f"  seqlab eval {run_dir} --context 256 --context 4096")
+        note(f"  seqlab train dna --data {dataset} --init {run_dir}   train further from these weights")
+
+    emit(json_out, {"run": str(run_dir), "result": result.__dict__, "evaluation": report.evaluation_dict(evaluation)}, human=human)
+
+
+def _new_run(out, data, fasta, config, set_, options, splits, valid, test, overwrite):
+    """(run directory, dataset, settings) of a fresh run; simulates and prepares what is needed."""
+    from seqlab.training.fit import is_main_process
+
+    if data is not None and fasta:
+        raise UserError("--data and --fasta: give one of them; --data is a FASTA already prepared")
+    if data is not None and (splits or valid or test):
+        raise UserError("--splits, --valid and --test: the dataset in --data has its splits; use them with --fasta")
+    demo = data is None and not fasta
+    name = config or ("dna_demo" if demo else "dna_small")
+    settings = load_dna_config(name, set_ or [], options)
+    if out is not None:
+        run_dir = out
+    elif "SEQLAB_RUN_DIR" in os.environ and not is_main_process():
+        run_dir = Path(os.environ["SEQLAB_RUN_DIR"])  # an extra process of a run on several devices
+    else:
+        run_dir = default_run_dir(Path(name).stem)
+        os.environ["SEQLAB_RUN_DIR"] = str(run_dir)
+    dataset = data
+    if not is_main_process():
+        return run_dir, dataset or run_dir / "data", settings
+    check_new_directory(run_dir, overwrite)
+    if overwrite and run_dir.exists():
+        import shutil
+
+        shutil.rmtree(run_dir)
+    if dataset is None:
+        from tasks import dna
+
+        dataset = run_dir / "data"
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if demo:
+                from data_prep.simulate import simulate_genome
+
+                note("No --fasta or --data: simulating a small genome (genes on both strands, repeats; fixed seed).")
+                fasta = [run_dir / "simulated.fa"]
+                simulate_genome(fasta[0], seed=0)
+            _prepare(fasta, dataset, splits, valid, test, None, False)
+            _print_manifest_line(dataset)
+        except BaseException:
+            dna.discard_empty(run_dir)
+            raise
+    return run_dir, dataset, settings
+
+
+def _print_manifest_line(dataset: Path) -> None:
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    sizes = {s: sum(end - start for _, start, end in rows) for s, rows in manifest["splits"].items()}
+    shares = ", ".join(f"{split} {n:,}" for split, n in sizes.items())
+    note(
+        f"{manifest['total']:,} bases in {len(manifest['sequences'])} sequences: {shares}; "
+        f"{manifest['counts']['N']:,} N, {manifest['counts']['other']:,} other, {manifest['soft_masked']:,} soft-masked."
+    )
+
+
+def _resumed_run(out, data, fasta, config, init, set_, context, seed, devices, precision, max_steps, max_minutes):
+    """(run directory, dataset, settings) of a run to go on with: its own settings, with a longer end if asked."""
+    from seqlab.config import from_dict, load_yaml, merge, parse_override
+    from seqlab.training.fit import read_run_facts
+    from tasks.language_modeling import DnaConfig
+
+    if fasta or config or init or context or seed is not None:
+        raise UserError("--resume: goes on with the run's own data and settings; leave out --fasta, --config, --init, --context, --seed")
+    run_dir = out or newest_run()
+    facts = read_run_facts(run_dir)
+    path = run_dir / "config.yaml"
+    settings = load_yaml(path)
+    options = dna_options(context=None, seed=None, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
+    for top in [options, *(parse_override(text) for text in set_ or [])]:
+        settings = merge(settings, top)
+    return run_dir, data or Path(facts["dataset"]), from_dict(DnaConfig, settings, str(path))
+
+
+def _evaluate(run, dataset: Path, training: Path, split: str, contexts: tuple[int, ...], device: str):
+    from seqlab.dataset import TokenStore
+    from tasks import dna
+
+    bar, update = progress_bar("evaluating", "k tokens", 1e3)
+    with bar:
+        return dna.evaluate_run(
+            run,
+            TokenStore.open(dataset),
+            TokenStore.open(training),
+            split=split,
+            contexts=contexts,
+            device=device,
+            progress=update,
+        )
+
+
+def _print_evaluation(evaluation) -> None:
+    from seqlab import report
+
+    header, rows = report.evaluation_rows(evaluation)
+    print_table(f"{evaluation.bases:,} bases of the {evaluation.split} split", header, rows)
+    note(report.evaluation_verdict(evaluation))
+    note(
+        f"{evaluation.soft_masked:,} of the scored bases are soft-masked; {evaluation.not_scored:,} positions were not "
+        "scored (N or another symbol). Markov models: fitted on both strands of the same training split."
+    )
+
+
+@command(app, "eval")
+def eval_(
+    run: Annotated[Path, typer.Argument(help="Run directory or checkpoint.")],
+    fasta: Fasta = None,
+    data: Annotated[Optional[Path], typer.Option("--data", help="Another dataset directory to evaluate on.")] = None,
+    split: Annotated[Optional[str], typer.Option("--split", help="train, valid or test.")] = None,
+    context: Annotated[Optional[list[str]], typer.Option("--context", help="Context length; may be repeated.")] = None,
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, for example eval.max_bases=100000.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Optional[Path], typer.Option("--out", help="Where to put the plot and table; default: in the run.")] = None,
+    json_out: Json = None,
+) -> None:
+    """Bits per base by context length, beside Markov models of order 0 to 12 on the same bases.
+
+    Example:  seqlab eval runs/dna_demo --context 256 --context 4096
+    """
+    import dataclasses
+    import tempfile
+
+    import torch
+
+    from seqlab import report
+    from seqlab.config import from_dict, merge, parse_override, to_dict
+    from tasks import dna
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: unknown; use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use cpu, or run `seqlab doctor` for the reason")
+    loaded = dna.load_run(run)
+    settings = to_dict(loaded.config)
+    for text in set_ or []:
+        settings = merge(settings, parse_override(text))
+    loaded = dataclasses.replace(loaded, config=from_dict(type(loaded.config), settings, "--set"))
+    if "dataset" not in loaded.facts:
+        raise UserError(f"{run}: no run.json beside the checkpoint, so its training split is unknown; give the run directory")
+    training = Path(loaded.facts["dataset"])
+    contexts = tuple(parse_int(c, "--context") for c in context or [])
+    with tempfile.TemporaryDirectory(prefix="seqlab-") as temporary:
+        dataset, other = training, bool(fasta or data)
+        if fasta:
+            names = Path(temporary) / "names"
+            dataset = _prepare(fasta, Path(temporary) / "data", _whole_as_test(fasta, names), None, None, None, False)
+        elif data:
+            dataset = data
+        evaluation = _evaluate(loaded, dataset, training, split or "test", contexts, device)
+    target = out or loaded.directory
+    if out is not None:
+        target.mkdir(parents=True, exist_ok=True)
+    name = "evaluation-other" if other else "evaluation"
+    plot = report.plot_evaluation(evaluation, target / "plots" / f"{name}.png")
+
+    def human() -> None:
+        _print_evaluation(evaluation)
+        note(f"Plot: {plot}")
+
+    emit(json_out, {"run": str(run), **report.evaluation_dict(evaluation)}, human=human)
+
+
+if __name__ == "__main__":
+    app()
