@@ -32,7 +32,11 @@ class Clock(Callback):
 
     @property
     def share(self) -> float:
-        share = self._step / self.train_config.max_steps
+        """Share of the run that was done when the current step began: what the learning rate follows."""
+        return self.share_at(self._step)
+
+    def share_at(self, step: int) -> float:
+        share = step / self.train_config.max_steps
         if self.train_config.max_minutes is not None:
             share = max(share, self.elapsed / (60 * self.train_config.max_minutes))
         return share
@@ -221,8 +225,8 @@ class ProgressBar(Callback):
         self.progress.start()
 
     def _line(self, trainer) -> str:
-        latest, share = self.history.latest, max(self.clock.share, 1e-6)
-        left = self.clock.elapsed * (1 - share) / share
+        latest, share = self.history.latest, max(self.clock.share_at(trainer.global_step), 1e-6)
+        left = max(0.0, self.clock.elapsed * (1 - share) / share)
         valid = "" if math.isnan(self.validation.value) else f"  valid {self.validation.value:.4f}"
         return (
             f"step {trainer.global_step}  loss {latest.get('bits', math.nan):.4f} bits{valid}  "
@@ -231,7 +235,7 @@ class ProgressBar(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if self.progress is not None:
-            self.progress.update(self.bar, completed=1000 * min(1.0, self.clock.share), line=self._line(trainer))
+            self.progress.update(self.bar, completed=1000 * min(1.0, self.clock.share_at(trainer.global_step)), line=self._line(trainer))
         elif trainer.is_global_zero and self.validation.validated_step not in (self._reported, -1):
             self._reported = self.validation.validated_step
             print(f"{self._line(trainer)}  ({self.metric})", file=sys.stderr, flush=True)
