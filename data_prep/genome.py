@@ -1,0 +1,699 @@
+"""FASTA -> dataset directory (tokens.bin, soft_masked.npy, manifest.json): any size, bounded memory, one pass.
+
+A record and what becomes of it:
+
+    >chr1 some description      name "chr1": the first word of the header
+    ACGTNacgtRYU-               7 8 9 10 11 7 8 9 10 6 6 10 6, one byte each; bases 5..9 soft-masked (lower case)
+
+Letters: A C G T, U read as T, N. The ambiguity codes RYSWKMBDHV, X, and the gap signs - . * become [UNK] and are counted
+as "other"; they keep their place, so that coordinates are those of `samtools faidx`. Anything else is an error.
+
+Splits never share a base: by a BED file, by sequence name, or by blocks (see `prepare_genome`).
+
+The reader is our own: pyfaidx needs an index beside the file and refuses plain gzip, and this pass also needs the case
+of every letter and a checksum. pyfaidx is the oracle in the tests instead.
+"""
+
+import contextlib
+import difflib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+from seqlab.dataset import FORMAT, SPLITS, VERSION
+from seqlab.errors import UserError
+from seqlab.tokenizers import nucleotide
+
+DEFAULT_BLOCK = 65_536
+READ_SIZE = 8 << 20  # bytes of text handled at once
+MAX_HEADER = 1 << 16  # bytes of a header that are kept; only its first word is used
+WHITESPACE = b" \t\n\r\v\f"
+
+Progress = Callable[[int, int], None]  # (bytes of source files read, bytes of source files in all)
+
+
+def prepare_genome(
+    fastas: Iterable[Path | str] | Path | str,
+    out: Path | str,
+    *,
+    splits: Path | str | None = None,
+    valid: Iterable[str] = (),
+    test: Iterable[str] = (),
+    block: int | None = None,
+    min_length: int = 1,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Read FASTA files (plain, gzip or bgzip) into the dataset directory `out` and return it.
+
+    Splits, one of three ways:
+    - `splits`: a BED file of chrom, start, end, train|valid|test (0-based half-open). Bases outside it are in no split.
+    - `valid`, `test`: names of the sequences that validate and test; the others train. One of them may be empty.
+    - by default, blocks of `block` bases (65,536; less for a small genome, so that there are about 20 or more), cut
+      within each sequence and counted from 0 through all of them: block k tests if k % 10 = 9, validates if k % 10 = 0
+      and k > 0, else trains.
+
+    min_length: shorter sequences are left out (counted in the manifest's "skipped").
+    overwrite: replace `out` if it is a dataset.
+
+    Nothing is written to `out` before everything is known to be right: the work is done in a directory beside it, which
+    is renamed at the end and removed after any error or Ctrl-C. Raises UserError.
+    """
+    paths = [Path(fastas)] if isinstance(fastas, (str, os.PathLike)) else [Path(p) for p in fastas]
+    out, valid, test = Path(out), list(valid), list(test)
+    if not paths:
+        raise UserError("no FASTA file given; give one or more .fa or .fa.gz files")
+    if splits is not None and (valid or test):
+        raise UserError("splits come from a BED file or from names of sequences, not from both; leave one out")
+    if block is not None and (splits is not None or valid or test):
+        raise UserError("--block cuts the default splits; it has no use with a BED file or names of sequences")
+    if block is not None and block < 1:
+        raise UserError(f"--block {block}: must be 1 or more")
+    sizes = [_check_source(path) for path in paths]
+    bed = None if splits is None else _read_bed(Path(splits))
+
+    def report(before: int) -> Callable[[int], None]:
+        return (lambda read: None) if progress is None else (lambda read: progress(before + read, sum(sizes)))
+
+    with _output_directory(out, overwrite) as directory:
+        sources = []
+        with (
+            open(directory / "tokens.bin", "wb", buffering=1 << 20) as tokens,
+            open(directory / "soft_masked.npy", "wb", buffering=1 << 20) as runs,
+        ):
+            writer = _Writer(tokens, runs, min_length)
+            for i, path in enumerate(paths):
+                with _Source(path, report(sum(sizes[:i]))) as source:
+                    writer.source(path)
+                    _parse_fasta(path, source.blocks(), writer)
+                    sources.append({"path": str(path), "sha256": source.sha256(), "bytes": source.bytes_read})
+            writer.finish()
+        sequences = writer.sequences
+        if not writer.total:
+            skipped = f" of {min_length:,} bases or more" if min_length > 1 else ""
+            raise UserError(f"{_list(paths)}: no sequence{skipped}; a FASTA file holds '>name' and lines of bases")
+        if bed is not None:
+            table, rule = _splits_from_bed(bed, Path(splits), sequences)
+        elif valid or test:
+            table, rule = _splits_by_name(sequences, valid, test)
+        else:
+            table, rule = _splits_by_block(sequences, block)
+        if not table["train"]:
+            raise UserError(f"{splits or _list(paths)}: nothing is left to train on; leave some sequence in train")
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": "dna",
+            "tokenizer": "nucleotide",
+            "vocab": list(nucleotide.VOCAB),
+            "total": writer.total,
+            "counts": {key: sum(s["counts"][key] for s in sequences) for key in writer.COUNTED},
+            "soft_masked": sum(s["soft_masked"] for s in sequences),
+            "sha256": writer.sha256.hexdigest(),
+            "sample_rate": None,
+            "skipped": {"sequences": writer.skipped, "bases": writer.skipped_bases, "min_length": min_length},
+            "split_rule": rule,
+            "sources": sources,
+            "sequences": sequences,
+            "splits": table,
+        }
+        with open(directory / "manifest.json", "w", encoding="utf-8") as file:
+            file.write(_manifest_text(manifest))
+            _sync(file)
+    return out
+
+
+def _list(paths: list[Path]) -> str:
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+
+
+def _check_source(path: Path) -> int:
+    """Size of a source file in bytes (0 for a pipe), having made sure that it can be read."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a directory; give the FASTA files in it, for example {path / '*.fa.gz'}")
+        if not path.exists():
+            raise UserError(f"{path}: no such file; give a FASTA file (.fa, .fasta, .fna, with or without .gz)")
+        if path.is_file():
+            if not path.stat().st_size:
+                raise UserError(f"{path}: is empty; give a FASTA file")
+            with open(path, "rb"):
+                pass
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{str(path)!r}: not a file name") from None  # a NUL in the name
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+_ARCHIVES = (
+    (b"BZh", "bzip2", "bunzip2"),
+    (b"\xfd7zXZ", "xz", "unxz"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
+    (b"PK\x03\x04", "a zip archive", "unzip"),
+    (b"\x27\x43\x41\x1a", "a .2bit file", "twoBitToFa"),
+    (b"\x1a\x41\x27\x43", "a .2bit file", "twoBitToFa"),
+)
+_BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+
+
+class _Source:
+    """One file, read once: its text in blocks (decompressed if it is gzip), its size and its sha256."""
+
+    def __init__(self, path: Path, report: Callable[[int], None]):
+        self.path, self.report = path, report
+        self.bytes_read = 0
+        self._hash = hashlib.sha256()
+        self._tail = b""  # the last bytes of the file so far
+
+    def __enter__(self) -> Self:
+        try:
+            self._file = open(self.path, "rb", buffering=0)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def _read(self, size: int) -> bytes:
+        try:
+            data = self._file.read(size)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+        self._hash.update(data)
+        self._tail = (self._tail + data[-len(_BGZF_END) :])[-len(_BGZF_END) :]
+        self.bytes_read += len(data)
+        self.report(self.bytes_read)
+        return data
+
+    def blocks(self) -> Iterator[bytes]:
+        head = self._read(1 << 16)
+        if not head:
+            raise UserError(f"{self.path}: is empty; give a FASTA file")
+        for magic, what, tool in _ARCHIVES:
+            if head.startswith(magic):
+                raise UserError(f"{self.path}: is {what}, which is not read; {tool} it first (gzip is fine)")
+        if head.startswith(b"\x1f\x8b"):
+            texts = self._gunzip(head)
+        else:
+            texts = self._plain(head)
+        first = next(texts, b"")
+        if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError(f"{self.path}: is UTF-16 text; save it as plain ASCII or UTF-8")
+        yield first.removeprefix(b"\xef\xbb\xbf")  # the mark some editors put before UTF-8 text
+        yield from texts
+
+    def _plain(self, data: bytes) -> Iterator[bytes]:
+        while data:
+            yield data
+            data = self._read(READ_SIZE)
+
+    def _gunzip(self, data: bytes) -> Iterator[bytes]:
+        """gzip of one or many members; bgzip is gzip of many small ones, ended by an empty one."""
+        is_bgzf = data[3:4] == b"\x04" and data[12:14] == b"BC"
+        while data:
+            member = zlib.decompressobj(wbits=31)  # 31: gzip header and checksum
+            while not member.eof:
+                if not data:
+                    raise UserError(f"{self.path}: the gzip file is cut short; fetch or copy it again")
+                try:
+                    text = member.decompress(data, READ_SIZE)
+                except zlib.error:
+                    raise UserError(f"{self.path}: the gzip file is damaged; fetch or copy it again") from None
+                if text:
+                    yield text
+                data = member.unconsumed_tail or (b"" if member.eof else self._read(1 << 16))
+            # what follows the member: zeros may pad it (tar, tape), another member may follow, else it is damage
+            data = member.unused_data.lstrip(b"\0")
+            while not data and (more := self._read(1 << 16)):
+                data = more.lstrip(b"\0")
+            if len(data) == 1:
+                data += self._read(1 << 16)
+            if data and not data.startswith(b"\x1f\x8b"):
+                raise UserError(f"{self.path}: there is something else after the gzip data; fetch or copy it again")
+        if is_bgzf and self._tail != _BGZF_END:
+            raise UserError(f"{self.path}: the bgzip file is cut short (its end mark is missing); fetch it again")
+
+
+def _parse_fasta(path: Path, blocks: Iterable[bytes], writer: "_Writer") -> None:
+    """Feed records to the writer. Lines end in LF, CRLF or CR; blanks and empty lines mean nothing."""
+    header: bytearray | None = None  # the header being read, if a block ended in it
+    is_started, at_line_start = False, True
+    for block in blocks:
+        at = 0
+        while at < len(block):
+            if header is not None:
+                end = _line_end(block, at)
+                if len(header) < MAX_HEADER:
+                    header += block[at : min(end, at + MAX_HEADER)]
+                if end < len(block):
+                    writer.begin(bytes(header))
+                    header, at_line_start = None, True
+                at = end + 1
+                continue
+            mark = block.find(b">", at)
+            end = mark if mark >= 0 else len(block)
+            if end > at:
+                piece = block if end - at == len(block) else block[at:end]
+                if is_started:
+                    writer.add(piece)
+                elif piece.strip(WHITESPACE):
+                    raise _not_fasta(path, piece.lstrip(WHITESPACE))
+                at_line_start = _ends_line(piece, at_line_start)
+            if mark < 0:
+                break
+            if not at_line_start:
+                raise UserError(
+                    f"{path}: record {writer.name!r} has a '>' within a line of bases, after base {writer.length:,}; "
+                    "start a new line before each '>'"
+                )
+            header, is_started, at = bytearray(), True, mark + 1
+    if header is not None:
+        writer.begin(bytes(header))
+    if not is_started:
+        raise UserError(f"{path}: no sequence, only blanks; a FASTA file holds '>name' and lines of bases")
+    writer.end()
+
+
+def _line_end(block: bytes, at: int) -> int:
+    """Index of the first LF or CR from `at` on, or the length of the block."""
+    feed = block.find(b"\n", at)
+    feed = len(block) if feed < 0 else feed
+    carriage = block.find(b"\r", at, feed)
+    return feed if carriage < 0 else carriage
+
+
+def _ends_line(piece: bytes, before: bool) -> bool:
+    """Whether what follows `piece` is the first visible character of its line."""
+    i = len(piece) - 1
+    while i >= 0 and piece[i] in b" \t\v\f":
+        i -= 1
+    return before if i < 0 else piece[i] in b"\n\r"
+
+
+def _not_fasta(path: Path, text: bytes) -> UserError:
+    start = text[:4096]
+    if start.startswith(b"@"):
+        return UserError(f"{path}: looks like FASTQ (it starts with '@'); turn the reads into FASTA: seqtk seq -a")
+    if start.startswith((b"LOCUS ", b"ID   ")):
+        return UserError(f"{path}: looks like GenBank or EMBL; save the sequence as FASTA")
+    if any(byte < 32 and byte not in WHITESPACE or byte == 127 for byte in start):
+        return UserError(f"{path}: is not a text file; give a FASTA file, plain or gzip")
+    line = start.splitlines()[0][:40].decode("utf-8", "replace")
+    return UserError(f"{path}: does not start with '>' but with {line!r}; a FASTA record starts with a line '>name'")
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+_STRAY_LETTER, _STRAY_BYTE = 254, 255
+
+
+def _strict_table() -> bytes:
+    """nucleotide.ENCODE, but letters that mean nothing in a nucleotide sequence, and other bytes, stand out."""
+    table = bytearray([_STRAY_BYTE]) * 256
+    for letter in b"ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+        table[letter] = table[letter | 32] = _STRAY_LETTER
+    for letter in b"ACGTUNRYSWKMBDHVX":
+        table[letter] = table[letter | 32] = nucleotide.ENCODE[letter]
+    for sign in b"-.*":
+        table[sign] = nucleotide.UNK
+    return bytes(table)
+
+
+_STRICT = _strict_table()
+
+
+class _Writer:
+    """Takes text piece by piece; writes tokens.bin and soft_masked.npy; keeps counts of every record.
+
+    Only a piece at a time is in memory: runs of lower case go to the file as they end, one that crosses pieces (or
+    records: the table is in global coordinates) stays open in `_run`.
+    """
+
+    COUNTED = ("A", "C", "G", "T", "N", "other")
+    _IDS = (nucleotide.A, nucleotide.C, nucleotide.G, nucleotide.T, nucleotide.N, nucleotide.UNK)
+
+    def __init__(self, tokens: BinaryIO, runs: BinaryIO, min_length: int):
+        self._tokens, self._runs = tokens, runs
+        self._write_runs_header(0)
+        self._runs_start = self._runs.tell()
+        self.min_length = min_length
+        self.sha256 = hashlib.sha256()
+        self.total = self.skipped = self.skipped_bases = 0
+        self.sequences: list[dict[str, Any]] = []
+        self.name = ""
+        self.length = 0
+        self._is_open = False
+        self._seen: dict[str, int] = {}  # name -> source, of every record met
+        self._paths: list[Path] = []
+        self._run = -1  # start of the run of lower case that is open, or -1
+
+    def source(self, path: Path) -> None:
+        self._paths.append(path)
+
+    def begin(self, header: bytes) -> None:
+        """Start the record with this header (without its '>')."""
+        self.end()
+        words = header.decode("utf-8", "replace").split(maxsplit=1)
+        path = self._paths[-1]
+        if not words:
+            raise UserError(f"{path}: record {len(self._seen) + 1:,} has no name; write a word after its '>'")
+        name = words[0]
+        if name in self._seen:
+            other = self._paths[self._seen[name]]
+            where = "twice in " + str(path) if self._seen[name] == len(self._paths) - 1 else f"in {other} and {path}"
+            raise UserError(f"sequence {name!r} is {where}; names must differ: rename one")
+        self._seen[name] = len(self._paths) - 1
+        self.name, self.length, self._is_open = name, 0, True
+        self._counts = np.zeros(len(self._IDS), np.int64)
+        self._soft = 0
+        if self.min_length > 1:  # else no record that holds a base is ever undone
+            self._before = (self.total, self.sha256.copy(), self._run, self._runs.tell())
+
+    def add(self, text: bytes) -> None:
+        """Append a piece of the record's lines, in any case, with any white space."""
+        clean = text.translate(None, WHITESPACE)
+        if not clean:
+            return
+        tokens = clean.translate(_STRICT)
+        counts = self._count(tokens)
+        if counts.sum() != len(tokens):
+            raise self._stray(clean, tokens)
+        if self._run >= 0 or not clean.isupper():
+            self._find_runs(np.frombuffer(clean, np.uint8) >= ord("a"))
+        self._counts += counts
+        self._tokens.write(tokens)
+        self.sha256.update(tokens)
+        self.length += len(tokens)
+        self.total += len(tokens)
+
+    def end(self) -> None:
+        """Finish the record that is open, if any."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self.length < self.min_length:
+            self._forget()
+            return
+        self.sequences.append(
+            {
+                "name": self.name,
+                "source": self._seen[self.name],
+                "offset": self.total - self.length,
+                "length": self.length,
+                "counts": dict(zip(self.COUNTED, self._counts.tolist())),
+                "soft_masked": self._soft,
+            }
+        )
+
+    def finish(self) -> None:
+        """Write what is still held back, and to the disk."""
+        if self._run >= 0:
+            self._write_runs(np.array([self._run, self.total]))
+        count = (self._runs.tell() - self._runs_start) // 16
+        self._runs.seek(0)
+        self._write_runs_header(count)
+        assert self._runs.tell() == self._runs_start, "the header of soft_masked.npy changed its size"
+        for file in (self._tokens, self._runs):
+            _sync(file)
+
+    def _forget(self) -> None:
+        """Undo the record: it is shorter than min_length."""
+        self.skipped += 1
+        self.skipped_bases += self.length
+        if self.length:
+            self.total, self.sha256, self._run, at = self._before
+            self._tokens.seek(self.total)
+            self._tokens.truncate()
+            self._runs.seek(at)
+            self._runs.truncate()
+
+    def _count(self, tokens: bytes) -> np.ndarray:
+        """How often each of _IDS occurs, (6,) int64."""
+        if len(tokens) < 4096:  # a short record: numpy's fixed cost would be most of it
+            return np.array([tokens.count(token) for token in self._IDS], np.int64)
+        # comparing and counting in pieces that stay in the cache is several times faster than bincount
+        counts = np.zeros(len(self._IDS), np.int64)
+        array = np.frombuffer(tokens, np.uint8)
+        for at in range(0, len(array), 1 << 18):
+            piece = array[at : at + (1 << 18)]
+            counts += [np.count_nonzero(piece == token) for token in self._IDS]
+        return counts
+
+    def _find_runs(self, is_lower: np.ndarray) -> None:
+        """Write the runs of True that end in this piece; keep open one that reaches its end."""
+        self._soft += int(np.count_nonzero(is_lower))
+        edges = np.flatnonzero(is_lower[1:] != is_lower[:-1]) + (self.total + 1)
+        if is_lower[0] != (self._run >= 0):
+            edges = np.concatenate([[self.total], edges])
+        if self._run >= 0:
+            edges = np.concatenate([[self._run], edges])
+        self._run = int(edges[-1]) if len(edges) % 2 else -1
+        self._write_runs(edges[: len(edges) // 2 * 2])
+
+    def _write_runs(self, edges: np.ndarray) -> None:
+        self._runs.write(edges.astype("<i8").tobytes())
+
+    def _write_runs_header(self, count: int) -> None:
+        # numpy pads this header so that the first number can grow in place
+        np.lib.format.write_array_header_1_0(
+            self._runs, {"descr": "<i8", "fortran_order": False, "shape": (count, 2)}
+        )
+
+    def _stray(self, clean: bytes, tokens: bytes) -> UserError:
+        array = np.frombuffer(tokens, np.uint8)
+        index = int(np.flatnonzero(array >= _STRAY_LETTER)[0])
+        record = f"{self._paths[-1]}: record {self.name!r}"
+        is_stray = array == _STRAY_LETTER
+        share = np.count_nonzero(is_stray) / len(array)
+        if share > 0.1:
+            letters = " ".join(sorted(set(np.frombuffer(clean, np.uint8)[is_stray].tobytes().decode().upper())))
+            return UserError(
+                f"{record} looks like protein: {share:.0%} of its letters are not nucleotide codes ({letters}); "
+                "give a nucleotide FASTA"
+            )
+        byte = clean[index]
+        seen = repr(chr(byte)) if 32 < byte < 127 else f"byte 0x{byte:02x}"
+        return UserError(
+            f"{record} has {seen} at base {self.length + index + 1:,}, which is no nucleotide code "
+            "(ACGTUN, RYSWKMBDHVX, gaps -.*); mend it or write N there"
+        )
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    """JSON with one sequence, source or interval a line: readable, and small."""
+
+    def rows(value: list, indent: str) -> str:
+        return "[\n" + ",\n".join(f"{indent} {json.dumps(row)}" for row in value) + f"\n{indent}]" if value else "[]"
+
+    lines = []
+    for key, value in manifest.items():
+        if key in ("sources", "sequences"):
+            text = rows(value, " ")
+        elif key == "splits":
+            text = "{\n" + ",\n".join(f'  "{name}": {rows(value[name], "  ")}' for name in value) + "\n }"
+        else:
+            text = json.dumps(value)
+        lines.append(f' "{key}": {text}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+@contextlib.contextmanager
+def _output_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A new directory beside `out` that becomes `out` if the block ends well and vanishes if it does not."""
+    _check_output(out, overwrite)
+    made: list[Path] = []  # parents that had to be created
+    directory = old = None
+    try:
+        for parent in reversed([p for p in out.parents if not p.exists()]):
+            parent.mkdir()
+            made.append(parent)
+        directory = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        yield directory
+        umask = os.umask(0)
+        os.umask(umask)
+        directory.chmod(0o777 & ~umask)  # mkdtemp makes it for its owner alone
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+            os.rename(out, old)
+        os.rename(directory, out)
+        directory = None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"{out}: the disk is full; free some space or write elsewhere (one byte a base)") from None
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}); choose another place") from None
+    finally:
+        if old is not None:
+            if directory is not None and not out.exists():
+                os.rename(old, out)  # the new one could not take its place
+            else:
+                shutil.rmtree(old, ignore_errors=True)
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+            for parent in reversed(made):
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+
+
+def _check_output(out: Path, overwrite: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise UserError(f"{out}: exists; choose another directory or add --overwrite")
+    if out.is_symlink() or not out.is_dir():
+        raise UserError(f"{out}: is not a directory; choose another name (--overwrite replaces datasets only)")
+    if any(out.iterdir()):
+        try:
+            is_dataset = json.loads((out / "manifest.json").read_bytes()).get("format") == FORMAT
+        except (OSError, ValueError, AttributeError):
+            is_dataset = False
+        if not is_dataset:
+            raise UserError(f"{out}: is not a seqlab dataset, so --overwrite leaves it alone; choose another directory")
+
+
+# -- splits --------------------------------------------------------------------------------------------------------
+Table = dict[str, list[list[int]]]  # split -> rows [sequence index, start, end], sorted
+
+
+def _splits_by_block(sequences: list[dict[str, Any]], block: int | None) -> tuple[Table, str]:
+    """Blocks counted through all the sequences: every tenth tests, the next one validates, the rest trains."""
+    lengths = np.array([s["length"] for s in sequences], np.int64)
+    size = block or _default_block(int(lengths.sum()))
+    counts = -(-lengths // size)
+    if counts.sum() < 11:
+        total = int(lengths.sum())
+        if block is None or total < 20:
+            raise UserError(f"{total:,} bases are too few for training, validation and test splits; give more")
+        raise UserError(
+            f"--block {block:,} cuts {total:,} bases into {counts.sum()} blocks, and 11 are the least that give a test "
+            f"and a validation block; use --block {_default_block(total)} or leave it out"
+        )
+    table: Table = {name: [] for name in SPLITS}
+    first = 0
+    for index, (length, count) in enumerate(zip(lengths.tolist(), counts.tolist())):
+        k = first + np.arange(count)
+        kind = np.where(k % 10 == 9, 2, np.where((k % 10 == 0) & (k > 0), 1, 0))  # index into SPLITS
+        edges = np.flatnonzero(np.concatenate([[True], kind[1:] != kind[:-1], [True]]))
+        for a, b in zip(edges[:-1].tolist(), edges[1:].tolist()):
+            table[SPLITS[kind[a]]].append([index, a * size, min(b * size, length)])
+        first += count
+    rule = (
+        f"blocks of {size} bases, counted from 0 through all sequences: block k tests if k % 10 = 9, "
+        "validates if k % 10 = 0 and k > 0, else trains"
+    )
+    return table, rule
+
+
+def _default_block(total: int) -> int:
+    """65,536, or less for a small genome: at least about 20 blocks, a multiple of 64 if that many bases are there."""
+    size = min(DEFAULT_BLOCK, total // 20)
+    return max(1, size // 64 * 64 if size >= 64 else size)
+
+
+def _splits_by_name(sequences: list[dict[str, Any]], valid: list[str], test: list[str]) -> tuple[Table, str]:
+    names = {s["name"]: i for i, s in enumerate(sequences)}
+    for option, chosen in (("valid", valid), ("test", test)):
+        for name in chosen:
+            if name not in names:
+                raise UserError(f"--{option} {name}: no such sequence; {_nearest(name, names)}")
+    both = sorted(set(valid) & set(test))
+    if both:
+        raise UserError(f"{both[0]!r} is in --valid and in --test; splits share no base: leave it out of one")
+    table: Table = {name: [] for name in SPLITS}
+    for name, index in names.items():
+        split = "test" if name in test else "valid" if name in valid else "train"
+        table[split].append([index, 0, sequences[index]["length"]])
+    if not table["train"]:
+        raise UserError("--valid and --test name every sequence; leave at least one to train on")
+    return table, f"by sequence: valid {', '.join(valid) or 'none'}; test {', '.join(test) or 'none'}; the others train"
+
+
+def _read_bed(path: Path) -> list[tuple[int, str, int, int, str]]:
+    """Rows (line number, sequence name, start, end, split), checked as far as the file alone allows."""
+    _check_source(path)
+    with _Source(path, lambda read: None) as source:
+        text = b"".join(source.blocks())
+    rows = []
+    for number, line in enumerate(text.decode("utf-8", "replace").splitlines(), start=1):
+        words = line.split("\t") if "\t" in line else line.split()
+        words = [word.strip() for word in words]
+        if not line.strip() or line.startswith("#") or words[0] in ("track", "browser"):
+            continue
+        where = f"{path}: line {number}"
+        if len(words) < 4:
+            raise UserError(f"{where}: {len(words)} column{'s' * (len(words) != 1)}; a row is: chrom start end train|valid|test")
+        name, start, end, split = words[:4]
+        if not (_is_count(start) and _is_count(end)):
+            raise UserError(f"{where}: {start[:20]!r}, {end[:20]!r}: start and end must be whole numbers, 0-based half-open")
+        if split not in SPLITS:
+            close = difflib.get_close_matches(split, SPLITS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{where}: split {split[:40]!r} is not one of {', '.join(SPLITS)}{hint}")
+        if int(start) >= int(end):
+            raise UserError(f"{where}: start {start} is not before end {end}; coordinates are 0-based half-open")
+        rows.append((number, name, int(start), int(end), split))
+    if not rows:
+        raise UserError(f"{path}: holds no rows; a row is: chrom start end train|valid|test")
+    return rows
+
+
+def _is_count(word: str) -> bool:
+    return word.isascii() and word.isdigit() and len(word) <= 18
+
+
+def _splits_from_bed(
+    rows: list[tuple[int, str, int, int, str]], path: Path, sequences: list[dict[str, Any]]
+) -> tuple[Table, str]:
+    names = {s["name"]: i for i, s in enumerate(sequences)}
+    placed = []
+    for number, name, start, end, split in rows:
+        if name not in names:
+            raise UserError(f"{path}: line {number}: no sequence {name[:60]!r} in the FASTA; {_nearest(name, names)}")
+        length = sequences[names[name]]["length"]
+        if end > length:
+            raise UserError(f"{path}: line {number}: end {end:,} is past the end of {name!r} ({length:,} bases)")
+        placed.append((names[name], start, end, split, number))
+    placed.sort()
+    table: Table = {name: [] for name in SPLITS}
+    for i, (index, start, end, split, number) in enumerate(placed):
+        if i and placed[i - 1][0] == index and placed[i - 1][2] > start:
+            lines = sorted((placed[i - 1][4], number))
+            raise UserError(
+                f"{path}: lines {lines[0]} and {lines[1]} overlap in {sequences[index]['name']!r}; "
+                "every base may be in one row only"
+            )
+        last = table[split][-1] if table[split] else None
+        if last and last[0] == index and last[2] == start:
+            last[2] = end
+        else:
+            table[split].append([index, start, end])
+    return table, f"BED file {path.name}, {len(rows)} rows"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known[:10_000], n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    more = f" and {len(known) - 5:,} more" if len(known) > 5 else ""
+    return f"there is {', '.join(map(repr, known[:5]))}{more}"
