@@ -58,9 +58,9 @@ def prepare_genome(
     Splits, one of three ways:
     - `splits`: a BED file of chrom, start, end, train|valid|test (0-based half-open). Bases outside it are in no split.
     - `valid`, `test`: names of the sequences that validate and test; the others train. One of them may be empty.
-    - by default, blocks of `block` bases (65,536; less for a small genome, so that there are about 20 or more), cut
-      within each sequence and counted from 0 through all of them: block k tests if k % 10 = 9, validates if k % 10 = 0
-      and k > 0, else trains.
+    - by default, blocks of `block` bases (65,536; less for a small genome, so that there are 20 or more), cut within
+      each sequence and counted from 0 through all of them: every tenth block (k % 10 = 0) tests, the next one
+      (k % 10 = 1) validates, the others train.
 
     min_length: shorter sequences are left out (counted in the manifest's "skipped").
     overwrite: replace `out` if it is a dataset.
@@ -580,32 +580,32 @@ def _splits_by_block(sequences: list[dict[str, Any]], block: int | None) -> tupl
     lengths = np.array([s["length"] for s in sequences], np.int64)
     size = block or _default_block(int(lengths.sum()))
     counts = -(-lengths // size)
-    if counts.sum() < 11:
+    if counts.sum() < 3:
         total = int(lengths.sum())
-        if block is None or total < 20:
-            raise UserError(f"{total:,} bases are too few for training, validation and test splits; give more")
+        if block is None or total < 3:
+            raise UserError(f"{total} base{'s' * (total != 1)}: too few for a test, a validation and a training split")
         raise UserError(
-            f"--block {block:,} cuts {total:,} bases into {counts.sum()} blocks, and 11 are the least that give a test "
-            f"and a validation block; use --block {_default_block(total)} or leave it out"
+            f"--block {block:,} cuts {total:,} bases into fewer than the 3 blocks that a test, a validation and a "
+            f"training split need; use --block {_default_block(total):,} or leave it out"
         )
     table: Table = {name: [] for name in SPLITS}
     first = 0
     for index, (length, count) in enumerate(zip(lengths.tolist(), counts.tolist())):
         k = first + np.arange(count)
-        kind = np.where(k % 10 == 9, 2, np.where((k % 10 == 0) & (k > 0), 1, 0))  # index into SPLITS
+        kind = np.where(k % 10 == 0, 2, np.where(k % 10 == 1, 1, 0))  # index into SPLITS: train, valid, test
         edges = np.flatnonzero(np.concatenate([[True], kind[1:] != kind[:-1], [True]]))
         for a, b in zip(edges[:-1].tolist(), edges[1:].tolist()):
             table[SPLITS[kind[a]]].append([index, a * size, min(b * size, length)])
         first += count
     rule = (
-        f"blocks of {size} bases, counted from 0 through all sequences: block k tests if k % 10 = 9, "
-        "validates if k % 10 = 0 and k > 0, else trains"
+        f"blocks of {size} bases, counted from 0 through all sequences: block k tests if k % 10 = 0, "
+        "validates if k % 10 = 1, else trains"
     )
     return table, rule
 
 
 def _default_block(total: int) -> int:
-    """65,536, or less for a small genome: at least about 20 blocks, a multiple of 64 if that many bases are there."""
+    """65,536, or less for a small genome: at least 20 blocks, a multiple of 64 if that many bases are there."""
     size = min(DEFAULT_BLOCK, total // 20)
     return max(1, size // 64 * 64 if size >= 64 else size)
 
