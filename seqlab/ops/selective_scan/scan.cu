@@ -1,0 +1,710 @@
+// The selective scan, forward and backward, parallel over time.
+//
+//     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t          y_t = (C_t . h_t + D u_t) silu(z_t)
+//
+// A warp owns 64 neighbouring channels, two a thread. Time is cut into chunks, one block each:
+//   scan_ends     what a chunk adds to the state that leaves it (its decay is exp(A sum delta): one number a channel)
+//   scan_carry    the state that enters every chunk
+//   scan_forward  the outputs; also leaves the state at every segment start, for the backward pass
+//   adjoint_ends, adjoint_carry   the same for dL/dh, right to left
+//   scan_backward the gradients, segment by segment from the right, from checkpoints a tile apart
+//   reduce_*      sums over chunks and channel blocks in a fixed order: the same bits on every run
+//
+// A thread keeps TILE steps of its two channels in registers and goes through the states one after the other, so nothing
+// but a few KB of shared memory depends on the number of states. B and C come through shared memory, transposed.
+// Logical time i runs in scan order; position = i, or length-1-i when reversed (strides carry the sign).
+//
+// Set from outside: STATES, WARPS, BF16, PAIRED, and optionally the tuning constants below.
+
+#ifndef TILE
+#define TILE 8
+#endif
+#define STAGE 32                     // steps of B and C in shared memory at a time
+#define TILES (STAGE / TILE)
+#define ROW (STAGE + 4)              // padded row of the transposed B and C: 16-byte aligned, banks spread
+#define THREADS (WARPS * 32)
+#define EACH ((STAGE * STATES + THREADS - 1) / THREADS)  // values of B (and of C) a thread stages
+#ifndef FORWARD_BLOCKS
+#define FORWARD_BLOCKS (16 / WARPS)
+#endif
+#ifndef BACKWARD_BLOCKS
+#define BACKWARD_BLOCKS (12 / WARPS)
+#endif
+#ifndef UNROLL
+#define UNROLL 2
+#endif
+#define SUM_ROW (2 * STAGE + 2)      // sums of one state over a warp's channels: STAGE for C, STAGE for B, padding
+#define PREFETCH (EACH <= 8)
+#define FORGET 27.f                  // what has decayed below 2^-27 is dropped: an eighth of a float's rounding
+
+struct Params {
+    const elem *u, *delta, *B, *C, *z, *dy;
+    const float *A, *D, *bias, *initial, *dfinal;  // A as (n d), the states as (b d n)
+    const unsigned char* mask;                     // (b l)
+    elem* y;                                       // (b l d)
+    float* final;                                  // (b d n)
+    float *segments;                               // (b segment n d), state at a segment's start
+    float *ends, *sums;                            // (b chunk n d), (b chunk d)
+    elem *du, *ddelta, *dz;                        // (b l d)
+    void *dB, *dC;                                 // (b l n) of elem, or (channel block b l n) of float if several
+    float *partial;                                // (b*chunk n+2 d): dA, dD, dbias of one chunk
+    float *dinitial, *dA, *dD, *dbias;             // dA as (d n)
+    float *scratch;                                // checkpoints of the blocks in flight
+    i64 u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t;
+    i64 batch, length, channels, chunk, chunks, segment, all_segments, channel_blocks, items;
+    i64 softplus, reverse;
+};
+
+// Where a thread stands: its batch row, chunk and channels.
+struct Place {
+    i64 b, k, c, cc;      // c: first channel, cc: the same inside the array
+    int warp, lane, second;
+    bool ok0, ok1;
+};
+
+DEVICE Place place(const Params& p, i64 item, i64 chunks) {
+    Place q;
+    q.warp = threadIdx.x / 32;
+    q.lane = threadIdx.x % 32;
+    i64 block = item % p.channel_blocks, rest = item / p.channel_blocks;
+    q.k = rest % chunks;
+    q.b = rest / chunks;
+    q.c = block * (WARPS * 64) + q.warp * 64 + 2 * q.lane;
+    q.ok0 = q.c < p.channels;
+    q.ok1 = q.c + 1 < p.channels;
+#if PAIRED
+    q.cc = q.ok0 ? q.c : p.channels - 2;
+    q.second = 1;
+#else
+    q.cc = q.ok0 ? q.c : p.channels - 1;
+    q.second = q.ok1 ? 1 : 0;
+#endif
+    return q;
+}
+
+// A row of data in scan order: address of logical step 0 and the signed step.
+struct Line {
+    const elem* at;
+    int step;
+};
+DEVICE Line line(const Params& p, const elem* base, i64 stride_b, i64 stride_t, i64 b, i64 c) {
+    Line r;
+    r.at = base + b * stride_b + c + (p.reverse ? (p.length - 1) * stride_t : 0);
+    r.step = (int)(p.reverse ? -stride_t : stride_t);
+    return r;
+}
+
+// One bit a step of the tile at i0: inside the sequence and not masked.
+DEVICE u32 live_steps(const Params& p, i64 b, i64 i0) {
+    i64 left = p.length - i0;
+    u32 bits = left >= TILE ? (1u << TILE) - 1u : left <= 0 ? 0u : (1u << (int)left) - 1u;
+    if (p.mask != 0) {
+        const unsigned char* row = p.mask + b * p.length;
+        for (int j = 0; j < TILE; j++)
+            if ((bits >> j) & 1u)
+                if (!row[p.reverse ? p.length - 1 - (i0 + j) : i0 + j]) bits &= ~(1u << j);
+    }
+    return bits;
+}
+
+DEVICE void load_tile(pair (&raw)[TILE], const Line& a, i64 i0, u32 live, int second) {
+    const elem* at = a.at + i0 * a.step;
+#pragma unroll
+    for (int j = 0; j < TILE; j++) {
+        raw[j] = make_pair((elem)0, (elem)0);
+        if ((live >> j) & 1u) raw[j] = load_pair(at + (i64)j * a.step, second);
+    }
+}
+
+// delta' from what was read; 0 at dead steps, where the state then passes through.
+DEVICE void step_sizes(float2 (&dt)[TILE], const pair (&raw)[TILE], float2 bias, i64 soft, u32 live) {
+#pragma unroll
+    for (int j = 0; j < TILE; j++) {
+        float2 v = unpack(raw[j]);
+        v.x += bias.x;
+        v.y += bias.y;
+        if (soft) {
+            v.x = softplus(v.x);
+            v.y = softplus(v.y);
+        }
+        bool on = (live >> j) & 1u;
+        dt[j].x = on ? v.x : 0.f;
+        dt[j].y = on ? v.y : 0.f;
+    }
+}
+
+DEVICE float2 read2(const float* row, const Place& q) {
+    #if PAIRED
+    return __ldg((const float2*)(row + q.cc));
+#else
+    return make_float2(__ldg(row + q.cc), __ldg(row + q.cc + q.second));
+#endif
+}
+DEVICE float2 coefficients(const Params& p, const Place& q, int n) {  // log2(e) A
+    float2 a = read2(p.A + (i64)n * p.channels, q);
+    a.x *= LOG2E;
+    a.y *= LOG2E;
+    return a;
+}
+DEVICE void write2(float* row, const Place& q, float2 v) {
+    if (q.ok0) row[q.c] = v.x;
+    if (q.ok1) row[q.c + 1] = v.y;
+}
+
+// B or C: STAGE steps from logical step i0 on, into registers, then transposed into shared memory.
+DEVICE elem staged_value(const Params& p, const elem* base, i64 stride_t, const unsigned char* mask, i64 i0, int e) {
+    int n = e % STATES, t = e / STATES;
+    i64 i = i0 + t;
+    if (e >= STAGE * STATES || i < 0 || i >= p.length) return (elem)0;
+    i64 at = p.reverse ? p.length - 1 - i : i;
+    if (mask != 0 && !mask[at]) return (elem)0;
+    return __ldg(base + at * stride_t + n);
+}
+DEVICE void fetch(elem (&r)[EACH], const Params& p, const elem* base, i64 stride_t, const unsigned char* mask, i64 i0) {
+#pragma unroll
+    for (int s = 0; s < EACH; s++) r[s] = staged_value(p, base, stride_t, mask, i0, threadIdx.x + s * THREADS);
+}
+DEVICE void put(float* tile, const elem (&r)[EACH]) {
+#pragma unroll
+    for (int s = 0; s < EACH; s++) {
+        int e = threadIdx.x + s * THREADS;
+        if (e < STAGE * STATES) tile[(e % STATES) * ROW + e / STATES] = to_float(r[s]);
+    }
+}
+DEVICE void stage(float* tile, const Params& p, const elem* base, i64 stride_t, const unsigned char* mask, i64 i0) {
+    for (int e = threadIdx.x; e < STAGE * STATES; e += THREADS)
+        tile[(e % STATES) * ROW + e / STATES] = to_float(staged_value(p, base, stride_t, mask, i0, e));
+}
+DEVICE void read_row(float (&v)[TILE], const float* tile, int n, int t) {
+#pragma unroll
+    for (int j = 0; j < TILE; j += 4) {
+        float4 f = *(const float4*)(tile + n * ROW + t + j);
+        v[j] = f.x;
+        v[j + 1] = f.y;
+        v[j + 2] = f.z;
+        v[j + 3] = f.w;
+    }
+}
+
+// Decay of a whole chunk. Where the state is 0 it stays 0, also against an infinite growth.
+DEVICE float decayed(float a, float sum, float h) { return h == 0.f ? 0.f : exp2_fast(a * sum) * h; }
+
+// ------------------------------------------------------------------------------------------------- chunk summaries
+// Forward:  sum_t exp(A sum_{s>t} delta_s) delta_t u_t B_t, walking left from the chunk's right end.
+// Adjoint:  sum_t exp(A sum_{s<=t} delta_s) dy_t C_t,       walking right from its left end.
+// The weight of a step only falls as the walk goes on (delta' >= 0 under softplus, A < 0): a state is finished once the
+// weight is below 2^-FORGET in every channel of the warp, and the walk once all are. What is dropped is then at most
+// 2^-FORGET of the state at the place where the walk stopped.
+template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
+    SHARED_FLOATS(shared);
+    float* tile = shared;                                             // (STATES, ROW)
+    float2* sums = (float2*)(shared + STATES * ROW) + (threadIdx.x / 32) * STATES * 32 + threadIdx.x % 32;
+    Place q = place(p, blockIdx.x, p.chunks - 1);
+    if (ADJOINT) q.k += 1;
+    const i64 begin = q.k * p.chunk, end = begin + p.chunk < p.length ? begin + p.chunk : p.length;
+    const int stages = (int)((end - begin + STAGE - 1) / STAGE);
+    const Line delta = line(p, p.delta, p.delta_b, p.delta_t, q.b, q.cc);
+    const Line first = ADJOINT ? line(p, p.dy, p.dy_b, p.dy_t, q.b, q.cc) : line(p, p.u, p.u_b, p.u_t, q.b, q.cc);
+    const Line gate = ADJOINT && p.z != 0 ? line(p, p.z, p.z_b, p.z_t, q.b, q.cc) : delta;
+    const elem* rows = ADJOINT ? p.C + q.b * p.C_b : p.B + q.b * p.B_b;
+    const i64 rows_t = ADJOINT ? p.C_t : p.B_t;
+    const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + q.b * p.length;
+    const float2 bias = p.bias != 0 ? read2(p.bias, q) : make_float2(0.f, 0.f);
+    for (int n = 0; n < STATES; n++) sums[n * 32] = make_float2(0.f, 0.f);
+    float2 total = make_float2(0.f, 0.f);
+    int active = STATES;
+    for (int s = 0; s < stages; s++) {
+        const i64 i0 = begin + (i64)(ADJOINT ? s : stages - 1 - s) * STAGE;
+        if (!__syncthreads_or(active > 0)) break;
+        stage(tile, p, rows, rows_t, mask, i0);
+        __syncthreads();
+        for (int w = 0; w < TILES && active > 0; w++) {
+            const int t0 = (ADJOINT ? w : TILES - 1 - w) * TILE;
+            const u32 live = live_steps(p, q.b, i0 + t0);
+            if (live == 0) continue;
+            pair raw[TILE], more[TILE];
+            float2 dt[TILE], v[TILE];
+            load_tile(raw, delta, i0 + t0, live, q.second);
+            load_tile(more, first, i0 + t0, live, q.second);
+            step_sizes(dt, raw, bias, p.softplus, live);
+#pragma unroll
+            for (int j = 0; j < TILE; j++) v[j] = unpack(more[j]);
+            if (ADJOINT) {
+                if (p.z != 0) {
+                    load_tile(raw, gate, i0 + t0, live, q.second);
+#pragma unroll
+                    for (int j = 0; j < TILE; j++) {
+                        float2 g = unpack(raw[j]);
+                        v[j].x *= g.x * sigmoid(g.x);
+                        v[j].y *= g.y * sigmoid(g.y);
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < TILE; j++) {
+                    total.x += dt[j].x;
+                    total.y += dt[j].y;
+                    dt[j] = total;
+                }
+            } else {
+#pragma unroll
+                for (int j = TILE - 1; j >= 0; j--) {
+                    v[j].x *= dt[j].x;
+                    v[j].y *= dt[j].y;
+                    float2 before = total;
+                    total.x += dt[j].x;
+                    total.y += dt[j].y;
+                    dt[j] = before;
+                }
+            }
+            for (int n = 0; n < active; n++) {
+                const float2 a = coefficients(p, q, n);
+                float2 h = sums[n * 32];
+                float b[TILE];
+                read_row(b, tile, n, t0);
+#pragma unroll
+                for (int j = 0; j < TILE; j++) {
+                    h.x += exp2_fast(fminf(a.x * dt[j].x, 127.f)) * (v[j].x * b[j]);  // no inf: it may meet a 0
+                    h.y += exp2_fast(fminf(a.y * dt[j].y, 127.f)) * (v[j].y * b[j]);
+                }
+                sums[n * 32] = h;
+            }
+            if (p.softplus)
+                while (active > 0) {
+                    const float2 a = coefficients(p, q, active - 1);
+                    if (!warp_all(a.x * total.x < -FORGET && a.y * total.y < -FORGET)) break;
+                    active--;
+                }
+        }
+    }
+    float* out = p.ends + (q.b * p.chunks + q.k) * STATES * p.channels;
+    for (int n = 0; n < STATES; n++) write2(out + n * p.channels, q, sums[n * 32]);
+    write2(p.sums + (q.b * p.chunks + q.k) * p.channels, q, total);
+}
+KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_ends(const Params p) { chunk_ends<false>(p); }
+KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) adjoint_ends(const Params p) { chunk_ends<true>(p); }
+
+// ------------------------------------------------------------------------------------------------------ carries
+// Replaces what every chunk adds by what enters it. One thread a (batch, state, channel).
+#define AHEAD 16
+template <bool ADJOINT> DEVICE void carry(const Params& p) {
+    const i64 id = (i64)blockIdx.x * blockDim.x + threadIdx.x, per = STATES * p.channels;
+    if (id >= p.batch * per) return;
+    const i64 b = id / per, r = id % per, n = r / p.channels, c = r % p.channels;
+    const float a = LOG2E * p.A[r];
+    const float* start = ADJOINT ? p.dfinal : p.initial;
+    float h = start != 0 ? start[(b * p.channels + c) * STATES + n] : 0.f;
+    float* ends = p.ends + b * p.chunks * per + r;
+    const float* sums = p.sums + b * p.chunks * p.channels + c;
+    for (i64 k0 = 0; k0 < p.chunks; k0 += AHEAD) {
+        float e[AHEAD], s[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            i64 k = ADJOINT ? p.chunks - 1 - (k0 + j) : k0 + j;
+            bool there = k0 + j < p.chunks - 1;  // the last chunk's own addition goes nowhere
+            e[j] = there ? ends[k * per] : 0.f;
+            s[j] = there ? sums[k * p.channels] : 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            i64 k = ADJOINT ? p.chunks - 1 - (k0 + j) : k0 + j;
+            if (k0 + j < p.chunks) ends[k * per] = h;
+            h = decayed(a, s[j], h) + e[j];
+        }
+    }
+}
+KERNEL scan_carry(const Params p) { carry<false>(p); }
+KERNEL adjoint_carry(const Params p) { carry<true>(p); }
+
+// ------------------------------------------------------------------------------------------------------ outputs
+// What enters chunk k: computed by the carry, or given from outside when there is a single chunk.
+DEVICE float2 entering(const Params& p, const Place& q, const float* given, int n) {
+    if (p.chunks > 1) return read2(p.ends + ((q.b * p.chunks + q.k) * STATES + n) * p.channels, q);
+    if (given == 0) return make_float2(0.f, 0.f);
+    const float* at = given + (q.b * p.channels + q.cc) * STATES + n;
+    return make_float2(at[0], at[q.second * STATES]);
+}
+DEVICE void leaving(const Params& p, const Place& q, float* out, int n, float2 v) {  // (b d n)
+    float* at = out + (q.b * p.channels + q.c) * STATES + n;
+    if (q.ok0) at[0] = v.x;
+    if (q.ok1) at[STATES] = v.y;
+}
+
+KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
+    SHARED_FLOATS(shared);
+    float* tileB = shared;                               // (2 or 1, STATES, ROW)
+    float* tileC = shared + (PREFETCH ? 2 : 1) * STATES * ROW;
+    float2* state = (float2*)(tileC + (PREFETCH ? 2 : 1) * STATES * ROW) + (threadIdx.x / 32) * STATES * 32 + threadIdx.x % 32;
+    const Place q = place(p, blockIdx.x, p.chunks);
+    const i64 begin = q.k * p.chunk, end = begin + p.chunk < p.length ? begin + p.chunk : p.length;
+    const int stages = (int)((end - begin + STAGE - 1) / STAGE);
+    const Line u = line(p, p.u, p.u_b, p.u_t, q.b, q.cc), delta = line(p, p.delta, p.delta_b, p.delta_t, q.b, q.cc);
+    const Line z = p.z != 0 ? line(p, p.z, p.z_b, p.z_t, q.b, q.cc) : u;
+    const Line y = line(p, p.y, p.length * p.channels, p.channels, q.b, q.c);
+    const elem *rowsB = p.B + q.b * p.B_b, *rowsC = p.C + q.b * p.C_b;
+    const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + q.b * p.length;
+    const float2 none = make_float2(0.f, 0.f);
+    const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
+    for (int n = 0; n < STATES; n++) state[n * 32] = entering(p, q, p.initial, n);
+#if PREFETCH
+    elem nextB[EACH], nextC[EACH];
+    fetch(nextB, p, rowsB, p.B_t, mask, begin);
+    fetch(nextC, p, rowsC, p.C_t, mask, begin);
+    put(tileB, nextB);
+    put(tileC, nextC);
+    __syncthreads();
+#endif
+    u32 live = live_steps(p, q.b, begin);
+    pair rawU[TILE], rawD[TILE];
+    load_tile(rawU, u, begin, live, q.second);
+    load_tile(rawD, delta, begin, live, q.second);
+    for (int s = 0; s < stages; s++) {
+        const i64 i0 = begin + (i64)s * STAGE;
+#if PREFETCH
+        float *nowB = tileB + (s & 1) * STATES * ROW, *nowC = tileC + (s & 1) * STATES * ROW;
+        if (s + 1 < stages) {
+            fetch(nextB, p, rowsB, p.B_t, mask, i0 + STAGE);
+            fetch(nextC, p, rowsC, p.C_t, mask, i0 + STAGE);
+        }
+#else
+        float *nowB = tileB, *nowC = tileC;
+        __syncthreads();
+        stage(nowB, p, rowsB, p.B_t, mask, i0);
+        stage(nowC, p, rowsC, p.C_t, mask, i0);
+        __syncthreads();
+#endif
+        if (p.segments != 0 && (i0 - begin) % p.segment == 0) {
+            float* out = p.segments + (q.b * p.all_segments + i0 / p.segment) * STATES * p.channels;
+            for (int n = 0; n < STATES; n++) write2(out + n * p.channels, q, state[n * 32]);
+        }
+        for (int t0 = 0; t0 < STAGE; t0 += TILE) {
+            float2 dt[TILE], v[TILE], sum[TILE];
+            pair rawZ[TILE];
+            step_sizes(dt, rawD, bias, p.softplus, live);
+#pragma unroll
+            for (int j = 0; j < TILE; j++) {
+                float2 x = unpack(rawU[j]);
+                v[j] = make_float2(dt[j].x * x.x, dt[j].y * x.y);
+                sum[j] = make_float2(skip.x * x.x, skip.y * x.y);
+            }
+            if (p.z != 0) load_tile(rawZ, z, i0 + t0, live, q.second);
+            const u32 now = live;
+            const i64 after = i0 + t0 + TILE;
+            live = after < end ? live_steps(p, q.b, after) : 0u;
+            load_tile(rawU, u, after, live, q.second);
+            load_tile(rawD, delta, after, live, q.second);
+            if (now == 0) continue;
+#pragma unroll UNROLL
+            for (int n = 0; n < STATES; n++) {
+                const float2 a = coefficients(p, q, n);
+                float2 h = state[n * 32];
+                float b[TILE], c[TILE];
+                read_row(b, nowB, n, t0);
+                read_row(c, nowC, n, t0);
+#pragma unroll
+                for (int j = 0; j < TILE; j++) {
+                    h.x = exp2_fast(a.x * dt[j].x) * h.x + v[j].x * b[j];
+                    h.y = exp2_fast(a.y * dt[j].y) * h.y + v[j].y * b[j];
+                    sum[j].x += c[j] * h.x;
+                    sum[j].y += c[j] * h.y;
+                }
+                state[n * 32] = h;
+            }
+            elem* out = (elem*)y.at + (i0 + t0) * y.step;
+#pragma unroll
+            for (int j = 0; j < TILE; j++) {
+                float2 r = sum[j];
+                if (p.z != 0) {
+                    float2 g = unpack(rawZ[j]);
+                    r.x *= g.x * sigmoid(g.x);
+                    r.y *= g.y * sigmoid(g.y);
+                }
+                if ((now >> j) & 1u) store_pair(out + (i64)j * y.step, r, q.ok0, q.ok1);
+            }
+        }
+#if PREFETCH
+        if (s + 1 < stages) {
+            put(tileB + ((s + 1) & 1) * STATES * ROW, nextB);
+            put(tileC + ((s + 1) & 1) * STATES * ROW, nextC);
+        }
+        __syncthreads();
+#endif
+    }
+    if (p.final != 0 && q.k == p.chunks - 1)
+        for (int n = 0; n < STATES; n++) leaving(p, q, p.final, n, state[n * 32]);
+}
+
+// ----------------------------------------------------------------------------------------------------- gradients
+// Sums 16 values over the 32 lanes: halves are exchanged and added, so that lane l ends up with value l/2.
+// v[0..7] belong to C, v[8..15] to B (TILE = 8).
+DEVICE float sum_lanes(float (&v)[2 * TILE], int lane) {
+#pragma unroll
+    for (int width = TILE, bit = 16; width >= 1; width /= 2, bit /= 2) {
+        const bool upper = (lane & bit) != 0;
+#pragma unroll
+        for (int j = 0; j < width; j++) {
+            const float keep = upper ? v[j + width] : v[j], give = upper ? v[j] : v[j + width];
+            v[j] = keep + lane_xor(give, bit);
+        }
+    }
+#pragma unroll
+    for (int bit = 16 / TILE / 2; bit >= 1; bit /= 2) v[0] += lane_xor(v[0], bit);
+    return v[0];
+}
+
+KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
+    SHARED_FLOATS(shared);
+    float* tileB = shared;                                    // (STATES, ROW)
+    float* tileC = tileB + STATES * ROW;                      // (STATES, ROW)
+    float* channel_sums = tileC + STATES * ROW;               // (WARPS, STATES, SUM_ROW)
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float* mine = channel_sums + warp * STATES * SUM_ROW;
+    float2* state = (float2*)mine + lane;                     // the checkpoint pass keeps its state in the same place
+    float2* adjoint = (float2*)(channel_sums + WARPS * STATES * SUM_ROW) + warp * STATES * 32 + lane;
+    float2* dA = adjoint + WARPS * STATES * 32;
+    const int tiles = (int)(p.segment / TILE);
+    float2* marks = (float2*)p.scratch + ((i64)blockIdx.x * WARPS + warp) * tiles * STATES * 32 + lane;
+    const float2 none = make_float2(0.f, 0.f);
+    const i64 segments = p.chunk / p.segment;
+    for (i64 item = blockIdx.x; item < p.items; item += gridDim.x) {
+        const Place q = place(p, item, p.chunks);
+        const i64 begin = q.k * p.chunk;
+        const Line u = line(p, p.u, p.u_b, p.u_t, q.b, q.cc), delta = line(p, p.delta, p.delta_b, p.delta_t, q.b, q.cc);
+        const Line z = p.z != 0 ? line(p, p.z, p.z_b, p.z_t, q.b, q.cc) : u;
+        const Line dy = line(p, p.dy, p.dy_b, p.dy_t, q.b, q.cc);
+        const Line out = line(p, p.du, p.length * p.channels, p.channels, q.b, q.c);  // du, ddelta and dz lie alike
+        const elem *rowsB = p.B + q.b * p.B_b, *rowsC = p.C + q.b * p.C_b;
+        const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + q.b * p.length;
+        const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
+        for (int n = 0; n < STATES; n++) {
+            adjoint[n * 32] = entering(p, q, p.dfinal, n);
+            dA[n * 32] = none;
+        }
+        float2 dD = none, dbias = none;
+        for (i64 g = segments - 1; g >= 0; g--) {
+            const i64 left = begin + g * p.segment;
+            if (left >= p.length) continue;
+            const i64 right = left + p.segment < p.length ? left + p.segment : p.length;
+            const int stages = (int)((right - left + STAGE - 1) / STAGE);
+            // The state at the start of every tile of the segment.
+            const float* from = p.segments + (q.b * p.all_segments + left / p.segment) * STATES * p.channels;
+            __syncthreads();
+            for (int n = 0; n < STATES; n++) {
+                const float2 h = read2(from + n * p.channels, q);
+                state[n * 33] = h;
+                marks[n * 32] = h;
+            }
+            for (int s = 0; s < stages; s++) {
+                const i64 i0 = left + (i64)s * STAGE;
+                __syncthreads();
+                stage(tileB, p, rowsB, p.B_t, mask, i0);
+                __syncthreads();
+                for (int t0 = 0; t0 < STAGE; t0 += TILE) {
+                    const int next = s * TILES + t0 / TILE + 1;
+                    if (i0 + t0 + TILE >= right) break;
+                    const u32 live = live_steps(p, q.b, i0 + t0);
+                    pair raw[TILE];
+                    float2 dt[TILE], v[TILE];
+                    load_tile(raw, delta, i0 + t0, live, q.second);
+                    step_sizes(dt, raw, bias, p.softplus, live);
+                    load_tile(raw, u, i0 + t0, live, q.second);
+#pragma unroll
+                    for (int j = 0; j < TILE; j++) {
+                        v[j] = unpack(raw[j]);
+                        v[j].x *= dt[j].x;
+                        v[j].y *= dt[j].y;
+                    }
+#pragma unroll UNROLL
+                    for (int n = 0; n < STATES; n++) {
+                        const float2 a = coefficients(p, q, n);
+                        float2 h = state[n * 33];
+                        float b[TILE];
+                        read_row(b, tileB, n, t0);
+#pragma unroll
+                        for (int j = 0; j < TILE; j++) {
+                            h.x = exp2_fast(a.x * dt[j].x) * h.x + v[j].x * b[j];
+                            h.y = exp2_fast(a.y * dt[j].y) * h.y + v[j].y * b[j];
+                        }
+                        state[n * 33] = h;
+                        marks[((i64)next * STATES + n) * 32] = h;
+                    }
+                }
+            }
+            // Back through the segment.
+            for (int s = stages - 1; s >= 0; s--) {
+                const i64 i0 = left + (i64)s * STAGE;
+                __syncthreads();
+                stage(tileB, p, rowsB, p.B_t, mask, i0);
+                stage(tileC, p, rowsC, p.C_t, mask, i0);
+                __syncthreads();
+                for (int w = TILES - 1; w >= 0; w--) {
+                    const int t0 = w * TILE;
+                    const u32 live = live_steps(p, q.b, i0 + t0);
+                    if (live == 0) {
+                        for (int n = 0; n < STATES; n++)
+                            if (lane % 2 == 0) mine[n * SUM_ROW + (lane >= 16 ? STAGE : 0) + t0 + (lane / 2) % 8] = 0.f;
+                        continue;
+                    }
+                    const float2* mark = marks + (i64)(s * TILES + w) * STATES * 32;
+                    float2 dt[TILE], v[TILE], dout[TILE], sumY[TILE], sumB[TILE], sumA[TILE];
+                    {
+                        pair raw[TILE], more[TILE];
+                        load_tile(raw, delta, i0 + t0, live, q.second);
+                        load_tile(more, u, i0 + t0, live, q.second);
+                        step_sizes(dt, raw, bias, p.softplus, live);
+#pragma unroll
+                        for (int j = 0; j < TILE; j++) {
+                            float2 x = unpack(more[j]);
+                            v[j] = make_float2(q.ok0 ? dt[j].x * x.x : 0.f, q.ok1 ? dt[j].y * x.y : 0.f);
+                            sumY[j] = make_float2(skip.x * x.x, skip.y * x.y);
+                        }
+                        load_tile(more, dy, i0 + t0, live, q.second);
+                        if (p.z != 0) load_tile(raw, z, i0 + t0, live, q.second);
+#pragma unroll
+                        for (int j = 0; j < TILE; j++) {
+                            float2 d = unpack(more[j]);
+                            if (p.z != 0) {
+                                float2 x = unpack(raw[j]);
+                                d.x *= x.x * sigmoid(x.x);
+                                d.y *= x.y * sigmoid(x.y);
+                            }
+                            dout[j] = make_float2(q.ok0 ? d.x : 0.f, q.ok1 ? d.y : 0.f);
+                            sumB[j] = none;
+                            sumA[j] = none;
+                        }
+                    }
+#pragma unroll 1
+                    for (int n = 0; n < STATES; n++) {
+                        const float2 a = coefficients(p, q, n);
+                        float2 h = mark[n * 32], ag = adjoint[n * 32], da = none;
+                        float b[TILE], c[TILE], both[2 * TILE];
+                        float2 e[TILE], kept[TILE];
+                        read_row(b, tileB, n, t0);
+                        read_row(c, tileC, n, t0);
+#pragma unroll
+                        for (int j = 0; j < TILE; j++) {
+                            e[j].x = exp2_fast(a.x * dt[j].x);
+                            e[j].y = exp2_fast(a.y * dt[j].y);
+                            kept[j].x = e[j].x * h.x;
+                            kept[j].y = e[j].y * h.y;
+                            h.x = kept[j].x + v[j].x * b[j];
+                            h.y = kept[j].y + v[j].y * b[j];
+                            sumY[j].x += c[j] * h.x;
+                            sumY[j].y += c[j] * h.y;
+                            both[j] = dout[j].x * h.x + dout[j].y * h.y;
+                        }
+#pragma unroll
+                        for (int j = TILE - 1; j >= 0; j--) {
+                            const float2 d = make_float2(ag.x + c[j] * dout[j].x, ag.y + c[j] * dout[j].y);  // dL/dh_t
+                            sumB[j].x += d.x * b[j];
+                            sumB[j].y += d.y * b[j];
+                            const float2 r = make_float2(d.x * kept[j].x, d.y * kept[j].y);
+                            sumA[j].x += a.x * r.x;
+                            sumA[j].y += a.y * r.y;
+                            da.x += dt[j].x * r.x;
+                            da.y += dt[j].y * r.y;
+                            both[TILE + j] = d.x * v[j].x + d.y * v[j].y;
+                            ag.x = e[j].x * d.x;
+                            ag.y = e[j].y * d.y;
+                        }
+                        adjoint[n * 32] = ag;
+                        float2 old = dA[n * 32];
+                        dA[n * 32] = make_float2(old.x + da.x, old.y + da.y);
+                        const float total = sum_lanes(both, lane);
+                        if (lane % 2 == 0) mine[n * SUM_ROW + (lane >= 16 ? STAGE : 0) + t0 + (lane / 2) % 8] = total;
+                    }
+                    {
+                        const i64 offset = (out.at - p.du) + (i0 + t0) * out.step;
+                        pair raw[TILE], more[TILE];
+                        load_tile(raw, delta, i0 + t0, live, q.second);
+                        load_tile(more, u, i0 + t0, live, q.second);
+#pragma unroll
+                        for (int j = 0; j < TILE; j++) {
+                            if (!((live >> j) & 1u)) continue;
+                            float2 x = unpack(more[j]), w = unpack(raw[j]), r;
+                            r.x = skip.x * dout[j].x + dt[j].x * sumB[j].x;
+                            r.y = skip.y * dout[j].y + dt[j].y * sumB[j].y;
+                            store_pair(p.du + offset + (i64)j * out.step, r, q.ok0, q.ok1);
+                            dD.x += dout[j].x * x.x;
+                            dD.y += dout[j].y * x.y;
+                            r.x = LN2 * sumA[j].x + x.x * sumB[j].x;
+                            r.y = LN2 * sumA[j].y + x.y * sumB[j].y;
+                            if (p.softplus) {
+                                r.x *= sigmoid(w.x + bias.x);
+                                r.y *= sigmoid(w.y + bias.y);
+                            }
+                            store_pair(p.ddelta + offset + (i64)j * out.step, r, q.ok0, q.ok1);
+                            dbias.x += r.x;
+                            dbias.y += r.y;
+                        }
+                        if (p.z != 0) {
+                            load_tile(raw, z, i0 + t0, live, q.second);
+                            load_tile(more, dy, i0 + t0, live, q.second);
+#pragma unroll
+                            for (int j = 0; j < TILE; j++) {
+                                if (!((live >> j) & 1u)) continue;
+                                float2 x = unpack(raw[j]), d = unpack(more[j]), r;
+                                float s0 = sigmoid(x.x), s1 = sigmoid(x.y);
+                                r.x = d.x * sumY[j].x * s0 * (1.f + x.x * (1.f - s0));
+                                r.y = d.y * sumY[j].y * s1 * (1.f + x.y * (1.f - s1));
+                                store_pair(p.dz + offset + (i64)j * out.step, r, q.ok0, q.ok1);
+                            }
+                        }
+                    }
+                }
+                __syncthreads();
+                const i64 block = item % p.channel_blocks;
+                for (int e = threadIdx.x; e < 2 * STAGE * STATES; e += THREADS) {
+                    const int n = e % STATES, t = e / STATES;  // t < STAGE: C, else B
+                    float total = 0.f;
+                    for (int w = 0; w < WARPS; w++) total += channel_sums[(w * STATES + n) * SUM_ROW + t];
+                    const i64 i = i0 + t % STAGE;
+                    if (i < right) {
+                        const i64 at = ((block * p.batch + q.b) * p.length + (p.reverse ? p.length - 1 - i : i)) * STATES + n;
+                        void* to = t < STAGE ? p.dC : p.dB;
+                        if (p.channel_blocks == 1) ((elem*)to)[at] = from_float(total);
+                        else ((float*)to)[at] = total;
+                    }
+                }
+            }
+        }
+        float* rows = p.partial + (q.b * p.chunks + q.k) * (STATES + 2) * p.channels;
+        for (int n = 0; n < STATES; n++) write2(rows + n * p.channels, q, dA[n * 32]);
+        write2(rows + STATES * p.channels, q, dD);
+        write2(rows + (STATES + 1) * p.channels, q, dbias);
+        if (p.dinitial != 0 && q.k == 0)
+            for (int n = 0; n < STATES; n++) leaving(p, q, p.dinitial, n, adjoint[n * 32]);
+        __syncthreads();
+    }
+}
+
+// dA, dD, dbias: sums over chunks. 256 threads: 32 columns, 8 shares of the chunks, then the 8 shares in order.
+KERNEL reduce_rows(const Params p) {
+    SHARED_FLOATS(shared);
+    const i64 width = (STATES + 2) * p.channels, column = (i64)blockIdx.x * 32 + threadIdx.x % 32;
+    const int share = threadIdx.x / 32;
+    float total = 0.f;
+    if (column < width)
+        for (i64 r = share; r < p.batch * p.chunks; r += 8) total += p.partial[r * width + column];
+    shared[threadIdx.x] = total;
+    __syncthreads();
+    if (share != 0 || column >= width) return;
+    for (int s = 1; s < 8; s++) total += shared[s * 32 + threadIdx.x];
+    const i64 n = column / p.channels, c = column % p.channels;
+    if (n < STATES) p.dA[c * STATES + n] = total;
+    else if (n == STATES) { if (p.dD != 0) p.dD[c] = total; }
+    else if (p.dbias != 0) p.dbias[c] = total;
+}
+
+// dB and dC: sums over channel blocks; p.dB and p.dC hold the blocks' sums, p.y and p.du receive the results.
+KERNEL reduce_blocks(const Params p) {
+    const i64 size = p.batch * p.length * STATES;
+    for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < size; e += (i64)gridDim.x * blockDim.x) {
+        float b = 0.f, c = 0.f;
+        for (i64 k = 0; k < p.channel_blocks; k++) {
+            b += ((const float*)p.dB)[k * size + e];
+            c += ((const float*)p.dC)[k * size + e];
+        }
+        p.y[e] = from_float(b);
+        p.du[e] = from_float(c);
+    }
+}
