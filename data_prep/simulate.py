@@ -67,7 +67,7 @@ class _Simulation:
 
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
-        usage = rng.random(64) ** 3 + 0.01  # uneven: a third of the codons make up most of the genes
+        usage = rng.random(64) ** 5 + 0.005  # uneven: a third of the codons make up most of the genes
         usage[_STOPS] = 0.0
         self.codon_usage = np.cumsum(usage) / usage.sum()
         self.after = rng.random((16, 4)) + 0.5  # weights of the base after each pair of bases
@@ -92,9 +92,9 @@ class _Simulation:
         pieces = []
         for gene, spacer, chance in zip(self._genes(genes), spacers, rng.random(genes)):
             pieces += [gene, spacer]
-            if chance < 0.12:
+            if chance < 0.05:
                 pieces += [self._repeat_copy(), spacer[::-1].copy()]
-            elif chance < 0.18:
+            elif chance < 0.08:
                 pieces.append(self._tandem())
         return pieces
 
