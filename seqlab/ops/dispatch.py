@@ -12,6 +12,7 @@ It must cost nothing to import: numba, triton, compiled extensions and the like 
 import difflib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -33,6 +34,8 @@ class Request:
     device: str  # "cpu", "cuda", ...
     dtype: torch.dtype  # of the data (u or x); parameters and states are fp32, or fp64 beside fp64 data
     channels: int  # d
+    batch: int = 0  # b and l; 0 while torch.compile traces, where they need not be known
+    length: int = 0
     d_state: int = 0  # n (selective_scan)
     width: int = 0  # w (causal_conv1d)
     initial_state: bool = False
@@ -56,9 +59,8 @@ def check_name(name: str, modules: dict[str, ModuleType], where: str) -> None:
     raise ValueError(f"{where} {name!r} is not a back end; allowed: {', '.join(['auto', *modules])}{hint}")
 
 
-@torch.compiler.assume_constant_result
-def choose(op: str, modules_of, backend: str, request_values: tuple) -> str:
-    """Name of the back end that runs `op` for these arguments.
+def choose(op: str, modules_of: Callable[[], dict[str, ModuleType]], backend: str, **facts) -> str:
+    """Name of the back end that runs `op` for arguments described by `facts` (the fields of Request).
 
     An explicit name (argument, else the environment variable) is taken or refused, never replaced. "auto" takes the
     first that is right and logs that once per process. While compiling, the answer is a constant of the graph.
@@ -68,8 +70,8 @@ def choose(op: str, modules_of, backend: str, request_values: tuple) -> str:
         RuntimeError: the one asked for cannot run this; the message lists every back end with its reason.
     """
     modules = modules_of()
-    request = Request(*request_values)
-    where = "backend"
+    request = Request(**facts)
+    where = "argument backend"
     if backend == "auto":
         backend, where = os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT
     check_name(backend, modules, where)
@@ -78,14 +80,16 @@ def choose(op: str, modules_of, backend: str, request_values: tuple) -> str:
             if name in modules and modules[name].unavailable(request) is None:
                 _announce(op, name, request.device)
                 return name
-        raise RuntimeError(f"{op}: no back end can run this on {request.device}: {_listing(modules, request)}")
-    reason = modules[backend].unavailable(request)
-    if reason is not None:
+        raise RuntimeError(f"{op}: no back end can run this. {_listing(modules, request)}")
+    if modules[backend].unavailable(request) is not None:
         raise RuntimeError(
-            f"{op}: back end {backend!r} (from {where}) cannot run this: {reason}. All back ends: "
-            f"{_listing(modules, request)}"
+            f"{op}: back end {backend!r} (asked for by {where}) cannot run this. {_listing(modules, request)}"
         )
     return backend
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler (a second) to do it.
+choose._dynamo_marked_constant = True
 
 
 def _listing(modules: dict[str, ModuleType], request: Request) -> str:

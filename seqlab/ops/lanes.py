@@ -57,7 +57,7 @@ def compile_kernel(function):
     be written the kernel is compiled anew in each process.
     """
     function.__qualname__ = f"{function.__name__}_{_TEXT_KEY}"
-    options = dict(nogil=True, error_model="numpy", boundscheck=False)
+    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # numba: "no locator available"

@@ -4,8 +4,8 @@ Which thread does which unit never changes a result: units write to places of th
 """
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Callable
 
 import torch
 

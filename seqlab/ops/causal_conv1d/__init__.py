@@ -70,22 +70,22 @@ def causal_conv1d(
     wants_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, initial_state)
     )
+    known = not torch.compiler.is_compiling()
     name = dispatch.choose(
         "causal_conv1d",
         _modules,
         backend,
-        (
-            x.device.type,
-            x.dtype,
-            int(weight.shape[0]),
-            0,
-            width,
-            initial_state is not None,
-            return_final_state,
-            wants_grad,
-            mask is not None,
-            reverse,
-        ),
+        device=x.device.type,
+        dtype=x.dtype,
+        channels=int(weight.shape[0]),
+        batch=x.shape[0] if known else 0,
+        length=x.shape[1] if known else 0,
+        width=width,
+        initial_state=initial_state is not None,
+        final_state=return_final_state,
+        grad=wants_grad,
+        mask=mask is not None,
+        reverse=reverse,
     )
     module = reference if x.numel() == 0 else BACKENDS[name]
     silu = activation == "silu"

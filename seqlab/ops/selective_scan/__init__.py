@@ -82,22 +82,22 @@ def selective_scan(
     wants_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)
     )
+    known = not torch.compiler.is_compiling()
     name = dispatch.choose(
         "selective_scan",
         _modules,
         backend,
-        (
-            u.device.type,
-            data,
-            int(A.shape[0]),
-            int(A.shape[1]),
-            0,
-            initial_state is not None,
-            return_final_state,
-            wants_grad,
-            mask is not None,
-            reverse,
-        ),
+        device=u.device.type,
+        dtype=data,
+        channels=int(A.shape[0]),
+        batch=u.shape[0] if known else 0,
+        length=u.shape[1] if known else 0,
+        d_state=int(A.shape[1]),
+        initial_state=initial_state is not None,
+        final_state=return_final_state,
+        grad=wants_grad,
+        mask=mask is not None,
+        reverse=reverse,
     )
     module = BACKENDS[name]
     if u.numel() == 0:  # nothing to launch; the definition copes with any size

@@ -103,7 +103,7 @@ def _forward(
 
 @_forward.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, initial_state, mask, delta_softplus, reverse, save):
-    chunk, chunks, padded = _sizes(u, A)
+    _, chunks, padded = _sizes(u, A)
     return (
         torch.empty_like(u, memory_format=torch.contiguous_format),
         A.new_empty((u.shape[0], u.shape[2], A.shape[1])),
@@ -143,7 +143,7 @@ def _backward(
     dstate = call.padded_state(dfinal)
     dA = np.zeros((batch, states, padded))
     dD, dbias = np.zeros((batch, padded)), np.zeros((batch, padded))
-    for name, x in dict(DY=call.rows(dy), DU=du, DDELTA=ddelta, DB=dB, DC=dC).items():
+    for name, x in (("DY", call.rows(dy)), ("DU", du), ("DDELTA", ddelta), ("DB", dB), ("DC", dC)):
         call.data(name, x)
     if z is not None:
         call.data("DZ", dz)
@@ -200,7 +200,7 @@ def _(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, mask, checkpoints, delta_
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    u, delta, A, B, C, D, z, delta_bias, initial_state, mask, delta_softplus, reverse, save = inputs
+    u, delta, A, B, C, D, z, delta_bias, initial_state, mask, delta_softplus, reverse, _ = inputs
     ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, mask, output[2])
     ctx.delta_softplus, ctx.reverse, ctx.has_state = delta_softplus, reverse, initial_state is not None
     ctx.set_materialize_grads(False)
@@ -256,7 +256,7 @@ class _Call:
         if mask is not None:  # 0 x NaN would still be NaN
             B, C = (torch.where(mask.unsqueeze(-1), x, 0.0) for x in (B, C))
             self.data("MASK", mask.contiguous().view(torch.uint8))
-        for name, x in dict(U=u, DELTA=delta, Z=z, B=B, C=C).items():
+        for name, x in (("U", u), ("DELTA", delta), ("Z", z), ("B", B), ("C", C)):
             if x is not None:
                 self.data(name, self.rows(x))
         # 2^(delta A log2 e): the kernels' exponential is a power of two
