@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from seqlab.dataset import FORMAT, SPLITS, VERSION
+from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
 
@@ -49,6 +49,7 @@ def prepare_genome(
     valid: Iterable[str] = (),
     test: Iterable[str] = (),
     block: int | None = None,
+    whole: str | None = None,
     min_length: int = 1,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -62,6 +63,7 @@ def prepare_genome(
       each sequence and counted from 0 through all of them: every tenth block (k % 10 = 0) tests, the next one
       (k % 10 = 1) validates, the others train.
 
+    whole: put every base into this one split ("test": a genome that is only evaluated on), in place of the above.
     min_length: shorter sequences are left out (counted in the manifest's "skipped").
     overwrite: replace `out` if it is a dataset.
 
@@ -101,13 +103,17 @@ def prepare_genome(
         if not writer.total:
             skipped = f" of {min_length:,} bases or more" if min_length > 1 else ""
             raise UserError(f"{_list(paths)}: no sequence{skipped}; a FASTA file holds '>name' and lines of bases")
-        if bed is not None:
+        if whole is not None:
+            table = {name: [] for name in ("train", "valid", "test")}
+            table[whole] = [[i, 0, s["length"]] for i, s in enumerate(sequences) if s["length"]]
+            rule = f"every base is in {whole}"
+        elif bed is not None:
             table, rule = _splits_from_bed(bed, Path(splits), sequences)
         elif valid or test:
             table, rule = _splits_by_name(sequences, valid, test)
         else:
             table, rule = _splits_by_block(sequences, block)
-        if not table["train"]:
+        if not table["train"] and whole is None:
             raise UserError(f"{splits or _list(paths)}: nothing is left to train on; leave some sequence in train")
         manifest = {
             "format": FORMAT,
@@ -151,10 +157,6 @@ def _check_source(path: Path) -> int:
         return path.stat().st_size
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{str(path)!r}: not a file name") from None  # a NUL in the name
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ class _Source:
         return data
 
     def blocks(self) -> Iterator[bytes]:
-        head = self._read(1 << 16)
+        head = self._read(min(READ_SIZE, 1 << 16))
         if not head:
             raise UserError(f"{self.path}: is empty; give a FASTA file")
         for magic, what, tool in _ARCHIVES:
@@ -280,7 +282,7 @@ def _parse_fasta(path: Path, blocks: Iterable[bytes], writer: "_Writer") -> None
                 break
             if not at_line_start:
                 raise UserError(
-                    f"{path}: record {writer.name!r} has a '>' within a line of bases, after base {writer.length:,}; "
+                    f"{path}: record {writer.name[:60]!r} has a '>' within a line of bases, after base {writer.length:,}; "
                     "start a new line before each '>'"
                 )
             header, is_started, at = bytearray(), True, mark + 1
@@ -377,7 +379,7 @@ class _Writer:
         if name in self._seen:
             other = self._paths[self._seen[name]]
             where = "twice in " + str(path) if self._seen[name] == len(self._paths) - 1 else f"in {other} and {path}"
-            raise UserError(f"sequence {name!r} is {where}; names must differ: rename one")
+            raise UserError(f"sequence {name[:60]!r} is {where}; names must differ: rename one")
         self._seen[name] = len(self._paths) - 1
         self.name, self.length, self._is_open = name, 0, True
         self._counts = np.zeros(len(self._IDS), np.int64)
@@ -478,7 +480,7 @@ class _Writer:
     def _stray(self, clean: bytes, tokens: bytes) -> UserError:
         array = np.frombuffer(tokens, np.uint8)
         index = int(np.flatnonzero(array >= _STRAY_LETTER)[0])
-        record = f"{self._paths[-1]}: record {self.name!r}"
+        record = f"{self._paths[-1]}: record {self.name[:60]!r}"
         is_stray = array == _STRAY_LETTER
         share = np.count_nonzero(is_stray) / len(array)
         if share > 0.1:
@@ -615,7 +617,7 @@ def _splits_by_name(sequences: list[dict[str, Any]], valid: list[str], test: lis
     for option, chosen in (("valid", valid), ("test", test)):
         for name in chosen:
             if name not in names:
-                raise UserError(f"--{option} {name}: no such sequence; {_nearest(name, names)}")
+                raise UserError(f"--{option} {name}: no such sequence; {nearest(name, names)}")
     both = sorted(set(valid) & set(test))
     if both:
         raise UserError(f"{both[0]!r} is in --valid and in --test; splits share no base: leave it out of one")
@@ -668,7 +670,7 @@ def _splits_from_bed(
     placed = []
     for number, name, start, end, split in rows:
         if name not in names:
-            raise UserError(f"{path}: line {number}: no sequence {name[:60]!r} in the FASTA; {_nearest(name, names)}")
+            raise UserError(f"{path}: line {number}: no sequence {name[:60]!r} in the FASTA; {nearest(name, names)}")
         length = sequences[names[name]]["length"]
         if end > length:
             raise UserError(f"{path}: line {number}: end {end:,} is past the end of {name!r} ({length:,} bases)")
@@ -689,11 +691,3 @@ def _splits_from_bed(
             table[split].append([index, start, end])
     return table, f"BED file {path.name}, {len(rows)} rows"
 
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known[:10_000], n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    more = f" and {len(known) - 5:,} more" if len(known) > 5 else ""
-    return f"there is {', '.join(map(repr, known[:5]))}{more}"

@@ -10,10 +10,11 @@ Windows for training are a pure function of (seed, step): nothing is remembered 
 on another number of ranks, sees the windows that an uninterrupted one would have seen.
 """
 
+import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,11 +192,10 @@ class TokenStore:
         return {name: i for i, name in enumerate(self.names)}
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """ "did you mean X?" or a list of what there is, for messages."""
-    import difflib
-
-    close = difflib.get_close_matches(name, known[:10_000], n=1, cutoff=0.6)
+def nearest(name: str, known: Iterable[str]) -> str:
+    """For messages: which known name is meant, or else what there is."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known[:10_000], n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
     more = f" and {len(known) - 5:,} more" if len(known) > 5 else ""
