@@ -16,9 +16,7 @@
 //
 // Set from outside: STATES, WARPS, BF16, PAIRED, and optionally the tuning constants below.
 
-#ifndef TILE
 #define TILE 8
-#endif
 #define STAGE 32                     // steps of B and C in shared memory at a time
 #define TILES (STAGE / TILE)
 #define ROW (STAGE + 4)              // padded row of the transposed B and C: 16-byte aligned, banks spread
@@ -35,6 +33,11 @@
 #endif
 #define SUM_ROW (2 * STAGE + 2)      // sums of one state over a warp's channels: STAGE for C, STAGE for B, padding
 #define PREFETCH (EACH <= 8)
+#ifdef SEQLAB_EMULATED
+#define SETTLE(v)
+#else
+#define SETTLE(v) asm volatile("" : "+f"(v))
+#endif
 #define FORGET 27.f                  // what has decayed below 2^-27 is dropped: an eighth of a float's rounding
 
 struct Params {
@@ -107,12 +110,18 @@ DEVICE u32 live_steps(const Params& p, i64 b, i64 i0) {
     return bits;
 }
 
+#define ALL ((1u << TILE) - 1u)
 DEVICE void load_tile(pair (&raw)[TILE], const Line& a, i64 i0, u32 live, int second) {
     const elem* at = a.at + i0 * a.step;
+    if (live == ALL) {
 #pragma unroll
-    for (int j = 0; j < TILE; j++) {
-        raw[j] = make_pair((elem)0, (elem)0);
-        if ((live >> j) & 1u) raw[j] = load_pair(at + (i64)j * a.step, second);
+        for (int j = 0; j < TILE; j++) raw[j] = load_pair(at + (i64)j * a.step, second);
+    } else {
+#pragma unroll
+        for (int j = 0; j < TILE; j++) {
+            raw[j] = make_pair((elem)0, (elem)0);
+            if ((live >> j) & 1u) raw[j] = load_pair(at + (i64)j * a.step, second);
+        }
     }
 }
 
@@ -120,16 +129,41 @@ DEVICE void load_tile(pair (&raw)[TILE], const Line& a, i64 i0, u32 live, int se
 DEVICE void step_sizes(float2 (&dt)[TILE], const pair (&raw)[TILE], float2 bias, i64 soft, u32 live) {
 #pragma unroll
     for (int j = 0; j < TILE; j++) {
-        float2 v = unpack(raw[j]);
-        v.x += bias.x;
-        v.y += bias.y;
-        if (soft) {
-            v.x = softplus(v.x);
-            v.y = softplus(v.y);
+        dt[j] = unpack(raw[j]);
+        dt[j].x += bias.x;
+        dt[j].y += bias.y;
+    }
+    if (soft) {
+#pragma unroll
+        for (int j = 0; j < TILE; j++) {
+            dt[j].x = softplus(dt[j].x);
+            dt[j].y = softplus(dt[j].y);
         }
-        bool on = (live >> j) & 1u;
-        dt[j].x = on ? v.x : 0.f;
-        dt[j].y = on ? v.y : 0.f;
+    }
+    if (live != ALL) {
+#pragma unroll
+        for (int j = 0; j < TILE; j++)
+            if (!((live >> j) & 1u)) dt[j] = make_float2(0.f, 0.f);
+    }
+}
+
+// Results of a tile, two channels a thread. Dead steps are left alone.
+DEVICE void store_tile(elem* at, int step, const float2 (&v)[TILE], u32 live, const Place& q) {
+    if (live == ALL && q.ok1) {
+#pragma unroll
+        for (int j = 0; j < TILE; j++) store_pair(at + (i64)j * step, v[j], true, true);
+    } else {
+#pragma unroll
+        for (int j = 0; j < TILE; j++)
+            if ((live >> j) & 1u) store_pair(at + (i64)j * step, v[j], q.ok0, q.ok1);
+    }
+}
+// Computed once: keeps the compiler from computing a value again in every round of a loop to save a register.
+DEVICE void settle(float2 (&v)[TILE]) {
+#pragma unroll
+    for (int j = 0; j < TILE; j++) {
+        SETTLE(v[j].x);
+        SETTLE(v[j].y);
     }
 }
 
@@ -256,8 +290,12 @@ template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
                     dt[j] = before;
                 }
             }
+            settle(dt);
+            settle(v);
+            float2 nextA = coefficients(p, q, 0);
             for (int n = 0; n < active; n++) {
-                const float2 a = coefficients(p, q, n);
+                const float2 a = nextA;
+                nextA = coefficients(p, q, n + 1 < active ? n + 1 : n);
                 float2 h = sums[n * 32];
                 float b[TILE];
                 read_row(b, tile, n, t0);
@@ -386,6 +424,8 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
                 v[j] = make_float2(dt[j].x * x.x, dt[j].y * x.y);
                 sum[j] = make_float2(skip.x * x.x, skip.y * x.y);
             }
+            settle(dt);
+            settle(v);
             if (p.z != 0) load_tile(rawZ, z, i0 + t0, live, q.second);
             const u32 now = live;
             const i64 after = i0 + t0 + TILE;
@@ -393,9 +433,11 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
             load_tile(rawU, u, after, live, q.second);
             load_tile(rawD, delta, after, live, q.second);
             if (now == 0) continue;
+            float2 nextA = coefficients(p, q, 0);
 #pragma unroll UNROLL
             for (int n = 0; n < STATES; n++) {
-                const float2 a = coefficients(p, q, n);
+                const float2 a = nextA;
+                nextA = coefficients(p, q, n + 1 < STATES ? n + 1 : n);
                 float2 h = state[n * 32];
                 float b[TILE], c[TILE];
                 read_row(b, nowB, n, t0);
@@ -409,17 +451,15 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
                 }
                 state[n * 32] = h;
             }
-            elem* out = (elem*)y.at + (i0 + t0) * y.step;
+            if (p.z != 0) {
 #pragma unroll
-            for (int j = 0; j < TILE; j++) {
-                float2 r = sum[j];
-                if (p.z != 0) {
+                for (int j = 0; j < TILE; j++) {
                     float2 g = unpack(rawZ[j]);
-                    r.x *= g.x * sigmoid(g.x);
-                    r.y *= g.y * sigmoid(g.y);
+                    sum[j].x *= g.x * sigmoid(g.x);
+                    sum[j].y *= g.y * sigmoid(g.y);
                 }
-                if ((now >> j) & 1u) store_pair(out + (i64)j * y.step, r, q.ok0, q.ok1);
             }
+            store_tile((elem*)y.at + (i0 + t0) * y.step, y.step, sum, now, q);
         }
 #if PREFETCH
         if (s + 1 < stages) {
@@ -434,29 +474,36 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
 }
 
 // ----------------------------------------------------------------------------------------------------- gradients
-// Sums 16 values over the 32 lanes: halves are exchanged and added, so that lane l ends up with value l/2.
-// v[0..7] belong to C, v[8..15] to B (TILE = 8).
-DEVICE float sum_lanes(float (&v)[2 * TILE], int lane) {
-#pragma unroll
-    for (int width = TILE, bit = 16; width >= 1; width /= 2, bit /= 2) {
-        const bool upper = (lane & bit) != 0;
-#pragma unroll
-        for (int j = 0; j < width; j++) {
-            const float keep = upper ? v[j + width] : v[j], give = upper ? v[j] : v[j + width];
-            v[j] = keep + lane_xor(give, bit);
-        }
-    }
-#pragma unroll
-    for (int bit = 16 / TILE / 2; bit >= 1; bit /= 2) v[0] += lane_xor(v[0], bit);
-    return v[0];
+// Sums 16 values over the 32 lanes through shared memory. Lanes write their values as rows of four; 
+// each lane then adds four rows' worth and the rest goes by exchanges. Lane l (even) ends up with value l / 2.
+#define FOLD (4 * 32 * 4)  // floats a warp needs for it
+DEVICE void fold_write(float* fold, int row, const float (&v)[TILE], int lane) {
+    float4* at = (float4*)fold + row * 32 + lane;
+    at[0] = make_float4(v[0], v[1], v[2], v[3]);
+    at[32] = make_float4(v[4], v[5], v[6], v[7]);
+}
+DEVICE float fold_read(const float* fold, int lane) {
+    const float4* at = (const float4*)fold + (lane / 8) * 32 + lane % 8;
+    const float4 a = at[0], b = at[8], c = at[16], d = at[24];
+    float v[4] = {(a.x + b.x) + (c.x + d.x), (a.y + b.y) + (c.y + d.y), (a.z + b.z) + (c.z + d.z),
+                  (a.w + b.w) + (c.w + d.w)};
+    bool upper = (lane & 4) != 0;
+    float k0 = upper ? v[2] : v[0], k1 = upper ? v[3] : v[1];
+    k0 += lane_xor(upper ? v[0] : v[2], 4);
+    k1 += lane_xor(upper ? v[1] : v[3], 4);
+    upper = (lane & 2) != 0;
+    float k = upper ? k1 : k0;
+    k += lane_xor(upper ? k0 : k1, 2);
+    return k + lane_xor(k, 1);
 }
 
 KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
     SHARED_FLOATS(shared);
-    float* tileB = shared;                                    // (STATES, ROW)
+    float* tileB = shared + WARPS * FOLD;                     // (STATES, ROW)
     float* tileC = tileB + STATES * ROW;                      // (STATES, ROW)
     float* channel_sums = tileC + STATES * ROW;               // (WARPS, STATES, SUM_ROW)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float* fold = shared + warp * FOLD;
     float* mine = channel_sums + warp * STATES * SUM_ROW;
     float2* state = (float2*)mine + lane;                     // the checkpoint pass keeps its state in the same place
     float2* adjoint = (float2*)(channel_sums + WARPS * STATES * SUM_ROW) + warp * STATES * 32 + lane;
@@ -513,9 +560,13 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                         v[j].x *= dt[j].x;
                         v[j].y *= dt[j].y;
                     }
+                    settle(dt);
+                    settle(v);
+                    float2 nextA = coefficients(p, q, 0);
 #pragma unroll UNROLL
                     for (int n = 0; n < STATES; n++) {
-                        const float2 a = coefficients(p, q, n);
+                        const float2 a = nextA;
+                        nextA = coefficients(p, q, n + 1 < STATES ? n + 1 : n);
                         float2 h = state[n * 33];
                         float b[TILE];
                         read_row(b, tileB, n, t0);
@@ -541,7 +592,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     const u32 live = live_steps(p, q.b, i0 + t0);
                     if (live == 0) {
                         for (int n = 0; n < STATES; n++)
-                            if (lane % 2 == 0) mine[n * SUM_ROW + (lane >= 16 ? STAGE : 0) + t0 + (lane / 2) % 8] = 0.f;
+                            if (lane < 2 * TILE) mine[n * SUM_ROW + (lane < TILE ? t0 + lane : STAGE + t0 + lane - TILE)] = 0.f;
                         continue;
                     }
                     const float2* mark = marks + (i64)(s * TILES + w) * STATES * 32;
@@ -572,11 +623,18 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                             sumA[j] = none;
                         }
                     }
+                    settle(dt);
+                    settle(v);
+                    settle(dout);
+                    float2 nextA = coefficients(p, q, 0), nextH = mark[0];
 #pragma unroll 1
                     for (int n = 0; n < STATES; n++) {
-                        const float2 a = coefficients(p, q, n);
-                        float2 h = mark[n * 32], ag = adjoint[n * 32], da = none;
-                        float b[TILE], c[TILE], both[2 * TILE];
+                        const float2 a = nextA;
+                        float2 h = nextH, ag = adjoint[n * 32], da = none;
+                        const int after = n + 1 < STATES ? n + 1 : n;
+                        nextA = coefficients(p, q, after);
+                        nextH = mark[after * 32];
+                        float b[TILE], c[TILE], part[TILE];
                         float2 e[TILE], kept[TILE];
                         read_row(b, tileB, n, t0);
                         read_row(c, tileC, n, t0);
@@ -590,8 +648,10 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                             h.y = kept[j].y + v[j].y * b[j];
                             sumY[j].x += c[j] * h.x;
                             sumY[j].y += c[j] * h.y;
-                            both[j] = dout[j].x * h.x + dout[j].y * h.y;
+                            part[j] = dout[j].x * h.x + dout[j].y * h.y;
                         }
+                        __syncwarp();
+                        fold_write(fold, 0, part, lane);
 #pragma unroll
                         for (int j = TILE - 1; j >= 0; j--) {
                             const float2 d = make_float2(ag.x + c[j] * dout[j].x, ag.y + c[j] * dout[j].y);  // dL/dh_t
@@ -602,52 +662,59 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                             sumA[j].y += a.y * r.y;
                             da.x += dt[j].x * r.x;
                             da.y += dt[j].y * r.y;
-                            both[TILE + j] = d.x * v[j].x + d.y * v[j].y;
+                            part[j] = d.x * v[j].x + d.y * v[j].y;
                             ag.x = e[j].x * d.x;
                             ag.y = e[j].y * d.y;
                         }
                         adjoint[n * 32] = ag;
                         float2 old = dA[n * 32];
                         dA[n * 32] = make_float2(old.x + da.x, old.y + da.y);
-                        const float total = sum_lanes(both, lane);
-                        if (lane % 2 == 0) mine[n * SUM_ROW + (lane >= 16 ? STAGE : 0) + t0 + (lane / 2) % 8] = total;
+                        fold_write(fold, 2, part, lane);
+                        __syncwarp();
+                        const float total = fold_read(fold, lane);
+                        if (lane % 2 == 0) mine[n * SUM_ROW + (lane >= 16 ? STAGE : 0) + t0 + lane / 2 % TILE] = total;
                     }
                     {
                         const i64 offset = (out.at - p.du) + (i0 + t0) * out.step;
-                        pair raw[TILE], more[TILE];
-                        load_tile(raw, delta, i0 + t0, live, q.second);
-                        load_tile(more, u, i0 + t0, live, q.second);
+                        pair raw[TILE];
+                        float2 r[TILE], x[TILE];
+                        load_tile(raw, u, i0 + t0, live, q.second);
 #pragma unroll
                         for (int j = 0; j < TILE; j++) {
-                            if (!((live >> j) & 1u)) continue;
-                            float2 x = unpack(more[j]), w = unpack(raw[j]), r;
-                            r.x = skip.x * dout[j].x + dt[j].x * sumB[j].x;
-                            r.y = skip.y * dout[j].y + dt[j].y * sumB[j].y;
-                            store_pair(p.du + offset + (i64)j * out.step, r, q.ok0, q.ok1);
-                            dD.x += dout[j].x * x.x;
-                            dD.y += dout[j].y * x.y;
-                            r.x = LN2 * sumA[j].x + x.x * sumB[j].x;
-                            r.y = LN2 * sumA[j].y + x.y * sumB[j].y;
-                            if (p.softplus) {
-                                r.x *= sigmoid(w.x + bias.x);
-                                r.y *= sigmoid(w.y + bias.y);
-                            }
-                            store_pair(p.ddelta + offset + (i64)j * out.step, r, q.ok0, q.ok1);
-                            dbias.x += r.x;
-                            dbias.y += r.y;
+                            x[j] = unpack(raw[j]);
+                            r[j].x = skip.x * dout[j].x + dt[j].x * sumB[j].x;
+                            r[j].y = skip.y * dout[j].y + dt[j].y * sumB[j].y;
+                            dD.x += dout[j].x * x[j].x;
+                            dD.y += dout[j].y * x[j].y;
                         }
+                        store_tile(p.du + offset, out.step, r, live, q);
+                        load_tile(raw, delta, i0 + t0, live, q.second);
+#pragma unroll
+                        for (int j = 0; j < TILE; j++) {
+                            r[j].x = LN2 * sumA[j].x + x[j].x * sumB[j].x;
+                            r[j].y = LN2 * sumA[j].y + x[j].y * sumB[j].y;
+                            if (p.softplus) {
+                                const float2 w = unpack(raw[j]);
+                                r[j].x *= sigmoid(w.x + bias.x);
+                                r[j].y *= sigmoid(w.y + bias.y);
+                            }
+                            const bool on = (live >> j) & 1u;
+                            dbias.x += on ? r[j].x : 0.f;
+                            dbias.y += on ? r[j].y : 0.f;
+                        }
+                        store_tile(p.ddelta + offset, out.step, r, live, q);
                         if (p.z != 0) {
+                            pair more[TILE];
                             load_tile(raw, z, i0 + t0, live, q.second);
                             load_tile(more, dy, i0 + t0, live, q.second);
 #pragma unroll
                             for (int j = 0; j < TILE; j++) {
-                                if (!((live >> j) & 1u)) continue;
-                                float2 x = unpack(raw[j]), d = unpack(more[j]), r;
-                                float s0 = sigmoid(x.x), s1 = sigmoid(x.y);
-                                r.x = d.x * sumY[j].x * s0 * (1.f + x.x * (1.f - s0));
-                                r.y = d.y * sumY[j].y * s1 * (1.f + x.y * (1.f - s1));
-                                store_pair(p.dz + offset + (i64)j * out.step, r, q.ok0, q.ok1);
+                                const float2 g = unpack(raw[j]), d = unpack(more[j]);
+                                const float s0 = sigmoid(g.x), s1 = sigmoid(g.y);
+                                r[j].x = d.x * sumY[j].x * s0 * (1.f + g.x * (1.f - s0));
+                                r[j].y = d.y * sumY[j].y * s1 * (1.f + g.y * (1.f - s1));
                             }
+                            store_tile(p.dz + offset, out.step, r, live, q);
                         }
                     }
                 }

@@ -1,0 +1,60 @@
+"""Runs the package's CUDA sources on the processor: g++ compiles them against emulator.h."""
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from seqlab.ops import nvrtc
+
+HERE = Path(__file__).resolve().parent
+COMPILER = shutil.which("g++")
+
+
+@functools.cache
+def _library(name: str, defines: tuple[tuple[str, int], ...], kernels: tuple[str, ...]) -> ctypes.CDLL:
+    folder = Path(tempfile.gettempdir()) / "seqlab-emulated"
+    folder.mkdir(exist_ok=True)
+    text = f'#include "{HERE / "emulator.h"}"\n' + nvrtc.source(name)
+    for kernel in kernels:
+        text += (
+            f'\nextern "C" void run_{kernel}(unsigned grid, unsigned block, unsigned long shared, const Params* p) '
+            f"{{ run_grid<Params>({kernel}, p, grid, block, shared); }}\n"
+        )
+    flags = ["-DSEQLAB_EMULATED", "-O1", "-shared", "-fPIC", "-std=c++17", "-w", *(f"-D{k}={v}" for k, v in defines)]
+    key = hashlib.sha256((text + (HERE / "emulator.h").read_text() + repr(flags)).encode()).hexdigest()[:24]
+    target = folder / f"{key}.so"
+    if not target.exists():
+        unit = folder / f"{key}.cpp"
+        unit.write_text(text)
+        subprocess.run([COMPILER, *flags, str(unit), "-o", f"{target}.new"], check=True)
+        Path(f"{target}.new").rename(target)
+    return ctypes.CDLL(str(target))
+
+
+class Module:
+    """Stands in for nvrtc.Module."""
+
+    def __init__(self, name, defines, kernels, resident):
+        self._library, self._resident = _library(name, defines, kernels), resident
+
+    def resident(self, kernel, block, shared):
+        return self._resident
+
+    def launch(self, kernel, grid, block, shared, params):
+        call = getattr(self._library, f"run_{kernel}")
+        call(ctypes.c_uint(grid), ctypes.c_uint(block), ctypes.c_ulong(shared), ctypes.byref(params))
+
+
+class Device:
+    """Stands in for a back end's device: a GPU of `multiprocessors` that hold `resident` blocks each."""
+
+    def __init__(self, name: str, kernels: tuple[str, ...], multiprocessors: int = 2, resident: int = 2):
+        self.name, self.kernels, self._resident = name, kernels, resident
+        self.multiprocessors = multiprocessors
+
+    def module(self, defines):
+        return Module(self.name, defines, self.kernels, self._resident)

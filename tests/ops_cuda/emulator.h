@@ -1,0 +1,125 @@
+// Runs a CUDA kernel on the processor: one fibre per GPU thread, switched at barriers and warp exchanges.
+// Enough of the language for the kernels of this package; shared memory starts as NaN, so that a read of something
+// nobody wrote shows.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <ucontext.h>
+#include <vector>
+
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+struct dim { unsigned x; };
+static dim threadIdx, blockIdx, gridDim, blockDim;
+static inline float __uint_as_float(unsigned v) { float f; memcpy(&f, &v, 4); return f; }
+static inline unsigned __float_as_uint(float f) { unsigned v; memcpy(&v, &f, 4); return v; }
+
+#define KERNEL extern "C" void
+#define BOUNDS(threads, blocks)
+#define DEVICE static inline
+#define SHARED_FLOATS(name) float* name = (float*)emulated::shared.data()
+#define __restrict__
+template <class T> static inline T __ldg(const T* p) { return *p; }
+#define FULL 0xffffffffu
+
+namespace emulated {
+static std::vector<float4> shared;
+struct Fibre { ucontext_t context; std::vector<char> stack; bool done; };
+static std::vector<Fibre> fibres;
+static ucontext_t scheduler;
+static unsigned current, waiting_block, block_round;
+static std::vector<unsigned> waiting_warp, warp_round;
+static std::vector<float> slot;
+static int votes, votes_out;
+
+static void yield() { unsigned me = current; swapcontext(&fibres[me].context, &scheduler); }
+static void warp_barrier() {
+    unsigned w = current / 32, mine = warp_round[w];
+    if (++waiting_warp[w] == 32) { waiting_warp[w] = 0; warp_round[w]++; return; }
+    while (warp_round[w] == mine) yield();
+}
+static float exchange(float v, unsigned from) {
+    slot[current] = v;
+    warp_barrier();
+    float r = slot[current / 32 * 32 + from];
+    warp_barrier();
+    return r;
+}
+static int block_barrier(int vote) {
+    unsigned mine = block_round;
+    votes |= vote;
+    if (++waiting_block == blockDim.x) { waiting_block = 0; votes_out = votes; votes = 0; block_round++; return votes_out; }
+    while (block_round == mine) yield();
+    return votes_out;
+}
+}
+static inline void __syncthreads() { emulated::block_barrier(0); }
+static inline int __syncthreads_or(int v) { return emulated::block_barrier(v != 0); }
+static inline void __syncwarp() { emulated::warp_barrier(); }
+DEVICE float lane_xor(float v, int bit) { return emulated::exchange(v, (threadIdx.x % 32) ^ bit); }
+DEVICE bool warp_all(bool v) {
+    float s = v ? 0.f : 1.f;
+    for (int bit = 1; bit < 32; bit *= 2) s += lane_xor(s, bit);
+    return s == 0.f;
+}
+DEVICE float exp2_fast(float x) { return exp2f(x); }
+DEVICE float log2_fast(float x) { return log2f(x); }
+DEVICE float rcp_fast(float x) { return 1.f / x; }
+DEVICE unsigned round_bf16(float v) {
+    unsigned b = __float_as_uint(v);
+    if (v != v) return 0x7fffu;
+    return (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+}
+DEVICE unsigned pack_bf16(float low, float high) { return round_bf16(low) | (round_bf16(high) << 16); }
+
+template <class P> struct Launch { static void (*kernel)(const P); static const P* params; };
+template <class P> void (*Launch<P>::kernel)(const P);
+template <class P> const P* Launch<P>::params;
+template <class P> static void fibre_main() {
+    Launch<P>::kernel(*Launch<P>::params);
+    emulated::fibres[emulated::current].done = true;
+    emulated::yield();
+}
+template <class P> static void run_grid(void (*kernel)(const P), const P* params, unsigned grid, unsigned block, size_t bytes) {
+    using namespace emulated;
+    Launch<P>::kernel = kernel;
+    Launch<P>::params = params;
+    gridDim.x = grid;
+    blockDim.x = block;
+    fibres.resize(block);
+    for (unsigned b = 0; b < grid; b++) {
+        blockIdx.x = b;
+        shared.assign(bytes / 16 + 1, make_float4(NAN, NAN, NAN, NAN));
+        slot.assign(block, 0.f);
+        waiting_warp.assign(block / 32 + 1, 0);
+        warp_round.assign(block / 32 + 1, 0);
+        waiting_block = 0;
+        for (unsigned t = 0; t < block; t++) {
+            Fibre& f = fibres[t];
+            f.done = false;
+            f.stack.resize(256 * 1024);
+            getcontext(&f.context);
+            f.context.uc_stack.ss_sp = f.stack.data();
+            f.context.uc_stack.ss_size = f.stack.size();
+            f.context.uc_link = nullptr;
+            makecontext(&f.context, (void (*)())fibre_main<P>, 0);
+        }
+        for (unsigned left = block; left > 0;) {
+            left = 0;
+            for (unsigned t = 0; t < block; t++) {
+                if (fibres[t].done) continue;
+                current = t;
+                threadIdx.x = t;
+                swapcontext(&scheduler, &fibres[t].context);
+                if (!fibres[t].done) left++;
+            }
+        }
+    }
+}
