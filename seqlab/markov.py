@@ -24,6 +24,7 @@ PSEUDO_COUNTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _DEFAULT_PSEUDO_COUNT = 1.0
 _SELECTION_POSITIONS = 500_000  # of the validation split, to choose the pseudo-counts
 _CHUNK = 1 << 21
+_COUNTER = np.uint32  # of the tables of order 10 and more; the smaller ones, whose counts are larger, have int64
 
 # Codes of k-mers: A C G T = 0 1 2 3, the last base is the least significant digit in base 4; so the codes of an order-k
 # table are context * 4 + base, and dropping the most significant digit drops the farthest base of the context.
@@ -184,17 +185,19 @@ def _count(store: TokenStore, split: str, max_order: int, both_strands: bool) ->
     occurs there too, as the end of the longer one: those counts are sums. What is left are the positions shortly after a
     border or an N: `short[k]` counts those whose clean context is exactly k long.
     """
-    top = np.zeros(4 ** (max_order + 1), np.uint32)
+    top = np.zeros(4 ** (max_order + 1), _COUNTER if max_order >= 10 else np.int64)
     short = [np.zeros(4 ** (k + 1), np.int64) for k in range(max_order)]
     counted = 0
     for digits in _chunks(store, split, max_order):  # each begins with max_order digits of the chunk before
         codes, is_clean = _codes(digits, max_order)
         codes = codes[is_clean]
-        np.add.at(top, codes, np.uint32(1))  # keeps to 4 bytes a count, where bincount would need 8 more
+        np.add.at(top, codes, top.dtype.type(1))  # keeps to 4 bytes a count, where bincount would need 8 more
         counted += len(codes)
         _count_short(digits, max_order, short)
-    if int(top.sum(dtype=np.uint64)) != counted:
-        raise UserError(f"{store.directory}: one {max_order + 1}-mer occurs more than 2^32 times; use a lower order")
+    too_many = UserError(f"{store.directory}: one 11-mer occurs more than 2^31 times; use an order of 9 or less")
+    limit = np.iinfo(_COUNTER).max // (2 if both_strands else 1)  # the other strand may double a count
+    if int(top.sum(dtype=np.uint64)) != counted or (max_order >= 10 and int(top.max()) > limit):
+        raise too_many  # a counter went round, or may yet
     counts = [top]
     for k in reversed(range(max_order)):
         longer = counts[0].reshape(4, -1)
@@ -202,7 +205,11 @@ def _count(store: TokenStore, split: str, max_order: int, both_strands: bool) ->
         for row in longer[1:]:
             lower += row
         lower += short[k]
-        counts.insert(0, lower if k < 10 else lower.astype(np.uint32))
+        if k >= 10:
+            if int(lower.max()) > limit:
+                raise too_many
+            lower = lower.astype(_COUNTER)
+        counts.insert(0, lower)
     if both_strands:
         for k, table in enumerate(counts):
             _add_other_strand(table, k + 1)
