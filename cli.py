@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -96,7 +97,7 @@ def emit(json_out: Optional[str], data: dict, *, human) -> None:
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
@@ -252,7 +253,7 @@ def prep_dna(
     emit(json_out, {"dataset": str(dataset), **{k: manifest[k] for k in ("counts", "soft_masked", "total")}}, human=human)
 
 
-def _prepare(fasta, out, splits, valid, test, block, overwrite) -> Path:
+def _prepare(fasta, out, splits=None, valid=None, test=None, block=None, overwrite=False, whole=None) -> Path:
     from data_prep.genome import prepare_genome
 
     bar, update = progress_bar("preparing", "MB", 1e6)
@@ -264,6 +265,7 @@ def _prepare(fasta, out, splits, valid, test, block, overwrite) -> Path:
             valid=list(valid or []),
             test=list(test or []),
             block=block,
+            whole=whole,
             overwrite=overwrite,
             progress=update,
         )
@@ -396,7 +398,7 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, overw
                 note("No --fasta or --data: simulating a small genome (genes on both strands, repeats; fixed seed).")
                 fasta = [run_dir / "simulated.fa"]
                 simulate_genome(fasta[0], seed=0)
-            _prepare(fasta, dataset, splits, valid, test, None, False)
+            _prepare(fasta, dataset, splits, valid, test)
             _print_manifest_line(dataset)
         except BaseException:
             dna.discard_empty(run_dir)
@@ -502,8 +504,9 @@ def eval_(
     with tempfile.TemporaryDirectory(prefix="seqlab-") as temporary:
         dataset, other = training, bool(fasta or data)
         if fasta:
-            names = Path(temporary) / "names"
-            dataset = _prepare(fasta, Path(temporary) / "data", _whole_as_test(fasta, names), None, None, None, False)
+            if split is not None:
+                raise UserError("--split: with --fasta every base is scored; leave one of them out")
+            dataset = _prepare(fasta, Path(temporary) / "data", whole="test")
         elif data:
             dataset = data
         evaluation = _evaluate(loaded, dataset, training, split or "test", contexts, device)
@@ -518,6 +521,39 @@ def eval_(
         note(f"Plot: {plot}")
 
     emit(json_out, {"run": str(run), **report.evaluation_dict(evaluation)}, human=human)
+
+
+@command(app, "doctor")
+def doctor(json_out: Json = None) -> None:
+    """What works here and why not: versions, devices, memory, every operator back end checked against the reference.
+
+    Example:  seqlab doctor
+    """
+    import dataclasses
+
+    from seqlab.doctor import examine
+
+    findings = examine()
+    problems = [finding for finding in findings if finding.status == "problem"]
+
+    def human() -> None:
+        console = Console(highlight=False, soft_wrap=True)
+        marks = {"ok": "[green]ok     [/]", "absent": "[dim]absent [/]", "problem": "[bold red]PROBLEM[/]"}
+        section = None
+        for finding in findings:
+            if finding.section != section:
+                section = finding.section
+                console.print(f"\n[bold]{section}[/]")
+            console.print(f"  {marks[finding.status]} {finding.name:<19} {escape(finding.detail)}")
+            if finding.remedy:
+                console.print(f"          {'':<19} remedy: {escape(finding.remedy)}")
+        console.print()
+        note("All is well." if not problems else f"{len(problems)} problem(s); the remedies are above.")
+
+    data = {"problems": len(problems), "findings": [dataclasses.asdict(finding) for finding in findings]}
+    emit(json_out, data, human=human)
+    if problems:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 
 Status = Literal["ok", "absent", "problem"]
 
+LIMIT = 1e-3  # of the relative error in the self-check: about 1e-6 is right, more than this is broken
 PACKAGES = ("torch", "torchaudio", "lightning", "numba", "numpy", "safetensors", "triton", "mamba-ssm", "causal-conv1d")
 
 
@@ -107,12 +108,12 @@ def why_no_gpu() -> str:
 
 def back_ends() -> list[Finding]:
     """Each operator's back ends: available with the error of a quick check, or the exact reason and remedy."""
-    from seqlab.ops import dispatch
-    from seqlab.ops.self_check import LIMIT, self_check
+    from seqlab.ops import backends
+    from seqlab.ops.self_check import self_check
 
     found = []
     for op in ("selective_scan", "causal_conv1d"):
-        for name, module in dispatch.backends(op).items():
+        for name, module in backends(op).items():
             reason = module.unavailable(None)
             if reason is not None:
                 found.append(Finding(f"back ends of {op}", name, "absent", reason))

@@ -17,7 +17,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def evaluation_rows(evaluation: Any) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table that `eval` prints: the model by context length, then the Markov models by order."""
     has_soft = any(s.bits_soft_masked is not None for s in evaluation.contexts.values())
-    header = ["model", "bits/base", "perplexity", "accuracy"] + (["soft-masked", "other"] if has_soft else [])
+    header = ["model", "bits/base", "perplexity", "accuracy"] + (["soft-mask", "other"] if has_soft else [])
 
     def row(name, score):
         cells = [name, f"{score.bits:.4f}", f"{score.perplexity:.3f}", f"{100 * score.accuracy:.2f} %"]
@@ -29,10 +29,10 @@ def evaluation_rows(evaluation: Any) -> tuple[list[str], list[list[str]]]:
     rows = []
     for context, score in evaluation.contexts.items():
         note = " (trained)" if context == evaluation.trained_context else ""
-        rows.append(row(f"Mamba, context {context:,}{note}", score))
+        rows.append(row(f"context {context:,}{note}", score))
     best = evaluation.best_markov[0]
     for order, score in evaluation.markov.items():
-        rows.append(row(f"Markov, order {order}{' (best)' if order == best else ''}", score))
+        rows.append(row(f"Markov order {order}{' (best)' if order == best else ''}", score))
     return header, rows
 
 

@@ -156,3 +156,5 @@ def discard_empty(run_dir: Path) -> None:
     """Remove a run directory in which nothing has been trained yet, so that a refused run leaves nothing behind."""
     if run_dir.is_dir() and not any((run_dir / "checkpoints").glob("*/*.safetensors")):
         shutil.rmtree(run_dir, ignore_errors=True)
+        if run_dir.parent.name == "runs" and not any(run_dir.parent.iterdir()):
+            run_dir.parent.rmdir()

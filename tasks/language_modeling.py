@@ -333,10 +333,12 @@ class Evaluation:
 
 
 def default_contexts(trained: int, longest: int, limit: int, is_causal: bool) -> list[int]:
-    """64, 256, 1024, ... and the trained context, to the longest that the split holds. Bidirectional models cannot be
-    streamed, so they stop at four times the trained context."""
+    """64, 256, 1024, ..., the trained context and the longest that fits. Causal models stream: only the split's longest
+    stretch and `limit` bound them. Bidirectional ones hold a window whole and stop at four times the trained context."""
     top = min(longest, limit) if is_causal else min(longest, limit, 4 * trained)
     contexts = {c for c in (64 * 4**i for i in range(12)) if c <= top} | {min(trained, longest)}
+    if top > 1.25 * max(contexts):
+        contexts.add(top)
     return sorted(contexts)
 
 

@@ -1,0 +1,389 @@
+"""The commands as a user types them: the real job end to end, and one clear line for every wrong input."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+TOY = ["--set", "model.d_model=16", "--set", "model.n_layer=1", "--set", "model.d_state=4", "--context", "64"]
+TOY += ["--set", "train.tokens_per_step=512", "--set", "train.accelerator=cpu", "--set", "eval.max_order=3"]
+
+
+def run(*arguments, code=0, within=None):
+    """Invoke in this process; returns (stdout, stderr). One line of error and no traceback whenever code is 1."""
+    before = os.getcwd()
+    os.chdir(within or before)
+    try:
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+    finally:
+        os.chdir(before)
+    assert result.exit_code == code, f"{arguments}\n{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    if code == 1:
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, result.stderr
+        assert "Traceback" not in result.stderr and "unexpected" not in result.stderr, result.stderr
+    return result.stdout, result.stderr
+
+
+def error_of(*arguments, within=None):
+    _, stderr = run(*arguments, code=1, within=within)
+    return [line for line in stderr.splitlines() if line.startswith("error: ")][0]
+
+
+def genome(path: Path, length: int = 6000, seed: int = 0, name: str = "chr") -> Path:
+    rng = np.random.default_rng(seed)
+    bases = np.frombuffer(b"ACGT", np.uint8)[rng.integers(0, 4, length)].tobytes().decode()
+    path.write_text(f">{name}\n{bases}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A small run, made by the command itself."""
+    folder = tmp_path_factory.mktemp("trained")
+    genome(folder / "g.fa")
+    run("train", "dna", "--fasta", folder / "g.fa", "--out", folder / "run", "--max-steps", 6, *TOY)
+    return folder / "run"
+
+
+# -- the job -------------------------------------------------------------------------------------------------------
+def test_train_leaves_a_run_that_explains_itself(trained):
+    for name in ("config.yaml", "manifest.json", "run.json", "metrics.csv", "report.md", "evaluation.json"):
+        assert (trained / name).stat().st_size > 0, name
+    for plot in ("evaluation.png", "training.png"):
+        assert (trained / "plots" / plot).read_bytes()[:4] == b"\x89PNG"
+    report = (trained / "report.md").read_text()
+    assert "Markov order 3" in report and "bits/base" in report
+    facts = json.loads((trained / "run.json").read_text())
+    assert facts["ended"] == "finished" and facts["result"]["steps"] == 6 and facts["torch"]
+
+
+def test_eval_prints_the_model_beside_markov_models(trained):
+    stdout, stderr = run("eval", trained, "--context", 32, "--context", "1_00")
+    assert "context 32" in stdout and "context 100" in stdout and "Markov order 0" in stdout
+    assert "on the same" in stderr
+
+
+def test_eval_json_on_standard_output_is_json_alone(trained):
+    stdout, _ = run("eval", trained, "--context", 64, "--json", "-")
+    data = json.loads(stdout)
+    assert data["contexts"]["64"]["bases"] == data["markov"]["0"]["bases"] == data["bases"] > 0
+
+
+def test_eval_on_another_genome_scores_all_of_it(trained, tmp_path):
+    genome(tmp_path / "other.fa", 700, seed=3)
+    stdout, _ = run("eval", trained, "--fasta", tmp_path / "other.fa", "--context", 100, "--json", tmp_path / "e.json")
+    data = json.loads((tmp_path / "e.json").read_text())
+    assert data["bases"] == 699 and "context 100" in stdout
+    assert not list(tmp_path.glob("data*"))
+
+
+def test_prep_then_train_then_init_from_it(trained, tmp_path):
+    genome(tmp_path / "g.fa")
+    stdout, stderr = run("prep", "dna", tmp_path / "g.fa", "--out", tmp_path / "data")
+    assert "split train" in stdout and "seqlab train dna --data" in stderr
+    run("train", "dna", "--data", tmp_path / "data", "--out", tmp_path / "b", "--init", trained, "--max-steps", 1, *TOY)
+    assert json.loads((tmp_path / "b" / "run.json").read_text())["init"].endswith("model.safetensors")
+
+
+def test_bed_and_names_decide_splits(tmp_path):
+    genome(tmp_path / "a.fa", 3000, 1, "a")
+    genome(tmp_path / "b.fa", 3000, 2, "b")
+    run("prep", "dna", tmp_path / "a.fa", tmp_path / "b.fa", "--valid", "b", "--test", "b", "--out", tmp_path / "x", code=1)
+    (tmp_path / "s.bed").write_text("a\t0\t3000\ttrain\nb\t0\t1000\tvalid\nb\t1000\t3000\ttest\n")
+    run("prep", "dna", tmp_path / "a.fa", tmp_path / "b.fa", "--splits", tmp_path / "s.bed", "--out", tmp_path / "data")
+    splits = json.loads((tmp_path / "data" / "manifest.json").read_text())["splits"]
+    assert splits == {"train": [[0, 0, 3000]], "valid": [[1, 0, 1000]], "test": [[1, 1000, 3000]]}
+
+
+def test_killed_and_resumed_on_the_command_line_equals_uninterrupted(tmp_path):
+    genome(tmp_path / "g.fa")
+    run("prep", "dna", tmp_path / "g.fa", "--out", tmp_path / "data")
+    steps = ["--max-steps", "400", "--set", "train.validate_every=20"]
+    command = ["train", "dna", "--data", tmp_path / "data", *TOY, *steps, "--seed", "7"]
+    run(*command, "--out", tmp_path / "whole")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", *map(str, command), "--out", str(tmp_path / "killed")],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    saved, deadline = tmp_path / "killed" / "checkpoints" / "last" / "trainer.pt", time.monotonic() + 90
+    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    run("train", "dna", "--resume", "--out", tmp_path / "killed")
+    for which in ("last", "best"):
+        name = f"checkpoints/{which}/model.safetensors"
+        one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "killed" / name)
+        assert all(np.array_equal(one[key].numpy(), other[key].numpy()) for key in one)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    genome(tmp_path / "g.fa")
+    run("prep", "dna", tmp_path / "g.fa", "--out", tmp_path / "data")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", "train", "dna", "--data", str(tmp_path / "data"), *TOY, "--max-steps", "100000"]
+        + ["--set", "train.validate_every=25", "--out", str(tmp_path / "run")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    saved, deadline = tmp_path / "run" / "checkpoints" / "last" / "trainer.pt", time.monotonic() + 90
+    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr[-1500:]
+    assert "saved. Go on with:  seqlab train dna --resume --out" in stderr and "Traceback" not in stderr
+    steps = json.loads((tmp_path / "run" / "run.json").read_text())["result"]["steps"]
+    run("train", "dna", "--resume", "--out", tmp_path / "run", "--max-steps", steps + 3)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["steps"] == steps + 3
+
+
+def test_doctor_checks_every_back_end():
+    stdout, _ = run("doctor")
+    for word in ("selective_scan", "causal_conv1d", "reference", "cpu", "mamba_ssm", "torch + torchaudio"):
+        assert word in stdout
+    data = json.loads(run("doctor", "--json", "-")[0])
+    works = {f["name"] for f in data["findings"] if f["section"].startswith("back ends") and f["status"] == "ok"}
+    assert {"reference", "cpu"} <= works
+
+
+def test_doctor_reports_a_broken_pair_of_torch_and_torchaudio(monkeypatch):
+    import importlib
+
+    from seqlab import doctor
+
+    def broken(name, *rest):
+        if name == "torchaudio":
+            raise RuntimeError("Detected that PyTorch and TorchAudio were compiled with different CUDA versions.")
+        return real(name, *rest)
+
+    real = importlib.import_module
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    finding = doctor.torch_and_torchaudio()
+    assert finding.status == "problem" and "different CUDA versions" in finding.detail
+    assert "pip install" in finding.remedy
+
+
+@pytest.mark.parametrize("words", [[], ["prep"], ["train"], ["prep", "dna"], ["train", "dna"], ["eval"], ["doctor"]])
+def test_help_is_there_and_shows_an_example(words):
+    stdout, _ = run(*words, "--help")
+    assert "Usage" in stdout
+    if words and words not in (["prep"], ["train"]):
+        assert "Example:" in stdout
+
+
+# -- wrong input ---------------------------------------------------------------------------------------------------
+def fasta_cases(folder: Path) -> dict[str, tuple[Path, str]]:
+    good = genome(folder / "good.fa").read_bytes()
+    packed = gzip.compress(good)
+    cases = {
+        "missing": (None, "no such file"),
+        "empty": (b"", "is empty"),
+        "truncated": (packed[: len(packed) // 2], "truncated"),
+        "corrupt": (packed[:40] + b"\xff" * 60 + packed[100:], ""),
+        "binary": (bytes(range(256)) * 20, ""),
+        "text": (b"hello world\nthis is text\n", ""),
+        "protein": (b">p\nMKVLAAGIVGLPNVGKSTLFNALTKAGIEAANYPFCTIEPNTGVVPMPDPRLDALAEIVKPERTLPTTMEFVDIAGLVAGASKGEGLGNKF\n", "p"),
+        "duplicate": (b">a\nACGT\n>a\nACGT\n", "a"),
+        "fastq": (b"@r\nACGT\n+\nIIII\n", "FASTQ"),
+        "headers only": (b">a\n>b\n", "no sequence"),
+        "short": (b">a\n" + b"ACGT" * 30 + b"\n", "context"),
+    }
+    found = {}
+    for name, (data, expected) in cases.items():
+        path = folder / f"{name.replace(' ', '_')}.fa"
+        if name in ("truncated", "corrupt"):
+            path = path.with_suffix(".fa.gz")
+        if data is not None:
+            path.write_bytes(data)
+        found[name] = (path, expected)
+    return found
+
+
+CASES = ["missing", "empty", "truncated", "corrupt", "binary", "text", "protein", "duplicate", "fastq", "headers only"]
+
+
+@pytest.mark.parametrize("case", CASES + ["short"])
+def test_wrong_fasta_is_one_line_and_leaves_nothing(case, tmp_path):
+    path, expected = fasta_cases(tmp_path)[case]
+    (tmp_path / "work").mkdir()
+    message = error_of("train", "dna", "--fasta", path, *TOY, "--context", 128, within=tmp_path / "work")
+    assert expected.lower() in message.lower(), message
+    assert not list((tmp_path / "work").iterdir()), "a refused run leaves nothing behind"
+    if case != "short":
+        message = error_of("prep", "dna", path, "--out", tmp_path / "work" / "data")
+        assert expected.lower() in message.lower() and not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize(
+    "bed, expected",
+    [
+        ("chrX\t0\t10\ttrain\n", "chrX"),
+        ("chr\t0\t100000\ttrain\n", "6,000"),
+        ("chr\t0\t300\ttrain\nchr\t200\t400\ttest\n", "overlap"),
+        ("chr\t0\t300\tlearn\n", "learn"),
+        ("chr\t5\n", "line 1"),
+        ("chr\tx\t9\ttrain\n", "line 1"),
+        ("chr\t0\t3000\ttest\nchr\t3000\t6000\tvalid\n", "train"),
+        ("", ""),
+    ],
+)
+def test_wrong_bed_is_one_line_and_leaves_nothing(bed, expected, tmp_path):
+    genome(tmp_path / "g.fa")
+    (tmp_path / "s.bed").write_text(bed)
+    message = error_of("prep", "dna", tmp_path / "g.fa", "--splits", tmp_path / "s.bed", "--out", tmp_path / "data")
+    assert expected.lower() in message.lower(), message
+    assert {p.name for p in tmp_path.iterdir()} == {"g.fa", "s.bed"}
+
+
+def test_ambiguous_bases_are_counted_and_no_error(tmp_path):
+    bases = "ACGTRYKMN" * 700
+    (tmp_path / "g.fa").write_text(f">chr\n{bases}\n")
+    run("prep", "dna", tmp_path / "g.fa", "--out", tmp_path / "data")
+    counts = json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"]
+    assert counts["other"] == 4 * 700 and counts["N"] == 700
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--config", "dna_smal"], "did you mean dna_small"),
+        (["--set", "model.d_modle=3"], "model.d_modle: unknown; did you mean d_model?"),
+        (["--set", "model.d_model=wide"], "model.d_model: expected a whole number, got wide"),
+        (["--set", "model.strand=equivariant"], "needs direction: bidirectional"),
+        (["--set", "nonsense"], "--set nonsense: expected KEY=VALUE"),
+        (["--context", "many"], "--context many: expected a whole number"),
+        (["--precision", "fp16"], "float16 is refused"),
+        (["--precision", "int3"], "use fp32, bf16 or auto"),
+        (["--max-minutes", "-1"], "max_minutes: must be above 0"),
+        (["--devices", "0"], "devices: must be 1 or more"),
+        (["--devices", "3"], "cannot be shared evenly by 3 devices"),
+        (["--init", "nowhere"], "nowhere: no such run"),
+        (["--fasta", "x.fa"], "--data and --fasta: give one of them"),
+    ],
+)
+def test_wrong_options_are_one_line(trained, arguments, expected, tmp_path):
+    base = ["train", "dna", "--data", trained / "data", *TOY, "--out", tmp_path / "new"]
+    assert expected in error_of(*base, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_not_there(trained, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU; the message is for machines without")
+    base = ["train", "dna", "--data", trained / "data", *TOY, "--out", tmp_path / "new"]
+    assert "torch sees no GPU here" in error_of(*base, "--set", "train.accelerator=gpu")
+    assert "torch sees no GPU here" in error_of("eval", trained, "--device", "cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_used_and_unwritable_output_folders(trained, tmp_path):
+    base = ["train", "dna", "--data", trained / "data", *TOY, "--max-steps", 1]
+    before = sorted(p.name for p in trained.rglob("*"))
+    assert "already used" in error_of(*base, "--out", trained)
+    assert before == sorted(p.name for p in trained.rglob("*"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert "not a run directory" in error_of(*base, "--out", tmp_path / "mine", "--overwrite")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    assert "error: " in error_of("prep", "dna", genome(tmp_path / "g.fa"), "--out", "/proc/nowhere/data")
+    assert "error: " in error_of(*base, "--out", "/proc/nowhere/run")
+    (tmp_path / "file").write_text("x")
+    assert "error: " in error_of(*base, "--out", tmp_path / "file")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(trained, tmp_path):
+    """A limit on file size stands in for a full disk: the write fails the same way, with an OSError."""
+    resource = pytest.importorskip("resource", reason="needs a Unix system")
+    genome(tmp_path / "big.fa", 400_000)
+    data = trained / "data"
+    (tmp_path / "w").mkdir()
+
+    def limit(size):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    for arguments, size in (
+        (["prep", "dna", str(tmp_path / "big.fa"), "--out", str(tmp_path / "w" / "d")], 100_000),
+        (["train", "dna", "--data", str(data), *TOY, "--max-steps", "2", "--out", str(tmp_path / "w" / "r")], 4_000),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "cli", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda size=size: limit(size),
+            env={**os.environ, "SEQLAB_BACKEND": "reference", "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        assert done.returncode == 1, done.stderr[-1000:]
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+        assert not list((tmp_path / "w").iterdir()), done.stderr
+
+
+def test_damaged_and_foreign_checkpoints(trained, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(trained, broken)
+    weights = broken / "checkpoints" / "best" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "damaged" in error_of("eval", broken)
+    shutil.copytree(trained, tmp_path / "other")
+    path = tmp_path / "other" / "checkpoints" / "best" / "config.yaml"
+    path.write_text(path.read_text().replace("d_model: 16", "d_model: 24"))
+    assert "in this model" in error_of("eval", tmp_path / "other")
+    assert "no such run" in error_of("eval", tmp_path / "none")
+    assert "holds no checkpoint" in error_of("eval", tmp_path)
+    assert "--resume" in error_of("train", "dna", "--resume", within=tmp_path)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained / "data", damaged)
+    (damaged / "tokens.bin").write_bytes(b"\x07" * 10)
+    assert "damaged dataset" in error_of("train", "dna", "--data", damaged, *TOY, "--out", tmp_path / "n")
+
+
+def test_loss_turning_nan_is_one_line_and_keeps_the_last_good_checkpoint(trained, tmp_path):
+    # a learning rate that no model survives
+    sets = ["--set", "optim.lr=1e30", "--set", "optim.clip=0", "--set", "optim.warmup=0", "--set", "train.validate_every=1"]
+    message = error_of("train", "dna", "--data", trained / "data", *TOY, *sets, "--max-steps", 50, "--out", tmp_path / "r")
+    assert "step " in message and "batch: windows at chr:" in message and "optim.lr" in message
+    kept = load_file(tmp_path / "r" / "checkpoints" / "last" / "model.safetensors")
+    assert kept
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = CliRunner().invoke(app, ["eval", str(tmp_path / "none"), "--debug"])
+    assert result.exit_code == 1 and "Traceback" in result.stderr
+
+
+def test_importing_the_library_costs_torch_alone():
+    script = (
+        "import sys, seqlab, seqlab.ops, seqlab.model\n"
+        "heavy = {'numba', 'lightning', 'typer', 'triton', 'pyfaidx', 'Bio', 'matplotlib', 'torchaudio', 'transformers'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+    again = subprocess.run(
+        [sys.executable, "-c", "import typer\n" + script], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "typer" in again, "this test can fail"
