@@ -281,10 +281,7 @@ def _parse_fasta(path: Path, blocks: Iterable[bytes], writer: "_Writer") -> None
             if mark < 0:
                 break
             if not at_line_start:
-                raise UserError(
-                    f"{path}: record {writer.name[:60]!r} has a '>' within a line of bases, after base {writer.length:,}; "
-                    "start a new line before each '>'"
-                )
+                raise writer.misplaced_mark()
             header, is_started, at = bytearray(), True, mark + 1
     if header is not None:
         writer.begin(bytes(header))
@@ -341,14 +338,16 @@ _STRICT = _strict_table()
 
 
 class _Writer:
-    """Takes text piece by piece; writes tokens.bin and soft_masked.npy; keeps counts of every record.
+    """Takes text piece by piece; writes tokens.bin and soft_masked.npy; keeps the counts of every record.
 
-    Only a piece at a time is in memory: runs of lower case go to the file as they end, one that crosses pieces (or
-    records: the table is in global coordinates) stays open in `_run`.
+    Pieces are held back until there are HOLD bytes, so that many short records are worked on together, and no more than
+    that is in memory. Runs of lower case go to the file as they end; one that crosses buffers (or records: the table is
+    in global coordinates) stays open in `_run`.
     """
 
     COUNTED = ("A", "C", "G", "T", "N", "other")
-    _IDS = (nucleotide.A, nucleotide.C, nucleotide.G, nucleotide.T, nucleotide.N, nucleotide.UNK)
+    IDS = (nucleotide.A, nucleotide.C, nucleotide.G, nucleotide.T, nucleotide.N, nucleotide.UNK)
+    HOLD = 1 << 19
 
     def __init__(self, tokens: BinaryIO, runs: BinaryIO, min_length: int):
         self._tokens, self._runs = tokens, runs
@@ -356,14 +355,16 @@ class _Writer:
         self._runs_start = self._runs.tell()
         self.min_length = min_length
         self.sha256 = hashlib.sha256()
-        self.total = self.skipped = self.skipped_bases = 0
+        self.total = self.skipped = self.skipped_bases = 0  # total: bases written
         self.sequences: list[dict[str, Any]] = []
-        self.name = ""
-        self.length = 0
-        self._is_open = False
         self._seen: dict[str, int] = {}  # name -> source, of every record met
         self._paths: list[Path] = []
         self._run = -1  # start of the run of lower case that is open, or -1
+        self._held: list[tuple[bytes, dict[str, Any], int]] = []  # (letters, their record, where in it they begin)
+        self._held_size = 0
+        self._record: dict[str, Any] | None = None  # the record that is open: its entry in the manifest
+        self._record_first = 0  # index of its first piece in `_held`
+        self._before: tuple | None = None  # how to undo what has been written of it
 
     def source(self, path: Path) -> None:
         self._paths.append(path)
@@ -375,56 +376,60 @@ class _Writer:
         path = self._paths[-1]
         if not words:
             raise UserError(f"{path}: record {len(self._seen) + 1:,} has no name; write a word after its '>'")
-        name = words[0]
+        name, source = words[0], len(self._paths) - 1
         if name in self._seen:
-            other = self._paths[self._seen[name]]
-            where = "twice in " + str(path) if self._seen[name] == len(self._paths) - 1 else f"in {other} and {path}"
+            other = self._seen[name]
+            where = f"twice in {path}" if other == source else f"in {self._paths[other]} and {path}"
             raise UserError(f"sequence {name[:60]!r} is {where}; names must differ: rename one")
-        self._seen[name] = len(self._paths) - 1
-        self.name, self.length, self._is_open = name, 0, True
-        self._counts = np.zeros(len(self._IDS), np.int64)
-        self._soft = 0
-        if self.min_length > 1:  # else no record that holds a base is ever undone
-            self._before = (self.total, self.sha256.copy(), self._run, self._runs.tell())
+        self._seen[name] = source
+        self._record = {
+            "name": name,
+            "source": source,
+            "offset": self.total + self._held_size,
+            "length": 0,
+            "counts": dict.fromkeys(self.COUNTED, 0),
+            "soft_masked": 0,
+        }
+        self._record_first, self._before = len(self._held), None
 
     def add(self, text: bytes) -> None:
         """Append a piece of the record's lines, in any case, with any white space."""
-        clean = text.translate(None, WHITESPACE)
-        if not clean:
-            return
-        tokens = clean.translate(_STRICT)
-        counts = self._count(tokens)
-        if counts.sum() != len(tokens):
-            raise self._stray(clean, tokens)
-        if self._run >= 0 or not clean.isupper():
-            self._find_runs(np.frombuffer(clean, np.uint8) >= ord("a"))
-        self._counts += counts
-        self._tokens.write(tokens)
-        self.sha256.update(tokens)
-        self.length += len(tokens)
-        self.total += len(tokens)
+        letters = text.translate(None, WHITESPACE)
+        self._held.append((letters, self._record, self._record["length"]))
+        self._record["length"] += len(letters)
+        self._held_size += len(letters)
+        if self._held_size >= self.HOLD:
+            self._flush()
+
+    def misplaced_mark(self) -> UserError:
+        return UserError(
+            f"{self._paths[-1]}: record {self._record['name'][:60]!r} has a '>' within a line of bases, after base "
+            f"{self._record['length']:,}; start a new line before each '>'"
+        )
 
     def end(self) -> None:
         """Finish the record that is open, if any."""
-        if not self._is_open:
+        record, self._record = self._record, None
+        if record is None:
             return
-        self._is_open = False
-        if self.length < self.min_length:
-            self._forget()
+        if record["length"] >= self.min_length:
+            self.sequences.append(record)
             return
-        self.sequences.append(
-            {
-                "name": self.name,
-                "source": self._seen[self.name],
-                "offset": self.total - self.length,
-                "length": self.length,
-                "counts": dict(zip(self.COUNTED, self._counts.tolist())),
-                "soft_masked": self._soft,
-            }
-        )
+        self.skipped += 1
+        self.skipped_bases += record["length"]
+        self._held_size -= sum(len(letters) for letters, _, _ in self._held[self._record_first :])
+        del self._held[self._record_first :]
+        if self._before is not None:
+            self.total, self.sha256, self._run, at = self._before
+            self._tokens.seek(self.total)
+            self._tokens.truncate()
+            self._runs.seek(at)
+            self._runs.truncate()
 
     def finish(self) -> None:
         """Write what is still held back, and to the disk."""
+        self.end()
+        self._flush()
         if self._run >= 0:
             self._write_runs(np.array([self._run, self.total]))
         count = (self._runs.tell() - self._runs_start) // 16
@@ -434,32 +439,55 @@ class _Writer:
         for file in (self._tokens, self._runs):
             _sync(file)
 
-    def _forget(self) -> None:
-        """Undo the record: it is shorter than min_length."""
-        self.skipped += 1
-        self.skipped_bases += self.length
-        if self.length:
-            self.total, self.sha256, self._run, at = self._before
-            self._tokens.seek(self.total)
-            self._tokens.truncate()
-            self._runs.seek(at)
-            self._runs.truncate()
+    def _flush(self) -> None:
+        held, first = self._held, self._record_first
+        if self._record is not None and self._record["length"] < self.min_length and self._before is None:
+            self._write(held[:first])  # so that the record can still be undone
+            self._before = (self.total, self.sha256.copy(), self._run, self._runs.tell())
+            self._write(held[first:])
+        else:
+            self._write(held)
+        self._held, self._held_size, self._record_first = [], 0, 0
 
-    def _count(self, tokens: bytes) -> np.ndarray:
-        """How often each of _IDS occurs, (6,) int64."""
-        if len(tokens) < 4096:  # a short record: numpy's fixed cost would be most of it
-            return np.array([tokens.count(token) for token in self._IDS], np.int64)
-        # comparing and counting in pieces that stay in the cache is several times faster than bincount
-        counts = np.zeros(len(self._IDS), np.int64)
+    def _write(self, pieces: list[tuple[bytes, dict[str, Any], int]]) -> None:
+        letters = b"".join([piece for piece, _, _ in pieces])
+        if not letters:
+            return
+        tokens = letters.translate(_STRICT)
+        counts = self._count(tokens)
+        if sum(counts) != len(tokens):
+            raise self._stray(pieces, letters, tokens)
+        is_lower = None
+        if self._run >= 0 or not letters.isupper():
+            is_lower = np.frombuffer(letters, np.uint8) >= ord("a")
+            self._find_runs(is_lower)
+        if pieces[0][1] is pieces[-1][1]:
+            self._credit(pieces[0][1], counts, 0 if is_lower is None else int(np.count_nonzero(is_lower)))
+        else:  # many records: count them all at once
+            number = np.repeat(np.arange(len(pieces)), [len(piece) for piece, _, _ in pieces])
+            table = np.bincount(number * 16 + np.frombuffer(tokens, np.uint8), minlength=len(pieces) * 16)
+            table = table.reshape(len(pieces), 16)[:, self.IDS].tolist()
+            soft = np.bincount([] if is_lower is None else number[is_lower], minlength=len(pieces)).tolist()
+            for (_, record, _), mine, lower in zip(pieces, table, soft):
+                self._credit(record, mine, lower)
+        self._tokens.write(tokens)
+        self.sha256.update(tokens)
+        self.total += len(tokens)
+
+    def _credit(self, record: dict[str, Any], counts: list[int], soft: int) -> None:
+        for key, count in zip(self.COUNTED, counts):
+            record["counts"][key] += count
+        record["soft_masked"] += soft
+
+    def _count(self, tokens: bytes) -> list[int]:
+        """How often each of IDS occurs."""
         array = np.frombuffer(tokens, np.uint8)
-        for at in range(0, len(array), 1 << 18):
-            piece = array[at : at + (1 << 18)]
-            counts += [np.count_nonzero(piece == token) for token in self._IDS]
-        return counts
+        # comparing and counting in pieces that stay in the cache is several times faster than bincount
+        pieces = [array[at : at + (1 << 18)] for at in range(0, len(array), 1 << 18)]
+        return [sum(int(np.count_nonzero(piece == token)) for piece in pieces) for token in self.IDS]
 
     def _find_runs(self, is_lower: np.ndarray) -> None:
-        """Write the runs of True that end in this piece; keep open one that reaches its end."""
-        self._soft += int(np.count_nonzero(is_lower))
+        """Write the runs of True that end in this buffer; keep open one that reaches its end."""
         edges = np.flatnonzero(is_lower[1:] != is_lower[:-1]) + (self.total + 1)
         if is_lower[0] != (self._run >= 0):
             edges = np.concatenate([[self.total], edges])
@@ -477,22 +505,28 @@ class _Writer:
             self._runs, {"descr": "<i8", "fortran_order": False, "shape": (count, 2)}
         )
 
-    def _stray(self, clean: bytes, tokens: bytes) -> UserError:
+    def _stray(self, pieces: list[tuple[bytes, dict[str, Any], int]], letters: bytes, tokens: bytes) -> UserError:
+        """What to say about the first letter that has no token; `pieces` are what `letters` was joined from."""
         array = np.frombuffer(tokens, np.uint8)
         index = int(np.flatnonzero(array >= _STRAY_LETTER)[0])
-        record = f"{self._paths[-1]}: record {self.name[:60]!r}"
-        is_stray = array == _STRAY_LETTER
-        share = np.count_nonzero(is_stray) / len(array)
+        starts = np.cumsum([0, *(len(piece) for piece, _, _ in pieces)])
+        which = int(np.searchsorted(starts, index, side="right")) - 1
+        _, record, before = pieces[which]
+        same = [i for i, (_, other, _) in enumerate(pieces) if other is record]
+        mine = slice(int(starts[same[0]]), int(starts[same[-1] + 1]))
+        is_stray = array[mine] == _STRAY_LETTER
+        share = np.count_nonzero(is_stray) / len(is_stray)
+        where = f"{self._paths[record['source']]}: record {record['name'][:60]!r}"
         if share > 0.1:
-            letters = " ".join(sorted(set(np.frombuffer(clean, np.uint8)[is_stray].tobytes().decode().upper())))
+            strays = np.frombuffer(letters, np.uint8)[mine][is_stray].tobytes().decode().upper()
             return UserError(
-                f"{record} looks like protein: {share:.0%} of its letters are not nucleotide codes ({letters}); "
-                "give a nucleotide FASTA"
+                f"{where} looks like protein: {share:.0%} of its letters are not nucleotide codes "
+                f"({' '.join(sorted(set(strays)))}); give a nucleotide FASTA"
             )
-        byte = clean[index]
+        byte = letters[index]
         seen = repr(chr(byte)) if 32 < byte < 127 else f"byte 0x{byte:02x}"
         return UserError(
-            f"{record} has {seen} at base {self.length + index + 1:,}, which is no nucleotide code "
+            f"{where} has {seen} at base {before + index - int(starts[which]) + 1:,}, which is no nucleotide code "
             "(ACGTUN, RYSWKMBDHVX, gaps -.*); mend it or write N there"
         )
 
@@ -505,15 +539,18 @@ def _sync(file: BinaryIO) -> None:
 def _manifest_text(manifest: dict[str, Any]) -> str:
     """JSON with one sequence, source or interval a line: readable, and small."""
 
-    def rows(value: list, indent: str) -> str:
-        return "[\n" + ",\n".join(f"{indent} {json.dumps(row)}" for row in value) + f"\n{indent}]" if value else "[]"
+    def rows(texts: Iterable[str], indent: str) -> str:
+        body = f",\n{indent} ".join(texts)
+        return f"[\n{indent} {body}\n{indent}]" if body else "[]"
 
     lines = []
     for key, value in manifest.items():
         if key in ("sources", "sequences"):
-            text = rows(value, " ")
+            text = rows(map(json.dumps, value), " ")
         elif key == "splits":
-            text = "{\n" + ",\n".join(f'  "{name}": {rows(value[name], "  ")}' for name in value) + "\n }"
+            # rows of whole numbers: text made here is several times faster than a call of json.dumps for each
+            texts = {name: rows((f"[{i}, {a}, {b}]" for i, a, b in table), "  ") for name, table in value.items()}
+            text = "{\n" + ",\n".join(f'  "{name}": {texts[name]}' for name in texts) + "\n }"
         else:
             text = json.dumps(value)
         lines.append(f' "{key}": {text}')
@@ -590,15 +627,15 @@ def _splits_by_block(sequences: list[dict[str, Any]], block: int | None) -> tupl
             f"--block {block:,} cuts {total:,} bases into fewer than the 3 blocks that a test, a validation and a "
             f"training split need; use --block {_default_block(total):,} or leave it out"
         )
-    table: Table = {name: [] for name in SPLITS}
-    first = 0
-    for index, (length, count) in enumerate(zip(lengths.tolist(), counts.tolist())):
-        k = first + np.arange(count)
-        kind = np.where(k % 10 == 0, 2, np.where(k % 10 == 1, 1, 0))  # index into SPLITS: train, valid, test
-        edges = np.flatnonzero(np.concatenate([[True], kind[1:] != kind[:-1], [True]]))
-        for a, b in zip(edges[:-1].tolist(), edges[1:].tolist()):
-            table[SPLITS[kind[a]]].append([index, a * size, min(b * size, length)])
-        first += count
+    k = np.arange(int(counts.sum()))
+    index = np.repeat(np.arange(len(counts)), counts)
+    start = (k - np.repeat(np.cumsum(counts) - counts, counts)) * size
+    kind = np.where(k % 10 == 0, 2, np.where(k % 10 == 1, 1, 0))  # index into SPLITS: train, valid, test
+    is_first = np.concatenate([[True], (kind[1:] != kind[:-1]) | (index[1:] != index[:-1])])  # neighbours are merged
+    is_last = np.concatenate([is_first[1:], [True]])
+    end = np.minimum(start + size, lengths[index])
+    rows = np.stack([index[is_first], start[is_first], end[is_last]], axis=1)
+    table: Table = {name: rows[kind[is_first] == i].tolist() for i, name in enumerate(SPLITS)}
     rule = (
         f"blocks of {size} bases, counted from 0 through all sequences: block k tests if k % 10 = 0, "
         "validates if k % 10 = 1, else trains"

@@ -602,6 +602,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(data, read_size):
 def test_memory_is_bounded(tmp_path, monkeypatch):
     """Sixteen megabases in one line, the case changing at every base: memory follows READ_SIZE, not the file."""
     monkeypatch.setattr(genome, "READ_SIZE", 1 << 18)
+    monkeypatch.setattr(genome._Writer, "HOLD", 1 << 17)
     fasta = write(tmp_path / "in.fa", b">a\n" + b"aC" * (8 << 20))
     tracemalloc.start()
     try:
