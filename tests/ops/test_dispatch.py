@@ -1,0 +1,219 @@
+"""Choosing a back end, the messages when that fails, argument checks, and what importing costs."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from parity import conv_arguments, scan_arguments
+
+from seqlab.ops import backends, causal_conv1d, dispatch, selective_scan
+from seqlab.ops.causal_conv1d import cpu as conv_cpu
+from seqlab.ops.selective_scan import cpu as scan_cpu
+from seqlab.ops.self_check import self_check
+
+
+def scan(**changes):
+    t = scan_arguments(2, 5, 3, 2, torch.float32, softplus=True) | changes
+    return selective_scan(**t)
+
+
+def conv(**changes):
+    return causal_conv1d(**(conv_arguments(2, 5, 3, 4, torch.float32) | changes))
+
+
+def test_names_and_order():
+    for op in ("selective_scan", "causal_conv1d"):
+        names = list(backends(op))
+        assert names[-3:] == ["mamba_ssm", "cpu", "reference"] and set(names) <= set(dispatch.ORDER)
+        assert names == [name for name in dispatch.ORDER if name in names]
+        for module in backends(op).values():
+            reason = module.unavailable()
+            assert reason is None or isinstance(reason, str)
+    with pytest.raises(ValueError, match="'scan' does not exist; allowed: selective_scan, causal_conv1d"):
+        backends("scan")
+
+
+def test_auto_takes_the_fast_one_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "_announced", set())
+    monkeypatch.delenv("SEQLAB_BACKEND", raising=False)
+    calls = []
+    run = scan_cpu.run
+    monkeypatch.setattr(scan_cpu, "run", lambda *a: calls.append(1) or run(*a))
+    with caplog.at_level(logging.INFO, logger="seqlab"):
+        scan()
+        scan()
+    assert len(calls) == 2
+    assert [r.getMessage() for r in caplog.records] == ["selective_scan: back end cpu on cpu"]
+
+
+def test_auto_passes_over_what_cannot_run(monkeypatch):
+    monkeypatch.setattr(scan_cpu, "unavailable", lambda request=None: "numba is not installed: pip install numba")
+    monkeypatch.setattr(scan_cpu, "run", None)
+    torch.testing.assert_close(scan(), scan(backend="reference"))
+
+
+def test_environment_forces_a_back_end(monkeypatch):
+    monkeypatch.setattr(scan_cpu, "run", None)
+    monkeypatch.setenv("SEQLAB_BACKEND", "reference")
+    scan()
+    monkeypatch.setenv("SEQLAB_BACKEND", "refrence")
+    with pytest.raises(ValueError, match="SEQLAB_BACKEND 'refrence' is not a back end; .*did you mean 'reference'"):
+        scan()
+    monkeypatch.setenv("SEQLAB_BACKEND", "mamba_ssm")
+    with pytest.raises(RuntimeError, match="asked for by SEQLAB_BACKEND"):
+        scan()
+    scan(backend="reference")  # the argument wins
+
+
+def test_explicit_back_end_never_falls_back(monkeypatch):
+    monkeypatch.setattr(conv_cpu, "unavailable", lambda request=None: "numba is not installed: pip install numba")
+    with pytest.raises(RuntimeError) as error:
+        conv(backend="cpu")
+    message = str(error.value)
+    assert "back end 'cpu'" in message and "cpu: numba is not installed: pip install numba" in message
+    assert "mamba_ssm: " in message and "pip install" in message and "reference: can run this" in message
+    with pytest.raises(ValueError, match="'cuad' is not a back end; allowed: auto, .*reference"):
+        conv(backend="cuad")
+
+
+def test_mamba_ssm_says_what_it_lacks(monkeypatch):
+    from seqlab.ops.causal_conv1d import mamba_ssm as conv_mamba
+    from seqlab.ops.selective_scan import mamba_ssm as scan_mamba
+
+    for module in (scan_mamba, conv_mamba):
+        monkeypatch.setattr(module, "_extension_missing", lambda: None)
+    request = dispatch.Request("cuda", torch.bfloat16, 512, 1, 4096, 16, 4, grad=True)
+
+    def refusal(module, **changes):
+        return module.unavailable(dispatch.Request(**(vars(request) | changes)))
+
+    assert refusal(scan_mamba) is None and refusal(conv_mamba) is None
+    assert "no initial state" in refusal(scan_mamba, initial_state=True)
+    assert "gradient of the final state" in refusal(scan_mamba, final_state=True)
+    assert refusal(scan_mamba, final_state=True, grad=False) is None
+    assert "256" in refusal(scan_mamba, d_state=257)
+    assert "65535" in refusal(scan_mamba, channels=65536)
+    assert "2^32" in refusal(scan_mamba, length=1 << 23)
+    assert "snapshots" in refusal(scan_mamba, batch=1 << 21, length=1)
+    assert "on cpu" in refusal(scan_mamba, device="cpu")
+    assert "float64" in refusal(scan_mamba, dtype=torch.float64)
+    assert "2 to 4" in refusal(conv_mamba, width=5)
+    assert "multiple of 8" in refusal(conv_mamba, channels=12)
+    assert "positions" in refusal(conv_mamba, length=1 << 23)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "deterministic" in refusal(scan_mamba) and "deterministic" in refusal(conv_mamba)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"u": torch.zeros(2, 5)}, r"u must be \(batch length channels\), got shape \(2, 5\)"),
+        ({"u": torch.zeros(2, 5, 3).half()}, "u is float16, whose range"),
+        ({"u": torch.zeros(2, 5, 3).int()}, "u is torch.int32; allowed: bfloat16, float32, float64"),
+        ({"A": torch.zeros(4, 2)}, r"A must be .* = \(3, n\) .* got shape \(4, 2\)"),
+        ({"A": torch.zeros(3, 0)}, "at least one state"),
+        ({"delta": torch.zeros(2, 5, 4)}, r"delta has shape \(2, 5, 4\), expected \(2, 5, 3\)"),
+        ({"B": torch.zeros(2, 2, 5)}, r"B has shape \(2, 2, 5\), expected \(2, 5, 2\)"),
+        ({"C": torch.zeros(2, 5, 3)}, r"C has shape"),
+        ({"D": torch.zeros(2)}, r"D has shape \(2,\), expected \(3,\)"),
+        ({"z": torch.zeros(2, 5, 3).half()}, "z is torch.float16; .*use bfloat16"),
+        ({"initial_state": torch.zeros(2, 2, 3)}, r"initial_state has shape \(2, 2, 3\), expected \(2, 3, 2\)"),
+        ({"mask": torch.ones(2, 5)}, "mask is torch.float32, expected bool"),
+        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, r"mask has shape \(2, 4\), expected \(2, 5\)"),
+        ({"delta_bias": torch.zeros(3, device="meta")}, "delta_bias is on meta, u on cpu"),
+        ({"A": torch.zeros(3, 2, dtype=torch.cfloat)}, "A is torch.complex64"),
+    ],
+)
+def test_scan_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        scan(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"x": torch.zeros(2, 5)}, r"x must be \(batch length channels\), got shape \(2, 5\)"),
+        ({"x": torch.zeros(2, 5, 3).half()}, "x is float16"),
+        ({"weight": torch.zeros(4, 3)}, r"weight must be .* = \(3, w\) .* got shape \(4, 3\)"),
+        ({"weight": torch.zeros(3, 9)}, "width 9; allowed: 1 to 8"),
+        ({"bias": torch.zeros(4)}, r"bias has shape \(4,\), expected \(3,\)"),
+        ({"initial_state": torch.zeros(2, 4, 3)}, r"initial_state has shape \(2, 4, 3\), expected \(2, 3, 3\)"),
+        ({"activation": "swish"}, "activation 'swish' does not exist; allowed: None, 'silu'"),
+        ({"mask": torch.ones(2, 5)}, "mask is torch.float32, expected bool"),
+    ],
+)
+def test_conv_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        conv(**changes)
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
+def test_self_check(op, monkeypatch):
+    for name in ("cpu", "reference"):
+        assert self_check(op, name) < 1e-5
+    module = backends(op)["cpu"]
+    right = module.run
+
+    def wrong(first, *rest):
+        return right(first * 1.01, *rest)
+
+    monkeypatch.setattr(module, "run", wrong)
+    assert self_check(op, "cpu") > 1e-3
+    with pytest.raises(ValueError, match="not a back end"):
+        self_check(op, "gpu")
+    monkeypatch.setattr(module, "unavailable", lambda request=None: "gone fishing")
+    with pytest.raises(RuntimeError, match="gone fishing"):
+        self_check(op, "cpu")
+
+
+HEAVY = ("numba", "llvmlite", "triton", "torch._dynamo", "torch._inductor", "mamba_ssm", "causal_conv1d")
+
+
+def loaded(code):
+    """Which heavy packages a fresh interpreter has loaded after running `code`."""
+    program = f"import sys\n{code}\nprint(*(m for m in {HEAVY!r} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.split()
+
+
+def test_importing_the_operators_costs_torch_alone():
+    assert loaded("import seqlab.ops") == []
+
+
+def test_that_test_can_fail():
+    assert "numba" in loaded("import seqlab.ops.lanes")
+
+
+def test_kernels_work_where_nothing_can_be_written(tmp_path):
+    """No cache directory at all (read-only package, no home): compile in memory, run, do not complain."""
+    code = (
+        "import numba.core.caching as c\n"
+        "c.CacheImpl._locator_classes = []\n"
+        "import torch\n"
+        "from seqlab.ops import causal_conv1d\n"
+        "y = causal_conv1d(torch.ones(1, 3, 2), torch.ones(2, 2), backend='cpu')\n"
+        "assert y[0, :, 0].tolist() == [1, 2, 2]\n"
+    )
+    assert "numba" in loaded(code)
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this system")
+def test_threads_survive_a_fork():
+    code = (
+        "import os, torch\n"
+        "from seqlab.ops import causal_conv1d\n"
+        "torch.set_num_threads(2)\n"
+        "x, weight = torch.ones(1, 4000, 64), torch.ones(64, 4)\n"
+        "f = lambda: causal_conv1d(x, weight, backend='cpu').numpy().tobytes()\n"  # torch's own threads would hang
+        "want = f()\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    os._exit(0 if f() == want else 3)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0\n"
+    )
+    loaded(code)

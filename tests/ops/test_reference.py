@@ -1,0 +1,143 @@
+"""The references themselves: by hand, by gradcheck, and against independent formulas."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import conv_arguments, scan_arguments
+
+from seqlab.ops import causal_conv1d, selective_scan
+
+
+def silu(x):
+    return x / (1 + math.exp(-x))
+
+
+def test_scan_by_hand():
+    """One channel, one state, two steps, on paper: h = exp(delta A) h + delta B u; y = (C h + D u) silu(z)."""
+    ln2 = math.log(2)
+    y, final = selective_scan(
+        u=torch.tensor([[[3.0], [5.0]]], dtype=torch.float64),
+        delta=torch.tensor([[[1.0], [2.0]]], dtype=torch.float64),
+        A=torch.tensor([[-ln2]], dtype=torch.float64),
+        B=torch.tensor([[[2.0], [1.0]]], dtype=torch.float64),
+        C=torch.tensor([[[1.0], [10.0]]], dtype=torch.float64),
+        D=torch.tensor([7.0], dtype=torch.float64),
+        z=torch.tensor([[[1.0], [-2.0]]], dtype=torch.float64),
+        initial_state=torch.tensor([[[4.0]]], dtype=torch.float64),
+        return_final_state=True,
+        backend="reference",
+    )
+    # h1 = 4/2 + 1*2*3 = 8; y1 = (8 + 21) silu(1).  h2 = 8/4 + 2*1*5 = 12; y2 = (120 + 35) silu(-2).
+    expected = torch.tensor([[[29 * silu(1.0)], [155 * silu(-2.0)]]], dtype=torch.float64)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(final, torch.tensor([[[12.0]]], dtype=torch.float64))
+
+
+def test_scan_by_hand_reverse_with_softplus_and_mask():
+    """Right to left: the state enters beside the last position; the masked middle one is skipped."""
+    bias = 0.25
+    raw = math.log(math.e - 1) - bias  # softplus(raw + bias) = 1
+    y, final = selective_scan(
+        u=torch.tensor([[[3.0], [math.nan], [5.0]]]),
+        delta=torch.tensor([[[raw], [math.nan], [raw]]]),
+        A=torch.tensor([[-math.log(2)]]),
+        B=torch.tensor([[[2.0], [math.nan], [1.0]]]),
+        C=torch.tensor([[[1.0], [math.nan], [10.0]]]),
+        delta_bias=torch.tensor([bias]),
+        delta_softplus=True,
+        initial_state=torch.tensor([[[4.0]]]),
+        mask=torch.tensor([[True, False, True]]),
+        reverse=True,
+        return_final_state=True,
+        backend="reference",
+    )
+    # position 2: h = 4/2 + 5 = 7, y = 70.  position 0: h = 7/2 + 6 = 9.5, y = 9.5
+    torch.testing.assert_close(y, torch.tensor([[[9.5], [0.0], [70.0]]]))
+    torch.testing.assert_close(final, torch.tensor([[[9.5]]]))
+
+
+def test_conv_by_hand():
+    x = torch.tensor([[[1.0], [2.0], [4.0]]])
+    weight = torch.tensor([[100.0, 10.0, 1.0]])
+    state = torch.tensor([[[7.0], [8.0]]])
+    y, final = causal_conv1d(
+        x, weight, torch.tensor([0.5]), initial_state=state, return_final_state=True, backend="reference"
+    )
+    assert y.flatten().tolist() == [781.5, 812.5, 124.5] and final.flatten().tolist() == [2, 4]
+    y, final = causal_conv1d(
+        x, weight, initial_state=state, reverse=True, return_final_state=True, backend="reference"
+    )
+    # the mirror image: 1 + 20 + 400, 2 + 40 + 700, 4 + 70 + 800
+    assert y.flatten().tolist() == [421, 742, 874] and final.flatten().tolist() == [1, 2]
+    y, final = causal_conv1d(
+        torch.tensor([[[1.0], [math.nan], [4.0]]]),
+        weight,
+        initial_state=state,
+        mask=torch.tensor([[True, False, True]]),
+        return_final_state=True,
+        backend="reference",
+    )
+    assert y.flatten().tolist() == [781, 0, 814] and final.flatten().tolist() == [1, 4]
+
+
+def test_conv_is_torchs_conv():
+    t = conv_arguments(2, 9, 3, 4, torch.float64, state=False)
+    y = causal_conv1d(**t, activation="silu", backend="reference")
+    padded = F.pad(t["x"].transpose(1, 2), (3, 0))
+    expected = F.silu(F.conv1d(padded, t["weight"].unsqueeze(1), t["bias"], groups=3)).transpose(1, 2)
+    torch.testing.assert_close(y, expected)
+
+
+def test_scan_is_the_sum_over_the_past():
+    """y_t = sum_s C_t exp(A sum_{s<r<=t} delta_r) delta_s B_s u_s: no recurrence anywhere."""
+    t = scan_arguments(1, 6, 2, 3, torch.float64, softplus=False, optional=(), state=False)
+    y = selective_scan(**t, backend="reference")[0]
+    total = t["delta"][0].cumsum(0)  # (l d)
+    for i in range(6):
+        expected = torch.zeros(2, dtype=torch.float64)
+        for s in range(i + 1):
+            decay = torch.exp(t["A"] * (total[i] - total[s])[:, None])
+            expected += (decay * t["B"][0, s] * t["C"][0, i]).sum(1) * t["delta"][0, s] * t["u"][0, s]
+        torch.testing.assert_close(y[i], expected)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("softplus", [False, True])
+def test_scan_gradcheck(reverse, masked, softplus):
+    t = {k: v.requires_grad_() for k, v in scan_arguments(2, 4, 2, 2, torch.float64, softplus=softplus).items()}
+    mask = torch.tensor([[True, False, True, True], [False, True, True, False]]) if masked else None
+
+    def f(*values):
+        return selective_scan(
+            **dict(zip(t, values, strict=True)),
+            delta_softplus=softplus,
+            mask=mask,
+            reverse=reverse,
+            return_final_state=True,
+            backend="reference",
+        )
+
+    assert torch.autograd.gradcheck(f, tuple(t.values()))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_conv_gradcheck(reverse, masked, activation):
+    t = {k: v.requires_grad_() for k, v in conv_arguments(2, 4, 2, 3, torch.float64).items()}
+    mask = torch.tensor([[True, False, True, True], [False, True, False, False]]) if masked else None
+
+    def f(*values):
+        return causal_conv1d(
+            **dict(zip(t, values, strict=True)),
+            activation=activation,
+            mask=mask,
+            reverse=reverse,
+            return_final_state=True,
+            backend="reference",
+        )
+
+    assert torch.autograd.gradcheck(f, tuple(t.values()))
