@@ -395,6 +395,8 @@ class _Writer:
     def add(self, text: bytes) -> None:
         """Append a piece of the record's lines, in any case, with any white space."""
         letters = text.translate(None, WHITESPACE)
+        if not letters:
+            return
         self._held.append((letters, self._record, self._record["length"]))
         self._record["length"] += len(letters)
         self._held_size += len(letters)
@@ -450,9 +452,9 @@ class _Writer:
         self._held, self._held_size, self._record_first = [], 0, 0
 
     def _write(self, pieces: list[tuple[bytes, dict[str, Any], int]]) -> None:
-        letters = b"".join([piece for piece, _, _ in pieces])
-        if not letters:
+        if not pieces:
             return
+        letters = b"".join([piece for piece, _, _ in pieces])
         tokens = letters.translate(_STRICT)
         counts = self._count(tokens)
         if sum(counts) != len(tokens):

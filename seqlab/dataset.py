@@ -134,7 +134,7 @@ class TokenStore:
             raise self._damaged(f"soft_masked.npy: {str(error).splitlines()[0]}") from None
         if table.dtype != np.int64 or table.ndim != 2 or table.shape[1] != 2:
             raise self._damaged(f"soft_masked.npy holds {table.dtype} {table.shape}, expected int64 (k, 2)")
-        table = np.asarray(table)
+        table = np.ascontiguousarray(table)
         start, end = table.T
         is_sorted = (start < end).all() and (end[:-1] <= start[1:]).all()
         if len(table) and not (is_sorted and start[0] >= 0 and end[-1] <= self.total):
@@ -165,13 +165,21 @@ class TokenStore:
         """(end - start,) bool: which tokens of a global interval are soft-masked (lower case in the source)."""
         if not 0 <= start <= end <= self.total:
             raise ValueError(f"interval {start}..{end} is outside the dataset, 0..{self.total}")
-        first = np.searchsorted(self.soft_masked[:, 1], start, side="right")
-        last = np.searchsorted(self.soft_masked[:, 0], end, side="left")
+        return self.soft_masks(np.array([start]), end - start)[0]
+
+    def soft_masks(self, starts: np.ndarray, size: int) -> np.ndarray:
+        """(b, size) bool: `soft_mask` of b stretches of one size, all at once."""
+        edges = self.soft_masked.reshape(-1)  # start, end, start, end, ...: never decreasing
+        first = np.searchsorted(edges, starts, side="right") // 2  # the first run that ends after the stretch begins
+        last = (np.searchsorted(edges, starts + size, side="left") + 1) // 2  # the first that begins after it ends
+        count = np.maximum(last - first, 0)
+        row = np.repeat(np.arange(len(starts)), count)
+        run = np.arange(len(row)) + np.repeat(first - (np.cumsum(count) - count), count)
         # +1 where a run starts, -1 where it ends; runs are disjoint, so no place is the start (or the end) of two
-        step = np.zeros(end - start + 1, np.int8)
-        step[np.maximum(self.soft_masked[first:last, 0] - start, 0)] += 1
-        step[np.minimum(self.soft_masked[first:last, 1], end) - start] -= 1
-        return np.cumsum(step[:-1], dtype=np.int8).view(bool)
+        step = np.zeros((len(starts), size + 1), np.int8)
+        step[row, np.maximum(self.soft_masked[run, 0] - starts[row], 0)] += 1
+        step[row, np.minimum(self.soft_masked[run, 1] - starts[row], size)] -= 1
+        return np.cumsum(step, axis=1, dtype=np.int8, out=step).view(bool)[:, :-1]
 
     def locate(self, position: int) -> tuple[str, int]:
         """Global position -> (sequence name, 0-based position in it)."""
@@ -300,9 +308,7 @@ class WindowSampler:
         _flip(tokens, reverse, complement=True)
         result = {"tokens": tokens, "start": start, "reverse": reverse}
         if self.soft_mask:
-            soft = np.empty((len(start), size), bool)
-            for row, at in zip(soft, start.tolist()):
-                row[:] = self.store.soft_mask(at, at + size)
+            soft = self.store.soft_masks(start, size)
             _flip(soft, reverse, complement=False)
             result["soft_mask"] = soft
         return result

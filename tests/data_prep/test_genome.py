@@ -185,12 +185,19 @@ def bgzip(data: bytes, path: Path, block: int) -> bytes:
 
 
 @settings(deadline=None, max_examples=150)
-@given(fasta_files(), st.integers(16, 64), st.sampled_from(["plain", "gzip", "members", "bgzip"]), st.integers(1, 4))
-def test_agrees_with_a_naive_reader(data, read_size, packing, min_length):
+@given(
+    fasta_files(),
+    st.integers(16, 64),
+    st.sampled_from([1, 30, 200, 1 << 19]),
+    st.sampled_from(["plain", "gzip", "members", "bgzip"]),
+    st.sampled_from([1, 2, 20, 70]),
+)
+def test_agrees_with_a_naive_reader(data, read_size, hold, packing, min_length):
     records = {name: text for name, text in naive_reader(data).items() if len(text) >= min_length}
     whole = "".join(records.values())
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(genome, "READ_SIZE", read_size)
+        patch.setattr(genome, "READ_SIZE", read_size)  # small buffers: records, lines and runs cross their borders
+        patch.setattr(genome._Writer, "HOLD", hold)
         half = len(data) // 2
         packed = {
             "plain": lambda: data,
@@ -440,6 +447,7 @@ TEXT = b">a\n" + b"ACGT" * 2000 + b"\n"
         (b">a\nAC\x00GT\n", "record 'a' has byte 0x00 at base 3"),
         (b">a\nACGT\nACGEACGTACGTACGT\n", "record 'a' has 'E' at base 8, which is no nucleotide code"),
         (b">a\n1 acgt\n", "has '1' at base 1"),
+        (b">a\nAC\n>b\n" + b"GT\n" * 20 + b">c\nACGTACGTACGTACG\nT!\n>d\nA", "record 'c' has '!' at base 17,"),
         (b">a\nACGT>b\nACGT\n", "record 'a' has a '>' within a line of bases, after base 4"),
         (PROTEIN.encode(), "looks like protein: 24% of its letters are not nucleotide codes (E F L P Q)"),
         (b">a\nAC\n>b\nGG\n>a\nTT\n", "sequence 'a' is twice in"),
@@ -457,7 +465,9 @@ TEXT = b">a\n" + b"ACGT" * 2000 + b"\n"
         (gzip.compress(TEXT) + b"\0" * 70_000 + b"rest", "something else after the gzip data"),
     ],
 )
-def test_bad_files_are_refused_in_one_line(tmp_path, content, message):
+@pytest.mark.parametrize("hold", [1, 1 << 19])
+def test_bad_files_are_refused_in_one_line(tmp_path, monkeypatch, content, message, hold):
+    monkeypatch.setattr(genome._Writer, "HOLD", hold)
     refuses(tmp_path, content, message)
 
 
