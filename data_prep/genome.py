@@ -1,4 +1,4 @@
-"""FASTA -> dataset directory (tokens.bin, soft_masked.npy, manifest.json): any size, bounded memory, one pass.
+"""FASTA or GenBank -> dataset directory (tokens.bin, soft_masked.npy, manifest.json): any size, bounded memory, one pass.
 
 A record and what becomes of it:
 
@@ -6,7 +6,8 @@ A record and what becomes of it:
     ACGTNacgtRYU-               7 8 9 10 11 7 8 9 10 6 6 10 6, one byte each; bases 5..9 soft-masked (lower case)
 
 Letters: A C G T, U read as T, N. The ambiguity codes RYSWKMBDHV, X, and the gap signs - . * become [UNK] and are counted
-as "other"; they keep their place, so that coordinates are those of `samtools faidx`. Anything else is an error.
+as "other"; they keep their place, so that coordinates are those of `samtools faidx`. Anything else is an error. GenBank
+files are named by their VERSION (as NCBI's FASTA of the same record is), and their lower case means nothing.
 
 Splits never share a base: by a BED file, by sequence name, or by blocks (see `prepare_genome`).
 
@@ -18,6 +19,7 @@ import contextlib
 import difflib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -54,7 +56,7 @@ def prepare_genome(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Read FASTA files (plain, gzip or bgzip) into the dataset directory `out` and return it.
+    """Read FASTA or GenBank files (plain, gzip or bgzip) into the dataset directory `out` and return it.
 
     Splits, one of three ways:
     - `splits`: a BED file of chrom, start, end, train|valid|test (0-based half-open). Bases outside it are in no split.
@@ -96,7 +98,7 @@ def prepare_genome(
             for i, path in enumerate(paths):
                 with _Source(path, report(sum(sizes[:i]))) as source:
                     writer.source(path)
-                    _parse_fasta(path, source.blocks(), writer)
+                    _parse(path, source.blocks(), writer)
                     sources.append({"path": str(path), "sha256": source.sha256(), "bytes": source.bytes_read})
             writer.finish()
         sequences = writer.sequences
@@ -142,16 +144,16 @@ def _list(paths: list[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
 
-def _check_source(path: Path) -> int:
+def _check_source(path: Path, wanted: str = "FASTA file (.fa, .fasta, .fna, with or without .gz)") -> int:
     """Size of a source file in bytes (0 for a pipe), having made sure that it can be read."""
     try:
         if path.is_dir():
-            raise UserError(f"{path}: is a directory; give the FASTA files in it, for example {path / '*.fa.gz'}")
+            raise UserError(f"{path}: is a directory; give the files in it, for example {path / '*.fa.gz'}")
         if not path.exists():
-            raise UserError(f"{path}: no such file; give a FASTA file (.fa, .fasta, .fna, with or without .gz)")
+            raise UserError(f"{path}: no such file; give a {wanted}")
         if path.is_file():
             if not path.stat().st_size:
-                raise UserError(f"{path}: is empty; give a FASTA file")
+                raise UserError(f"{path}: is empty; give a {wanted}")
             with open(path, "rb"):
                 pass
         return path.stat().st_size
@@ -207,7 +209,7 @@ class _Source:
     def blocks(self) -> Iterator[bytes]:
         head = self._read(min(READ_SIZE, 1 << 16))
         if not head:
-            raise UserError(f"{self.path}: is empty; give a FASTA file")
+            raise UserError(f"{self.path}: is empty; give a file that holds something")
         for magic, what, tool in _ARCHIVES:
             if head.startswith(magic):
                 raise UserError(f"{self.path}: is {what}, which is not read; {tool} it first (gzip is fine)")
@@ -253,8 +255,16 @@ class _Source:
             raise UserError(f"{self.path}: the bgzip file is cut short (its end mark is missing); fetch it again")
 
 
+def _parse(path: Path, blocks: Iterator[bytes], writer: "_Writer") -> None:
+    """Feed the records of a file to the writer."""
+    first = next(blocks)
+    is_genbank = first.lstrip(WHITESPACE).startswith(b"LOCUS ")
+    (_parse_genbank if is_genbank else _parse_fasta)(path, itertools.chain([first], blocks), writer)
+    writer.end()
+
+
 def _parse_fasta(path: Path, blocks: Iterable[bytes], writer: "_Writer") -> None:
-    """Feed records to the writer. Lines end in LF, CRLF or CR; blanks and empty lines mean nothing."""
+    """Lines end in LF, CRLF or CR; blanks and empty lines mean nothing."""
     header: bytearray | None = None  # the header being read, if a block ended in it
     is_started, at_line_start = False, True
     for block in blocks:
@@ -287,7 +297,6 @@ def _parse_fasta(path: Path, blocks: Iterable[bytes], writer: "_Writer") -> None
         writer.begin(bytes(header))
     if not is_started:
         raise UserError(f"{path}: no sequence, only blanks; a FASTA file holds '>name' and lines of bases")
-    writer.end()
 
 
 def _line_end(block: bytes, at: int) -> int:
@@ -306,12 +315,57 @@ def _ends_line(piece: bytes, before: bool) -> bool:
     return before if i < 0 else piece[i] in b"\n\r"
 
 
+def _parse_genbank(path: Path, blocks: Iterable[bytes], writer: "_Writer") -> None:
+    """Records from LOCUS to //; of each, the name (VERSION, or else LOCUS) and the lines after ORIGIN.
+
+    (NCBI GenBank flat file, release notes section 3.4: keywords begin in the first column, a line of the sequence is a
+    number and six groups of ten bases.) Features are not read, so this takes a line at a time where Biopython would
+    build the whole record.
+    """
+    name, is_record, is_sequence = b"", False, False
+    for line in _lines(path, blocks):
+        if line.startswith(b"LOCUS "):
+            if is_record:
+                raise UserError(f"{path}: record {_shown(name)} has no end ('//'); fetch or copy the file again")
+            name, is_record = line[6:], True
+        elif is_sequence:
+            if line.startswith(b"//"):
+                is_record = is_sequence = False
+            else:
+                writer.add(line.lstrip(b" 0123456789").upper())
+        elif line.startswith(b"VERSION ") and line[8:].strip():
+            name = line[8:]
+        elif line.startswith(b"ORIGIN") and is_record:
+            writer.begin(name)
+            is_sequence = True
+        elif line.startswith(b"//") and is_record:
+            raise UserError(f"{path}: record {_shown(name)} has no sequence (ORIGIN); fetch it in full, or as FASTA")
+        elif not is_record and line.strip():
+            raise UserError(f"{path}: starts as GenBank, but {_shown(line)} is between two records")
+    if is_record:
+        raise UserError(f"{path}: record {_shown(name)} is cut short (no '//'); fetch or copy the file again")
+
+
+def _shown(text: bytes) -> str:
+    return repr((text.decode("utf-8", "replace").split(maxsplit=1) or [""])[0][:60])
+
+
+def _lines(path: Path, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+        if len(rest) > MAX_HEADER:
+            raise UserError(f"{path}: starts as GenBank, but has a line of more than {MAX_HEADER:,} bytes; mend it")
+    yield rest
+
+
 def _not_fasta(path: Path, text: bytes) -> UserError:
     start = text[:4096]
     if start.startswith(b"@"):
         return UserError(f"{path}: looks like FASTQ (it starts with '@'); turn the reads into FASTA: seqtk seq -a")
-    if start.startswith((b"LOCUS ", b"ID   ")):
-        return UserError(f"{path}: looks like GenBank or EMBL; save the sequence as FASTA")
+    if start.startswith(b"ID   "):
+        return UserError(f"{path}: looks like EMBL; save the sequence as FASTA or GenBank")
     if any(byte < 32 and byte not in WHITESPACE or byte == 127 for byte in start):
         return UserError(f"{path}: is not a text file; give a FASTA file, plain or gzip")
     line = start.splitlines()[0][:40].decode("utf-8", "replace")
@@ -671,7 +725,7 @@ def _splits_by_name(sequences: list[dict[str, Any]], valid: list[str], test: lis
 
 def _read_bed(path: Path) -> list[tuple[int, str, int, int, str]]:
     """Rows (line number, sequence name, start, end, split), checked as far as the file alone allows."""
-    _check_source(path)
+    _check_source(path, "BED file: rows of chrom start end train|valid|test")
     with _Source(path, lambda read: None) as source:
         text = b"".join(source.blocks())
     rows = []

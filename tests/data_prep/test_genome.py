@@ -265,6 +265,29 @@ def check_against_pyfaidx(store: TokenStore, fasta) -> None:
         np.testing.assert_array_equal(mask, np.array([c.islower() for c in text], bool))
 
 
+def check_against_biopython(path: Path, folder: Path) -> None:
+    from Bio import SeqIO
+
+    store = TokenStore.open(prepare_genome([path], folder))
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt") as file:
+        records = [(record.id, str(record.seq)) for record in SeqIO.parse(file, "genbank")]
+    assert store.names == [name for name, _ in records]
+    np.testing.assert_array_equal(store.tokens, nucleotide.encode("".join(text for _, text in records)))
+    assert store.manifest["soft_masked"] == 0
+
+
+def test_genbank_agrees_with_biopython(tmp_path):
+    check_against_biopython(write(tmp_path / "a.gb", GENBANK.lstrip()), tmp_path / "a")
+    check_against_biopython(write(tmp_path / "b.gb", GENBANK.lstrip().replace(b"\n", b"\r\n")), tmp_path / "b")
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["genomes/mgenitalium_g37.NC_000908.2.gbk.gz", "small/sarscov2.MN908947.gb.gz"])
+def test_genbank_agrees_with_biopython_on_real_genomes(tmp_path, name):
+    check_against_biopython(DATA / name, tmp_path / "out")
+
+
 @needs_data
 def test_a_header_with_a_second_mark_and_a_known_genome(tmp_path):
     store = TokenStore.open(
@@ -370,7 +393,7 @@ def test_splits_from_a_bed_file(tmp_path):
         ("chr1\t10\t10\ttrain\n", "line 1: start 10 is not before end 10"),
         ("# only a comment\n", "holds no rows"),
         ("chr1\t0\t10\ttest\n", "nothing is left to train on"),
-        ("", "is empty"),
+        ("", "is empty; give a BED file"),
     ],
 )
 def test_bad_bed_files_are_refused(tmp_path, rows, message):
@@ -424,6 +447,22 @@ def refuses(folder: Path, content: bytes | str, message: str, name: str = "in.fa
     assert sorted(folder.rglob("*")) == before
 
 
+GENBANK = b"""
+LOCUS       TEST1                     74 bp    DNA     linear   UNA 01-JAN-2000
+DEFINITION  A record.
+VERSION     TEST1.7  GI:1
+FEATURES             Location/Qualifiers
+     source          1..74
+                     /note="ORIGIN of the //"
+ORIGIN
+        1 acgtacgtac ggttaaccnn acgtacgtac rcgtacgtac acgtacgtac acgtacgtac
+       61 tttttttttt gggg
+//
+LOCUS       TEST2                     20 bp    DNA     circular UNA 01-JAN-2000
+ORIGIN      
+        1 ccccccccca aaaaaaaaac
+//
+"""
 PROTEIN = ">sp|P69905|HBA_HUMAN Hemoglobin\nMVLSPADKTNVKAAWGKVGAHAGEYGAEALERMFLSFPTTKTYFPHFDLSHGSAQVKGHGKK\n"
 TEXT = b">a\n" + b"ACGT" * 2000 + b"\n"
 
@@ -441,7 +480,14 @@ TEXT = b">a\n" + b"ACGT" * 2000 + b"\n"
         (b"ACGT\n>a\nACGT\n", "does not start with '>' but with 'ACGT'"),
         (b"chrom\tstart\n", "does not start with '>'"),
         (b"@read1\nACGT\n+\nIIII\n", "looks like FASTQ"),
-        (b"LOCUS       NC_1 10 bp\nORIGIN\n", "looks like GenBank"),
+        (b"ID   X56734; SV 1; linear\n", "looks like EMBL"),
+        (GENBANK[:-4], "record 'TEST2' is cut short (no '//')"),
+        (GENBANK.replace(b"//\nLOCUS", b"LOCUS"), "record 'TEST1.7' has no end ('//')"),
+        (GENBANK.replace(b"ORIGIN\n        1 ac", b"CONTIG      join(X)\n        1 ac"), "record 'TEST1.7' has no sequence (ORIGIN)"),
+        (b"LOCUS a\nLOCUS b\n", "record 'a' has no end"),
+        (b"LOCUS a\nORIGIN\n1 acgt\n//\nand so on\n", "'and' is between two records"),
+        (b"LOCUS a\nORIGIN\n" + b"a" * 70_000, "a line of more than 65,536 bytes"),
+        (GENBANK + GENBANK, "sequence 'TEST1.7' is twice in"),
         (b"\x00\x01\x02\x03ELF", "is not a text file"),
         (b"\xff\xfe>\x00a\x00", "UTF-16"),
         (b">a\nAC\x00GT\n", "record 'a' has byte 0x00 at base 3"),
@@ -480,7 +526,7 @@ def test_a_bgzip_file_without_its_end_mark_is_cut_short(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     for path, message in (
         (tmp_path / "nowhere.fa", "no such file"),
-        (tmp_path, "is a directory; give the FASTA files in it"),
+        (tmp_path, "is a directory; give the files in it"),
         (tmp_path / "x\0y", "no such file"),
     ):
         with pytest.raises(UserError, match=message):
@@ -584,6 +630,7 @@ def test_a_write_that_fails_midway_is_one_line(tmp_path):
     st.binary(max_size=200)
     | st.text(alphabet="ACGTacgtN>\r\n \tEx-*@;1", max_size=200).map(str.encode)
     | st.binary(max_size=60).map(lambda b: b">a\n" + b)
+    | st.lists(st.sampled_from([*GENBANK.splitlines(), b"//", b"LOCUS a"]), max_size=9).map(b"\n".join)
     | st.tuples(st.binary(max_size=40), st.integers(0, 80)).map(lambda t: gzip.compress(b">a\nACGT\n" + t[0])[: t[1]])
     | st.tuples(st.integers(0, 60), st.integers(0, 255)).map(
         lambda t: (g := gzip.compress(b">a\nACGTTTACACGGATCACAG"))[: t[0]] + bytes([t[1]]) + g[t[0] + 1 :]
@@ -593,6 +640,8 @@ def test_a_write_that_fails_midway_is_one_line(tmp_path):
 @example(b"\x1f\x8b", 16)
 @example(b">", 16)
 @example(b">\r", 16)
+@example(b"LOCUS \nORIGIN", 16)
+@example(b"LOCUS \nORIGIN\n//\n", 16)
 def test_any_bytes_are_read_or_refused_in_one_line(data, read_size):
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(genome, "READ_SIZE", read_size)
