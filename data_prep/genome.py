@@ -58,14 +58,14 @@ def prepare_genome(
 ) -> Path:
     """Read FASTA or GenBank files (plain, gzip or bgzip) into the dataset directory `out` and return it.
 
-    Splits, one of three ways:
+    Splits, one of four ways:
     - `splits`: a BED file of chrom, start, end, train|valid|test (0-based half-open). Bases outside it are in no split.
     - `valid`, `test`: names of the sequences that validate and test; the others train. One of them may be empty.
     - by default, blocks of `block` bases (65,536; less for a small genome, so that there are 20 or more), cut within
       each sequence and counted from 0 through all of them: every tenth block (k % 10 = 0) tests, the next one
       (k % 10 = 1) validates, the others train.
+    - `whole`: every base is in this one split ("test": a genome that is only evaluated on).
 
-    whole: put every base into this one split ("test": a genome that is only evaluated on), in place of the above.
     min_length: shorter sequences are left out (counted in the manifest's "skipped").
     overwrite: replace `out` if it is a dataset.
 
@@ -80,8 +80,11 @@ def prepare_genome(
         raise UserError("splits come from a BED file or from names of sequences, not from both; leave one out")
     if block is not None and (splits is not None or valid or test):
         raise UserError("--block cuts the default splits; it has no use with a BED file or names of sequences")
-    if block is not None and block < 1:
-        raise UserError(f"--block {block}: must be 1 or more")
+    if whole is not None and (splits is not None or valid or test or block is not None or whole not in SPLITS):
+        raise ValueError(f"whole must be one of {', '.join(SPLITS)} and the only rule for splits, got {whole!r}")
+    for option, number in (("block", block), ("min-length", min_length)):
+        if number is not None and number < 1:
+            raise UserError(f"--{option} {number}: must be 1 or more")
     sizes = [_check_source(path) for path in paths]
     bed = None if splits is None else _read_bed(Path(splits))
 
@@ -106,8 +109,8 @@ def prepare_genome(
             skipped = f" of {min_length:,} bases or more" if min_length > 1 else ""
             raise UserError(f"{_list(paths)}: no sequence{skipped}; a FASTA file holds '>name' and lines of bases")
         if whole is not None:
-            table = {name: [] for name in ("train", "valid", "test")}
-            table[whole] = [[i, 0, s["length"]] for i, s in enumerate(sequences) if s["length"]]
+            table = {name: [] for name in SPLITS}
+            table[whole] = [[i, 0, s["length"]] for i, s in enumerate(sequences)]
             rule = f"every base is in {whole}"
         elif bed is not None:
             table, rule = _splits_from_bed(bed, Path(splits), sequences)

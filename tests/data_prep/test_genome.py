@@ -359,9 +359,18 @@ def test_splits_by_name(tmp_path):
         ({"valid": ["chr1"], "block": 3}, "--block"),
         ({"valid": ["chr1"], "splits": "x.bed"}, "not from both"),
         ({"block": 0}, "--block 0: must be 1 or more"),
+        ({"min_length": 0}, "--min-length 0: must be 1 or more"),
     ):
         refuses(tmp_path, text, message, **options)
     refuses(tmp_path, ">a\n" + bases(90), "fewer than the 3 blocks", block=45)
+
+
+def test_a_whole_genome_in_one_split(tmp_path):
+    store = prepared(tmp_path, ">a\nACGT\n>b\n>c\nGG", whole="test")
+    assert store.manifest["splits"] == {"train": [], "valid": [], "test": [[0, 0, 4], [1, 0, 2]]}
+    for options in ({"whole": "tests"}, {"whole": "test", "block": 2}, {"whole": "test", "valid": ["a"]}):
+        with pytest.raises(ValueError, match="whole must be one of train, valid, test and the only rule"):
+            prepare_genome([tmp_path / "in.fa"], tmp_path / "other", **options)
 
 
 def test_splits_from_a_bed_file(tmp_path):
