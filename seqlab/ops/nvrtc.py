@@ -213,8 +213,8 @@ class Module:
 
     def __init__(self, name: str, defines: tuple[tuple[str, int], ...], device: int):
         major, minor = torch.cuda.get_device_capability(device)
-        torch.cuda.current_stream(device).synchronize() if not torch.cuda.is_initialized() else None
         image = code(name, defines, 10 * major + minor)
+        self.device = device
         self._image, self._handle, self._functions = image, ctypes.c_void_p(), {}
         with torch.cuda.device(device):
             torch.empty(0, device=f"cuda:{device}")  # torch makes its context current
@@ -245,13 +245,13 @@ class Module:
         return count.value
 
     def launch(self, kernel: str, grid: int, block: int, shared: int, params: ctypes.Structure) -> None:
-        """Queue a kernel on torch's current stream (of the current device)."""
+        """Queue a kernel on torch's current stream of this module's device, which must be the current one."""
         if grid == 0:
             return
         if grid >= 1 << 31:
             raise NativeError(f"{kernel}: {grid} blocks are more than one launch takes (2^31 - 1)")
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
         _cuda(
             driver().cuLaunchKernel(
                 self.function(kernel, shared), grid, 1, 1, block, 1, 1, shared, stream, arguments, None
@@ -273,6 +273,14 @@ def module(name: str, defines: tuple[tuple[str, int], ...], device: int) -> Modu
             if found is None:
                 found = _modules[key] = Module(name, defines, device)
     return found
+
+
+def on_device(function, x: torch.Tensor, *rest):
+    """function(x, *rest) with x's GPU as the current one; free of cost where it already is."""
+    if x.device.index == torch.cuda.current_device():
+        return function(x, *rest)
+    with torch.cuda.device(x.device):
+        return function(x, *rest)
 
 
 @functools.cache

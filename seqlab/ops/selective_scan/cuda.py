@@ -121,10 +121,11 @@ def _device(x: Tensor):
 def _shared_bytes(kernel: str, n: int, warps: int) -> int:
     """Dynamic shared memory of a kernel (scan.cu says what is in it)."""
     row, each = STAGE + 4, math.ceil(STAGE * n / (32 * warps))
+    coefficients = 8 * 32 * n * warps if n <= 32 else 0
     if kernel in ("scan_ends", "adjoint_ends"):
         return 4 * n * row + 8 * 32 * n * warps
     if kernel == "scan_forward":
-        return 4 * n * row * 2 * (2 if each <= 8 else 1) + 8 * 32 * n * warps
+        return 4 * n * row * 2 * (2 if each <= 8 else 1) + 8 * 32 * n * warps + coefficients
     if kernel == "scan_backward":
         return 4 * n * row * 2 + 4 * warps * (n * (2 * STAGE + 2) + 512) + 2 * 8 * 32 * n * warps
     return 1024 if kernel == "reduce_rows" else 0
@@ -315,7 +316,7 @@ def _scan(
     reverse: bool,
     segment: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _on_device(forward, u, delta, A, B, C, D, z, bias, initial, mask, softplus, reverse, segment)
+    return nvrtc.on_device(forward, u, delta, A, B, C, D, z, bias, initial, mask, softplus, reverse, segment)
 
 
 @_scan.register_fake
@@ -345,8 +346,9 @@ def _scan_backward(
     reverse: bool,
     segment: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.cuda.device(u.device):
-        return backward(dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, softplus, reverse, segment)
+    return nvrtc.on_device(
+        backward, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, softplus, reverse, segment,
+    )  # fmt: skip
 
 
 @_scan_backward.register_fake
@@ -371,14 +373,13 @@ def _gradients(ctx, dy, dfinal, _):
     *tensors, states = ctx.saved_tensors
     if not ctx.segment:
         raise RuntimeError("selective_scan: the forward pass ran without gradients in sight; nothing was kept for them")
-    u, A = tensors[0], tensors[2]
+    u = tensors[0]
     if dy is None:
         dy = torch.zeros(u.shape, dtype=u.dtype, device=u.device)
     if dy.dtype != u.dtype:
         dy = dy.to(u.dtype)
-    call = _scan_backward if torch.compiler.is_compiling() else backward
-    with torch.cuda.device(u.device):
-        out = call(dy, dfinal, *tensors, states, ctx.softplus, ctx.reverse, ctx.segment)
+    rest = (dfinal, *tensors, states, ctx.softplus, ctx.reverse, ctx.segment)
+    out = _scan_backward(dy, *rest) if torch.compiler.is_compiling() else nvrtc.on_device(backward, dy, *rest)
     absent = [x is None for x in tensors[:9]]
     grads = [None if gone else g for g, gone in zip(out, absent, strict=True)]
     return (*grads, None, None, None, None)
@@ -392,7 +393,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        out = _on_device(forward, *inputs)
+        out = nvrtc.on_device(forward, *inputs)
         _setup(ctx, inputs, out)
         return out
 
@@ -402,21 +403,13 @@ class _Eager(torch.autograd.Function):
         return _gradients(ctx, dy, dfinal, nothing)
 
 
-def _on_device(function, u, *rest):
-    """Call with u's GPU as the current one."""
-    if u.device.index == torch.cuda.current_device():
-        return function(u, *rest)
-    with torch.cuda.device(u.device):
-        return function(u, *rest)
-
-
 def _call(*inputs):
     """One launch sequence: y, final state, states kept for the backward pass (the last input says how far apart)."""
     if torch.compiler.is_compiling() or not inputs[0].is_cuda:
         return _scan(*inputs)
     if inputs[-1]:
         return _Eager.apply(*inputs)
-    return _on_device(forward, *inputs)
+    return nvrtc.on_device(forward, *inputs)
 
 
 def run(

@@ -33,6 +33,7 @@
 #endif
 #define SUM_ROW (2 * STAGE + 2)      // sums of one state over a warp's channels: STAGE for C, STAGE for B, padding
 #define PREFETCH (EACH <= 8)
+#define KEEP_A (STATES <= 32)          // A in shared memory; beyond, read through the cache
 #ifdef SEQLAB_EMULATED
 #define SETTLE(v)
 #else
@@ -180,6 +181,13 @@ DEVICE float2 coefficients(const Params& p, const Place& q, int n) {  // log2(e)
     a.y *= LOG2E;
     return a;
 }
+#if KEEP_A
+#define COEFFICIENTS(n) coef[(n) * 32]
+#define COEF_FLOATS (WARPS * STATES * 64)
+#else
+#define COEFFICIENTS(n) coefficients(p, q, n)
+#define COEF_FLOATS 0
+#endif
 DEVICE void write2(float* row, const Place& q, float2 v) {
     if (q.ok0) row[q.c] = v.x;
     if (q.ok1) row[q.c + 1] = v.y;
@@ -369,8 +377,9 @@ DEVICE void leaving(const Params& p, const Place& q, float* out, int n, float2 v
 
 KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
     SHARED_FLOATS(shared);
-    float* tileB = shared;                               // (2 or 1, STATES, ROW)
-    float* tileC = shared + (PREFETCH ? 2 : 1) * STATES * ROW;
+    float2* coef = (float2*)shared + (threadIdx.x / 32) * STATES * 32 + threadIdx.x % 32;
+    float* tileB = shared + COEF_FLOATS;                 // (2 or 1, STATES, ROW)
+    float* tileC = tileB + (PREFETCH ? 2 : 1) * STATES * ROW;
     float2* state = (float2*)(tileC + (PREFETCH ? 2 : 1) * STATES * ROW) + (threadIdx.x / 32) * STATES * 32 + threadIdx.x % 32;
     const Place q = place(p, blockIdx.x, p.chunks);
     const i64 begin = q.k * p.chunk, end = begin + p.chunk < p.length ? begin + p.chunk : p.length;
@@ -382,7 +391,10 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
     const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + q.b * p.length;
     const float2 none = make_float2(0.f, 0.f);
     const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
-    for (int n = 0; n < STATES; n++) state[n * 32] = entering(p, q, p.initial, n);
+    for (int n = 0; n < STATES; n++) {
+        state[n * 32] = entering(p, q, p.initial, n);
+        if (KEEP_A) coef[n * 32] = coefficients(p, q, n);
+    }
 #if PREFETCH
     elem nextB[EACH], nextC[EACH];
     fetch(nextB, p, rowsB, p.B_t, mask, begin);
@@ -433,11 +445,11 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
             load_tile(rawU, u, after, live, q.second);
             load_tile(rawD, delta, after, live, q.second);
             if (now == 0) continue;
-            float2 nextA = coefficients(p, q, 0);
+            float2 nextA = COEFFICIENTS(0);
 #pragma unroll UNROLL
             for (int n = 0; n < STATES; n++) {
                 const float2 a = nextA;
-                nextA = coefficients(p, q, n + 1 < STATES ? n + 1 : n);
+                nextA = COEFFICIENTS(n + 1 < STATES ? n + 1 : n);
                 float2 h = state[n * 32];
                 float b[TILE], c[TILE];
                 read_row(b, nowB, n, t0);
@@ -532,7 +544,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
             if (left >= p.length) continue;
             const i64 right = left + p.segment < p.length ? left + p.segment : p.length;
             const int stages = (int)((right - left + STAGE - 1) / STAGE);
-            // The state at the start of every tile of the segment.
+            // The state at the start of every tile of the segment; the outputs before the gate, hence dz.
             const float* from = p.segments + (q.b * p.all_segments + left / p.segment) * STATES * p.channels;
             __syncthreads();
             for (int n = 0; n < STATES; n++) {
@@ -540,45 +552,69 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                 state[n * 33] = h;
                 marks[n * 32] = h;
             }
+            u32 live = live_steps(p, q.b, left);
+            {
+            pair rawD[TILE], rawU[TILE];
+            load_tile(rawD, delta, left, live, q.second);
+            load_tile(rawU, u, left, live, q.second);
             for (int s = 0; s < stages; s++) {
                 const i64 i0 = left + (i64)s * STAGE;
                 __syncthreads();
                 stage(tileB, p, rowsB, p.B_t, mask, i0);
+                stage(tileC, p, rowsC, p.C_t, mask, i0);
                 __syncthreads();
                 for (int t0 = 0; t0 < STAGE; t0 += TILE) {
                     const int next = s * TILES + t0 / TILE + 1;
-                    if (i0 + t0 + TILE >= right) break;
-                    const u32 live = live_steps(p, q.b, i0 + t0);
-                    pair raw[TILE];
-                    float2 dt[TILE], v[TILE];
-                    load_tile(raw, delta, i0 + t0, live, q.second);
-                    step_sizes(dt, raw, bias, p.softplus, live);
-                    load_tile(raw, u, i0 + t0, live, q.second);
+                    float2 dt[TILE], v[TILE], sumY[TILE];
+                    pair rawY[TILE], rawZ[TILE];
+                    step_sizes(dt, rawD, bias, p.softplus, live);
 #pragma unroll
                     for (int j = 0; j < TILE; j++) {
-                        v[j] = unpack(raw[j]);
-                        v[j].x *= dt[j].x;
-                        v[j].y *= dt[j].y;
+                        const float2 x = unpack(rawU[j]);
+                        v[j] = make_float2(dt[j].x * x.x, dt[j].y * x.y);
+                        sumY[j] = make_float2(skip.x * x.x, skip.y * x.y);
                     }
                     settle(dt);
                     settle(v);
+                    const u32 now = live;
+                    if (p.z != 0) {
+                        load_tile(rawZ, z, i0 + t0, now, q.second);
+                        load_tile(rawY, dy, i0 + t0, now, q.second);
+                    }
+                    live = live_steps(p, q.b, i0 + t0 + TILE);
+                    load_tile(rawD, delta, i0 + t0 + TILE, live, q.second);
+                    load_tile(rawU, u, i0 + t0 + TILE, live, q.second);
                     float2 nextA = coefficients(p, q, 0);
 #pragma unroll UNROLL
                     for (int n = 0; n < STATES; n++) {
                         const float2 a = nextA;
                         nextA = coefficients(p, q, n + 1 < STATES ? n + 1 : n);
                         float2 h = state[n * 33];
-                        float b[TILE];
+                        float b[TILE], c[TILE];
                         read_row(b, tileB, n, t0);
+                        read_row(c, tileC, n, t0);
 #pragma unroll
                         for (int j = 0; j < TILE; j++) {
                             h.x = exp2_fast(a.x * dt[j].x) * h.x + v[j].x * b[j];
                             h.y = exp2_fast(a.y * dt[j].y) * h.y + v[j].y * b[j];
+                            sumY[j].x += c[j] * h.x;
+                            sumY[j].y += c[j] * h.y;
                         }
                         state[n * 33] = h;
-                        marks[((i64)next * STATES + n) * 32] = h;
+                        if (next < tiles) marks[((i64)next * STATES + n) * 32] = h;
+                    }
+                    if (p.z != 0) {
+#pragma unroll
+                        for (int j = 0; j < TILE; j++) {
+                            const float2 g = unpack(rawZ[j]), d = unpack(rawY[j]);
+                            const float s0 = sigmoid(g.x), s1 = sigmoid(g.y);
+                            sumY[j].x *= d.x * s0 * (1.f + g.x * (1.f - s0));
+                            sumY[j].y *= d.y * s1 * (1.f + g.y * (1.f - s1));
+                        }
+                        store_tile(p.dz + (out.at - p.du) + (i0 + t0) * out.step, out.step, sumY, now, q);
                     }
                 }
+            }
             }
             // Back through the segment.
             for (int s = stages - 1; s >= 0; s--) {
@@ -589,35 +625,31 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                 __syncthreads();
                 for (int w = TILES - 1; w >= 0; w--) {
                     const int t0 = w * TILE;
-                    const u32 live = live_steps(p, q.b, i0 + t0);
-                    if (live == 0) {
+                    const u32 now = live_steps(p, q.b, i0 + t0);
+                    if (now == 0) {
                         for (int n = 0; n < STATES; n++)
                             if (lane < 2 * TILE) mine[n * SUM_ROW + (lane < TILE ? t0 + lane : STAGE + t0 + lane - TILE)] = 0.f;
                         continue;
                     }
                     const float2* mark = marks + (i64)(s * TILES + w) * STATES * 32;
-                    float2 dt[TILE], v[TILE], dout[TILE], sumY[TILE], sumB[TILE], sumA[TILE];
+                    float2 dt[TILE], v[TILE], dout[TILE], sumB[TILE], sumA[TILE];
                     {
-                        pair raw[TILE], more[TILE];
-                        load_tile(raw, delta, i0 + t0, live, q.second);
-                        load_tile(more, u, i0 + t0, live, q.second);
-                        step_sizes(dt, raw, bias, p.softplus, live);
+                        pair rawD[TILE], rawU[TILE], rawY[TILE], rawZ[TILE];
+                        load_tile(rawD, delta, i0 + t0, now, q.second);
+                        load_tile(rawU, u, i0 + t0, now, q.second);
+                        load_tile(rawY, dy, i0 + t0, now, q.second);
+                        if (p.z != 0) load_tile(rawZ, z, i0 + t0, now, q.second);
+                        step_sizes(dt, rawD, bias, p.softplus, now);
 #pragma unroll
                         for (int j = 0; j < TILE; j++) {
-                            float2 x = unpack(more[j]);
-                            v[j] = make_float2(q.ok0 ? dt[j].x * x.x : 0.f, q.ok1 ? dt[j].y * x.y : 0.f);
-                            sumY[j] = make_float2(skip.x * x.x, skip.y * x.y);
-                        }
-                        load_tile(more, dy, i0 + t0, live, q.second);
-                        if (p.z != 0) load_tile(raw, z, i0 + t0, live, q.second);
-#pragma unroll
-                        for (int j = 0; j < TILE; j++) {
-                            float2 d = unpack(more[j]);
+                            const float2 x = unpack(rawU[j]);
+                            float2 d = unpack(rawY[j]);
                             if (p.z != 0) {
-                                float2 x = unpack(raw[j]);
-                                d.x *= x.x * sigmoid(x.x);
-                                d.y *= x.y * sigmoid(x.y);
+                                const float2 g = unpack(rawZ[j]);
+                                d.x *= g.x * sigmoid(g.x);
+                                d.y *= g.y * sigmoid(g.y);
                             }
+                            v[j] = make_float2(q.ok0 ? dt[j].x * x.x : 0.f, q.ok1 ? dt[j].y * x.y : 0.f);
                             dout[j] = make_float2(q.ok0 ? d.x : 0.f, q.ok1 ? d.y : 0.f);
                             sumB[j] = none;
                             sumA[j] = none;
@@ -646,8 +678,6 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                             kept[j].y = e[j].y * h.y;
                             h.x = kept[j].x + v[j].x * b[j];
                             h.y = kept[j].y + v[j].y * b[j];
-                            sumY[j].x += c[j] * h.x;
-                            sumY[j].y += c[j] * h.y;
                             part[j] = dout[j].x * h.x + dout[j].y * h.y;
                         }
                         __syncwarp();
@@ -676,19 +706,19 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     }
                     {
                         const i64 offset = (out.at - p.du) + (i0 + t0) * out.step;
-                        pair raw[TILE];
+                        pair raw[TILE], again[TILE];
                         float2 r[TILE], x[TILE];
-                        load_tile(raw, u, i0 + t0, live, q.second);
+                        load_tile(again, u, i0 + t0, now, q.second);
+                        load_tile(raw, delta, i0 + t0, now, q.second);
 #pragma unroll
                         for (int j = 0; j < TILE; j++) {
-                            x[j] = unpack(raw[j]);
+                            x[j] = unpack(again[j]);
                             r[j].x = skip.x * dout[j].x + dt[j].x * sumB[j].x;
                             r[j].y = skip.y * dout[j].y + dt[j].y * sumB[j].y;
                             dD.x += dout[j].x * x[j].x;
                             dD.y += dout[j].y * x[j].y;
                         }
-                        store_tile(p.du + offset, out.step, r, live, q);
-                        load_tile(raw, delta, i0 + t0, live, q.second);
+                        store_tile(p.du + offset, out.step, r, now, q);
 #pragma unroll
                         for (int j = 0; j < TILE; j++) {
                             r[j].x = LN2 * sumA[j].x + x[j].x * sumB[j].x;
@@ -698,24 +728,11 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                                 r[j].x *= sigmoid(w.x + bias.x);
                                 r[j].y *= sigmoid(w.y + bias.y);
                             }
-                            const bool on = (live >> j) & 1u;
+                            const bool on = (now >> j) & 1u;
                             dbias.x += on ? r[j].x : 0.f;
                             dbias.y += on ? r[j].y : 0.f;
                         }
-                        store_tile(p.ddelta + offset, out.step, r, live, q);
-                        if (p.z != 0) {
-                            pair more[TILE];
-                            load_tile(raw, z, i0 + t0, live, q.second);
-                            load_tile(more, dy, i0 + t0, live, q.second);
-#pragma unroll
-                            for (int j = 0; j < TILE; j++) {
-                                const float2 g = unpack(raw[j]), d = unpack(more[j]);
-                                const float s0 = sigmoid(g.x), s1 = sigmoid(g.y);
-                                r[j].x = d.x * sumY[j].x * s0 * (1.f + g.x * (1.f - s0));
-                                r[j].y = d.y * sumY[j].y * s1 * (1.f + g.y * (1.f - s1));
-                            }
-                            store_tile(p.dz + offset, out.step, r, live, q);
-                        }
+                        store_tile(p.ddelta + offset, out.step, r, now, q);
                     }
                 }
                 __syncthreads();
