@@ -48,7 +48,8 @@ def simulate_genome(path: Path | str, *, length: int = 2_000_000, seed: int = 0,
                 file.write(b">sim%d simulated, seed %d\n" % (number, seed))
                 file.write(_lines(sequence))
     except OSError as error:
-        path.unlink(missing_ok=True) if path.is_file() else None
+        if path.is_file():
+            path.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
     return path
 

@@ -554,8 +554,21 @@ def test_permissions(tmp_path):
     fasta.chmod(0o600)
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
-    with pytest.raises(UserError, match="cannot be written"):
-        prepare_genome([fasta], locked / "out")
+    for mode in (0o500, 0):
+        locked.chmod(mode)
+        with pytest.raises(UserError, match="cannot be written"):
+            prepare_genome([fasta], locked / "out")
+
+
+def test_a_name_that_the_system_refuses(tmp_path):
+    fasta = write(tmp_path / "in.fa", ">a\nACGTACGT")
+    with pytest.raises(UserError, match="cannot be written .File name too long"):
+        prepare_genome([fasta], tmp_path / ("x" * 300))
+    with pytest.raises(UserError, match="cannot be read .File name too long"):
+        prepare_genome([tmp_path / ("x" * 300)], tmp_path / "out")
+    with pytest.raises(UserError, match="cannot be written .Not a directory"):
+        prepare_genome([fasta], fasta / "out")
+    assert list(tmp_path.iterdir()) == [fasta]
 
 
 def test_names_that_two_files_share(tmp_path):
