@@ -260,6 +260,21 @@ def copy_bytes(typingctx, destination, source, count):
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for a cache line (into the second level), without waiting. Any address is allowed."""
+
+    def codegen(context, builder, sig, args):
+        word = ir.IntType(32)
+        pointer = _at(builder, args[0], ir.IntType(8))
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        builder.call(function, [pointer, *(ir.Constant(word, value) for value in (0, 2, 1))])  # read, level 2, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 @helper
 def load_part(like, address, lanes, size, scratch):
     """`lanes` numbers and zeros in the other lanes; nothing beyond them is read. `scratch` holds one vector of zeros."""

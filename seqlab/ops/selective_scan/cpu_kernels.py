@@ -19,6 +19,7 @@ from seqlab.ops.lanes import (
     peek,
     peek_byte,
     poke,
+    prefetch,
     sigmoid,
     softplus,
     splat,
@@ -78,6 +79,8 @@ def forward(p, scratch, like, work, first, last):
             steps = min(chunk, length - t0)
             u = p[U] + b * p[U + 1] + t0 * p[U + 2] + at
             delta = p[DELTA] + b * p[DELTA + 1] + t0 * p[DELTA + 2] + at
+            z = p[Z] + b * p[Z + 1] + t0 * p[Z + 2] + at
+            out = p[Y] + b * p[Y + 1] + t0 * p[Y + 2] + at
             mask = p[MASK] + b * p[MASK + 1] + t0 * p[MASK + 2]
             for t in range(steps):
                 x = load_part(like, u + t * p[U + 2], lanes, size, zeros)
@@ -99,6 +102,11 @@ def forward(p, scratch, like, work, first, last):
                 h = load(work, state)
                 if p[SAVE]:
                     store(work, p[CHECKPOINTS] + ((b * chunks + c) * n + i) * tiles * row + here, h)
+                for t in range(i * steps // n, (i + 1) * steps // n):
+                    prefetch(u + (chunk + t) * p[U + 2])
+                    prefetch(delta + (chunk + t) * p[DELTA + 2])
+                    prefetch(z + t * p[Z + 2])
+                    prefetch(out + t * p[Y + 2])
                 Bi, Ci = B0 + i * p[WORK], C0 + i * p[WORK]
                 for t in range(steps):
                     r = t * row
@@ -107,8 +115,6 @@ def forward(p, scratch, like, work, first, last):
                     Bi += next_B
                     Ci += next_C
                 store(work, state, h)
-            out = p[Y] + b * p[Y + 1] + t0 * p[Y + 2] + at
-            z = p[Z] + b * p[Z + 1] + t0 * p[Z + 2] + at
             for t in range(steps):
                 y = load(work, y_rows + t * row)
                 if has_z:
@@ -187,6 +193,9 @@ def backward(p, scratch, like, work, first, last):
                 delta = p[DELTA] + b * p[DELTA + 1] + t0 * p[DELTA + 2] + at
                 z = p[Z] + b * p[Z + 1] + t0 * p[Z + 2] + at
                 dy = p[DY] + b * p[DY + 1] + t0 * p[DY + 2] + at
+                du = p[DU] + b * p[DU + 1] + t0 * p[DU + 2] + at
+                ddelta = p[DDELTA] + b * p[DDELTA + 1] + t0 * p[DDELTA + 2] + at
+                dz = p[DZ] + b * p[DZ + 1] + t0 * p[DZ + 2] + at
                 mask = p[MASK] + b * p[MASK + 1] + t0 * p[MASK + 2]
                 for t in range(steps):
                     x = load_part(like, u + t * p[U + 2], lanes, size, zeros)
@@ -216,6 +225,14 @@ def backward(p, scratch, like, work, first, last):
                     a2 = load(work, p[A] + i * tiles * row + here)
                     h = load(work, p[CHECKPOINTS] + ((b * chunks + c) * n + i) * tiles * row + here)
                     store(work, h_rows, h)
+                    for t in range(i * steps // n, (i + 1) * steps // n):
+                        prefetch(u + (t - chunk) * p[U + 2])
+                        prefetch(delta + (t - chunk) * p[DELTA + 2])
+                        prefetch(z + (t - chunk) * p[Z + 2])
+                        prefetch(dy + (t - chunk) * p[DY + 2])
+                        prefetch(du + t * p[DU + 2])
+                        prefetch(ddelta + t * p[DDELTA + 2])
+                        prefetch(dz + t * p[DZ + 2])
                     Bi, Ci = B0 + i * cell, C0 + i * cell
                     at_dC = dC_rows + i * cell
                     for t in range(steps):
@@ -254,9 +271,6 @@ def backward(p, scratch, like, work, first, last):
                 add_rows(work, cell, part_dC + (t0 - start) * n * cell, dC_rows, steps * n, is_first)
                 ln2 = splat(work, 0.6931471805599453)
                 dD, dbias = none, none
-                du = p[DU] + b * p[DU + 1] + t0 * p[DU + 2] + at
-                ddelta = p[DDELTA] + b * p[DDELTA + 1] + t0 * p[DDELTA + 2] + at
-                dz = p[DZ] + b * p[DZ + 1] + t0 * p[DZ + 2] + at
                 for t in range(steps):
                     r = t * row
                     x = load_part(like, u + t * p[U + 2], lanes, size, zeros)

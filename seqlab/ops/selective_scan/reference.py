@@ -54,12 +54,13 @@ def run(
     if delta_softplus:
         delta = F.softplus(delta)
     y: list[Tensor] = [u.new_zeros(batch, channels)] * length
+    us, deltas, Bs, Cs = (x.unbind(1) for x in (u, delta, B, C))
     for t in range(length - 1, -1, -1) if reverse else range(length):
-        step = delta[:, t, :, None]  # (b d 1)
-        new = torch.exp(step * A) * h + step * B[:, t, None, :] * u[:, t, :, None]  # (b d n)
-        out = (new * C[:, t, None, :]).sum(-1)  # (b d)
+        step = deltas[t][:, :, None]  # (b d 1)
+        new = torch.exp(step * A) * h + step * Bs[t][:, None, :] * us[t][:, :, None]  # (b d n)
+        out = (new * Cs[t][:, None, :]).sum(-1)  # (b d)
         if D is not None:
-            out = out + D * u[:, t]
+            out = out + D * us[t]
         if mask is not None:
             new = torch.where(mask[:, t, None, None], new, h)
             out = torch.where(mask[:, t, None], out, 0.0)
