@@ -81,7 +81,7 @@ def _ours(x: Tensor, reverse: bool) -> Tensor:
     return (x.flip(1) if reverse else x).contiguous()
 
 
-@torch.library.custom_op("seqlab::causal_conv1d_mamba_ssm", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("seqlab::causal_conv1d_mamba_ssm", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool
 ) -> Tensor:
@@ -98,7 +98,7 @@ def _(x, weight, bias, initial_state, silu, reverse):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("seqlab::causal_conv1d_mamba_ssm_backward", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("seqlab::causal_conv1d_mamba_ssm_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     x: Tensor,

@@ -103,7 +103,7 @@ def _inputs(u, delta, B, C, z, reverse):
     return u, delta, B.unsqueeze(1), C.unsqueeze(1), z  # B, C (b 1 n l): one group
 
 
-@torch.library.custom_op("seqlab::selective_scan_mamba_ssm", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("seqlab::selective_scan_mamba_ssm", mutates_args=())
 def _forward(
     u: Tensor,
     delta: Tensor,
@@ -139,7 +139,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
     )
 
 
-@torch.library.custom_op("seqlab::selective_scan_mamba_ssm_backward", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("seqlab::selective_scan_mamba_ssm_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     u: Tensor,
