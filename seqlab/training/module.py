@@ -55,6 +55,18 @@ class TrainConfig:
             raise ValueError(f"seed: must be 0 or more, got {self.seed}")
 
 
+def _average(decay: float):
+    """Exponential moving average whose memory grows with the run: min(decay, (1 + n) / (10 + n)) after n updates, so that
+    a short run does not average in its first, untrained weights."""
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
+        n = int(n)
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
 class DivergedError(UserError):
     """Training produced a NaN or an infinity; the last good checkpoint is kept."""
 
@@ -80,9 +92,7 @@ class TrainingModule(lightning.LightningModule):
         self.model = task.build_model()
         self.ema = None
         if train.ema_decay > 0:
-            self.ema = torch.optim.swa_utils.AveragedModel(
-                self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(train.ema_decay)
-            )
+            self.ema = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=_average(train.ema_decay))
         self.progress_share = lambda: 0.0  # set by the Clock callback, which knows the time
 
     @property
