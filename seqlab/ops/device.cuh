@@ -22,6 +22,11 @@ DEVICE u32 pack_bf16(float low, float high) {
 #define FULL 0xffffffffu
 DEVICE float lane_xor(float v, int bit) { return __shfl_xor_sync(FULL, v, bit); }
 DEVICE bool warp_all(bool v) { return __all_sync(FULL, v); }
+// Eight bytes from global to shared memory in the background; the thread that asked for them waits and reads them.
+DEVICE void copy_ahead(float2* to, const float2* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
 #define LOG2E 1.4426950408889634f

@@ -289,6 +289,12 @@ def multiprocessors(device: int) -> int:
 
 
 @functools.cache
+def shared_limit(device: int) -> int:
+    """Bytes of shared memory one block may have; 99 KiB, the least among supported GPUs, where torch does not say."""
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024))
+
+
+@functools.cache
 def machine() -> str | None:
     """Why native kernels cannot run on this machine; None if they can."""
     if torch.version.cuda is None:

@@ -54,7 +54,7 @@ class Device:
 
     def __init__(self, name: str, kernels: tuple[str, ...], multiprocessors: int = 2, resident: int = 2):
         self.name, self.kernels, self._resident = name, kernels, resident
-        self.multiprocessors = multiprocessors
+        self.multiprocessors, self.shared_limit = multiprocessors, 227 * 1024
 
     def module(self, defines):
         return Module(self.name, defines, self.kernels, self._resident)

@@ -11,6 +11,7 @@ from seqlab.ops.dispatch import Request
 SOURCE = "causal_conv1d/conv.cu"
 KERNELS = ("conv_forward", "conv_backward", "conv_reduce")
 THREADS = 128
+FORWARD_BYTES, BACKWARD_BYTES = 8, 8
 
 
 def unavailable(request: Request | None = None) -> str | None:
@@ -98,7 +99,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | No
     x, weight = _rows(x), weight.contiguous()
     bias, initial = (None if t is None else t.contiguous() for t in (bias, initial))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    vector = _vector(16 if weight.shape[1] <= 4 else 8, x, initial)
+    vector = _vector(FORWARD_BYTES if weight.shape[1] <= 4 else 4, x, initial)
     groups = x.shape[2] // vector
     p = _arguments(x, weight, bias, initial, silu, reverse)
     p.y = y.data_ptr()
@@ -119,7 +120,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial
     dweight = torch.empty_like(weight)
     dbias = torch.empty(0 if bias is None else channels, dtype=torch.float32, device=x.device)
     dinitial = torch.empty((0,) if initial is None else initial.shape, dtype=x.dtype, device=x.device)
-    vector = _vector(8 if width <= 4 else 4, x, dy, initial)
+    vector = _vector(BACKWARD_BYTES if width <= 4 else 4, x, dy, initial)
     groups = channels // vector
     p = _arguments(x, weight, bias, initial, silu, reverse)
     p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)

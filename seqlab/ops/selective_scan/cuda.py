@@ -101,6 +101,7 @@ class _Device:
     def __init__(self, index: int):
         self.index = index
         self.multiprocessors = nvrtc.multiprocessors(index)
+        self.shared_limit = nvrtc.shared_limit(index)
 
     def module(self, defines: tuple[tuple[str, int], ...]) -> nvrtc.Module:
         return nvrtc.module(SOURCE, defines, self.index)
@@ -127,13 +128,13 @@ def _shared_bytes(kernel: str, n: int, warps: int) -> int:
     if kernel == "scan_forward":
         return 4 * n * row * 2 * (2 if each <= 8 else 1) + 8 * 32 * n * warps + coefficients
     if kernel == "scan_backward":
-        return 4 * n * row * 2 + 4 * warps * (n * (2 * STAGE + 2) + 512) + 2 * 8 * 32 * n * warps
+        return 4 * n * row * 2 + 4 * warps * (n * (2 * STAGE + 2) + 1024) + 2 * 8 * 32 * n * warps + 2 * coefficients
     return 1024 if kernel == "reduce_rows" else 0
 
 
 @functools.lru_cache(maxsize=1024)
-def _most_warps(kernel: str, n: int, warps: int, limit: int = 99 * 1024) -> int:
-    """Fewer warps a block where many states would not fit the shared memory of the smallest supported GPU."""
+def _most_warps(kernel: str, n: int, warps: int, limit: int) -> int:
+    """Fewer warps a block where that many states would not fit a block's shared memory."""
     while warps > 1 and _shared_bytes(kernel, n, warps) > limit:
         warps -= 1
     return warps
@@ -202,7 +203,7 @@ def forward(u, delta, A, B, C, D, z, bias, initial, mask, softplus: bool, revers
     At, D, bias, initial = A.t().contiguous(), _float(D), _float(bias), _float(initial)
     mask = None if mask is None else mask.contiguous()
     paired = _paired(u, delta, z)
-    warps = _most_warps("scan_forward", n, min(FORWARD_WARPS, math.ceil(channels / 64)))
+    warps = _most_warps("scan_forward", n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit)
     first = plan(1, 1, channels, 1, warps, 1)
     module = device.module(_defines(u, n, first.warps, paired))
     shared = _shared_bytes("scan_forward", n, first.warps)
@@ -247,7 +248,7 @@ def backward(
     dfinal = _float(dfinal)
     mask = None if mask is None else mask.contiguous()
     paired = _paired(u, delta, z, dy)
-    warps = _most_warps("scan_backward", n, min(BACKWARD_WARPS, math.ceil(channels / 64)))
+    warps = _most_warps("scan_backward", n, min(BACKWARD_WARPS, math.ceil(channels / 64)), device.shared_limit)
     first = plan(1, 1, channels, 1, warps, 1)
     module = device.module(_defines(u, n, first.warps, paired))
     shared = _shared_bytes("scan_backward", n, first.warps)

@@ -23,16 +23,17 @@
 #define THREADS (WARPS * 32)
 #define EACH ((STAGE * STATES + THREADS - 1) / THREADS)  // values of B (and of C) a thread stages
 #ifndef FORWARD_BLOCKS
-#define FORWARD_BLOCKS (16 / WARPS)
+#define FORWARD_BLOCKS (12 / WARPS)
 #endif
 #ifndef BACKWARD_BLOCKS
-#define BACKWARD_BLOCKS (12 / WARPS)
+#define BACKWARD_BLOCKS (8 / WARPS)
 #endif
 #ifndef UNROLL
 #define UNROLL 2
 #endif
 #define SUM_ROW (2 * STAGE + 2)      // sums of one state over a warp's channels: STAGE for C, STAGE for B, padding
 #define PREFETCH (EACH <= 8)
+#define MARKS_AHEAD (STATES <= 32)     // checkpoints fetched a tile ahead into shared memory
 #define KEEP_A (STATES <= 32)          // A in shared memory; beyond, read through the cache
 #ifdef SEQLAB_EMULATED
 #define SETTLE(v)
@@ -488,7 +489,7 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
 // ----------------------------------------------------------------------------------------------------- gradients
 // Sums 16 values over the 32 lanes through shared memory. Lanes write their values as rows of four; 
 // each lane then adds four rows' worth and the rest goes by exchanges. Lane l (even) ends up with value l / 2.
-#define FOLD (4 * 32 * 4)  // floats a warp needs for it
+#define FOLD (4 * 32 * 4)  // floats of one round; a warp has two, so that a round is read while the next is computed
 DEVICE void fold_write(float* fold, int row, const float (&v)[TILE], int lane) {
     float4* at = (float4*)fold + row * 32 + lane;
     at[0] = make_float4(v[0], v[1], v[2], v[3]);
@@ -511,15 +512,17 @@ DEVICE float fold_read(const float* fold, int lane) {
 
 KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
     SHARED_FLOATS(shared);
-    float* tileB = shared + WARPS * FOLD;                     // (STATES, ROW)
+    float2* coef = (float2*)(shared + WARPS * 2 * FOLD) + (threadIdx.x / 32) * STATES * 32 + threadIdx.x % 32;
+    float* tileB = shared + WARPS * 2 * FOLD + COEF_FLOATS;   // (STATES, ROW)
     float* tileC = tileB + STATES * ROW;                      // (STATES, ROW)
     float* channel_sums = tileC + STATES * ROW;               // (WARPS, STATES, SUM_ROW)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float* fold = shared + warp * FOLD;
+    float* fold = shared + warp * 2 * FOLD;
     float* mine = channel_sums + warp * STATES * SUM_ROW;
     float2* state = (float2*)mine + lane;                     // the checkpoint pass keeps its state in the same place
     float2* adjoint = (float2*)(channel_sums + WARPS * STATES * SUM_ROW) + warp * STATES * 32 + lane;
     float2* dA = adjoint + WARPS * STATES * 32;
+    float2* ready = dA + WARPS * STATES * 32;                 // the next tile's checkpoints, on their way
     const int tiles = (int)(p.segment / TILE);
     float2* marks = (float2*)p.scratch + ((i64)blockIdx.x * WARPS + warp) * tiles * STATES * 32 + lane;
     const float2 none = make_float2(0.f, 0.f);
@@ -537,6 +540,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
         for (int n = 0; n < STATES; n++) {
             adjoint[n * 32] = entering(p, q, p.dfinal, n);
             dA[n * 32] = none;
+            if (KEEP_A) coef[n * 32] = coefficients(p, q, n);
         }
         float2 dD = none, dbias = none;
         for (i64 g = segments - 1; g >= 0; g--) {
@@ -552,8 +556,8 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                 state[n * 33] = h;
                 marks[n * 32] = h;
             }
-            u32 live = live_steps(p, q.b, left);
             {
+            u32 live = live_steps(p, q.b, left);
             pair rawD[TILE], rawU[TILE];
             load_tile(rawD, delta, left, live, q.second);
             load_tile(rawU, u, left, live, q.second);
@@ -584,11 +588,11 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     live = live_steps(p, q.b, i0 + t0 + TILE);
                     load_tile(rawD, delta, i0 + t0 + TILE, live, q.second);
                     load_tile(rawU, u, i0 + t0 + TILE, live, q.second);
-                    float2 nextA = coefficients(p, q, 0);
+                    float2 nextA = COEFFICIENTS(0);
 #pragma unroll UNROLL
                     for (int n = 0; n < STATES; n++) {
                         const float2 a = nextA;
-                        nextA = coefficients(p, q, n + 1 < STATES ? n + 1 : n);
+                        nextA = COEFFICIENTS(n + 1 < STATES ? n + 1 : n);
                         float2 h = state[n * 33];
                         float b[TILE], c[TILE];
                         read_row(b, tileB, n, t0);
@@ -616,7 +620,18 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                 }
             }
             }
-            // Back through the segment.
+            // Back through the segment, reading one tile ahead.
+            const int last = (int)((right - left + TILE - 1) / TILE) - 1;
+            u32 live = live_steps(p, q.b, left + (i64)last * TILE);
+            pair rawD[TILE], rawU[TILE], rawY[TILE], rawZ[TILE];
+            load_tile(rawD, delta, left + (i64)last * TILE, live, q.second);
+            load_tile(rawU, u, left + (i64)last * TILE, live, q.second);
+            load_tile(rawY, dy, left + (i64)last * TILE, live, q.second);
+            if (p.z != 0) load_tile(rawZ, z, left + (i64)last * TILE, live, q.second);
+#if MARKS_AHEAD
+            copies_done();
+            for (int n = 0; n < STATES; n++) copy_ahead(ready + n * 32, marks + ((i64)last * STATES + n) * 32);
+#endif
             for (int s = stages - 1; s >= 0; s--) {
                 const i64 i0 = left + (i64)s * STAGE;
                 __syncthreads();
@@ -625,20 +640,10 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                 __syncthreads();
                 for (int w = TILES - 1; w >= 0; w--) {
                     const int t0 = w * TILE;
-                    const u32 now = live_steps(p, q.b, i0 + t0);
-                    if (now == 0) {
-                        for (int n = 0; n < STATES; n++)
-                            if (lane < 2 * TILE) mine[n * SUM_ROW + (lane < TILE ? t0 + lane : STAGE + t0 + lane - TILE)] = 0.f;
-                        continue;
-                    }
-                    const float2* mark = marks + (i64)(s * TILES + w) * STATES * 32;
+                    const int tile = s * TILES + w;
+                    const u32 now = tile <= last ? live : 0u;
                     float2 dt[TILE], v[TILE], dout[TILE], sumB[TILE], sumA[TILE];
                     {
-                        pair rawD[TILE], rawU[TILE], rawY[TILE], rawZ[TILE];
-                        load_tile(rawD, delta, i0 + t0, now, q.second);
-                        load_tile(rawU, u, i0 + t0, now, q.second);
-                        load_tile(rawY, dy, i0 + t0, now, q.second);
-                        if (p.z != 0) load_tile(rawZ, z, i0 + t0, now, q.second);
                         step_sizes(dt, rawD, bias, p.softplus, now);
 #pragma unroll
                         for (int j = 0; j < TILE; j++) {
@@ -658,14 +663,50 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     settle(dt);
                     settle(v);
                     settle(dout);
-                    float2 nextA = coefficients(p, q, 0), nextH = mark[0];
+                    if (tile <= last) {
+                        const i64 before = i0 + t0 - TILE;
+                        live = tile > 0 ? live_steps(p, q.b, before) : 0u;
+                        load_tile(rawD, delta, before, live, q.second);
+                        load_tile(rawU, u, before, live, q.second);
+                        load_tile(rawY, dy, before, live, q.second);
+                        if (p.z != 0) load_tile(rawZ, z, before, live, q.second);
+                    }
+                    const float2* mark = marks + (i64)tile * STATES * 32;
+                    const float2* coming = mark - (tile > 0 ? STATES * 32 : 0);
+                    if (now == 0) {
+                        for (int n = 0; n < STATES; n++)
+                            if (lane < 2 * TILE) mine[n * SUM_ROW + (lane < TILE ? t0 + lane : STAGE + t0 + lane - TILE)] = 0.f;
+#if MARKS_AHEAD
+                        if (tile <= last)
+                            for (int n = 0; n < STATES; n++) copy_ahead(ready + n * 32, coming + n * 32);
+#endif
+                        continue;
+                    }
+#if MARKS_AHEAD
+                    copies_done();
+#endif
+                    float* column = mine + (lane >= 16 ? STAGE : 0) + t0 + lane / 2 % TILE;
+                    float2 nextA = COEFFICIENTS(0);
+#if !MARKS_AHEAD
+                    float2 nextH = mark[0];
+#endif
 #pragma unroll 1
                     for (int n = 0; n < STATES; n++) {
                         const float2 a = nextA;
-                        float2 h = nextH, ag = adjoint[n * 32], da = none;
+                        float* round = fold + n % 2 * FOLD;
+                        __syncwarp();
+                        // The sums of the state before: their exchanges hide behind this state's work.
+                        const float total = fold_read(fold + (n + 1) % 2 * FOLD, lane);
+                        if (n > 0 && lane % 2 == 0) column[(n - 1) * SUM_ROW] = total;
                         const int after = n + 1 < STATES ? n + 1 : n;
-                        nextA = coefficients(p, q, after);
+                        nextA = COEFFICIENTS(after);
+#if MARKS_AHEAD
+                        float2 h = ready[n * 32];
+#else
+                        float2 h = nextH;
                         nextH = mark[after * 32];
+#endif
+                        float2 ag = adjoint[n * 32], da = none;
                         float b[TILE], c[TILE], part[TILE];
                         float2 e[TILE], kept[TILE];
                         read_row(b, tileB, n, t0);
@@ -680,8 +721,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                             h.y = kept[j].y + v[j].y * b[j];
                             part[j] = dout[j].x * h.x + dout[j].y * h.y;
                         }
-                        __syncwarp();
-                        fold_write(fold, 0, part, lane);
+                        fold_write(round, 0, part, lane);
 #pragma unroll
                         for (int j = TILE - 1; j >= 0; j--) {
                             const float2 d = make_float2(ag.x + c[j] * dout[j].x, ag.y + c[j] * dout[j].y);  // dL/dh_t
@@ -696,14 +736,17 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                             ag.x = e[j].x * d.x;
                             ag.y = e[j].y * d.y;
                         }
+#if MARKS_AHEAD
+                        copy_ahead(ready + n * 32, coming + n * 32);
+#endif
                         adjoint[n * 32] = ag;
                         float2 old = dA[n * 32];
                         dA[n * 32] = make_float2(old.x + da.x, old.y + da.y);
-                        fold_write(fold, 2, part, lane);
-                        __syncwarp();
-                        const float total = fold_read(fold, lane);
-                        if (lane % 2 == 0) mine[n * SUM_ROW + (lane >= 16 ? STAGE : 0) + t0 + lane / 2 % TILE] = total;
+                        fold_write(round, 2, part, lane);
                     }
+                    __syncwarp();
+                    const float total = fold_read(fold + (STATES - 1) % 2 * FOLD, lane);
+                    if (lane % 2 == 0) column[(STATES - 1) * SUM_ROW] = total;
                     {
                         const i64 offset = (out.at - p.du) + (i0 + t0) * out.step;
                         pair raw[TILE], again[TILE];

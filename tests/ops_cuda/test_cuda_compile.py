@@ -1,0 +1,76 @@
+"""Every kernel compiles for Ampere, Hopper and Blackwell, without a GPU."""
+
+import pytest
+
+from seqlab.ops import nvrtc
+from seqlab.ops.causal_conv1d import cuda as conv
+from seqlab.ops.selective_scan import cuda as scan
+
+try:
+    nvrtc.compiler()
+    MISSING = None
+except nvrtc.NativeError as e:
+    MISSING = str(e)
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
+
+ARCHITECTURES = (80, 90, 100)
+SCAN = ((16, 4, 1, 1), (5, 1, 0, 0))  # states, warps, bf16, paired
+CONV = ((4, 4, 1, 0), (8, 1, 0, 0))  # width, vector, bf16, paired
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("values", SCAN)
+def test_scan_compiles(arch, values):
+    defines = tuple(zip(("STATES", "WARPS", "BF16", "PAIRED"), values, strict=True))
+    image = nvrtc.compile_source(nvrtc.source(scan.SOURCE), nvrtc.options(defines, arch), scan.SOURCE)
+    assert image[:4] == b"\x7fELF"
+    for kernel in scan.KERNELS:
+        assert kernel.encode() in image
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("values", CONV)
+def test_convolution_compiles(arch, values):
+    defines = tuple(zip(("WIDTH", "VEC", "BF16", "PAIRED"), values, strict=True))
+    image = nvrtc.compile_source(nvrtc.source(conv.SOURCE), nvrtc.options(defines, arch), conv.SOURCE)
+    assert image[:4] == b"\x7fELF"
+    for kernel in conv.KERNELS:
+        assert kernel.encode() in image
+
+
+def test_error_carries_the_compilers_words():
+    with pytest.raises(nvrtc.NativeError, match="undeclared_thing"):
+        nvrtc.compile_source('extern "C" __global__ void k() { undeclared_thing(); }', nvrtc.options((), 90), "k.cu")
+
+
+def test_gpu_newer_than_the_compiler_gets_portable_code():
+    newest = nvrtc.architectures()[-1]
+    flags = nvrtc.options((), newest + 90)
+    assert f"--gpu-architecture=compute_{newest}" in flags
+    image = nvrtc.compile_source('extern "C" __global__ void k(float* p) { *p = 1.f; }', flags, "k.cu")
+    assert b".target sm_" in image
+
+
+def test_gpu_older_than_the_compiler_is_refused():
+    with pytest.raises(nvrtc.NativeError, match="cannot compile for sm_10"):
+        nvrtc.options((), 10)
+
+
+def test_cache_is_used_checked_and_mended(tmp_path, monkeypatch):
+    monkeypatch.setenv(nvrtc.CACHE, str(tmp_path))
+    defines = (("WIDTH", 2), ("VEC", 1), ("BF16", 0), ("PAIRED", 0))
+    first = nvrtc.code(conv.SOURCE, defines, 90)
+    (stored,) = (tmp_path / "kernels").iterdir()
+    with monkeypatch.context() as m:
+        m.setattr(nvrtc, "compile_source", lambda *a: pytest.fail("compiled again"))
+        assert nvrtc.code(conv.SOURCE, defines, 90) == first
+    stored.write_bytes(stored.read_bytes()[:-1])  # a torn file
+    assert nvrtc.code(conv.SOURCE, defines, 90) == first
+    assert len(list((tmp_path / "kernels").iterdir())) == 1
+
+
+def test_cache_folder_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(nvrtc.CACHE, str(tmp_path / "file"))
+    defines = (("WIDTH", 2), ("VEC", 1), ("BF16", 0), ("PAIRED", 0))
+    assert nvrtc.code(conv.SOURCE, defines, 90)[:4] == b"\x7fELF"

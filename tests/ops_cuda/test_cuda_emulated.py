@@ -1,0 +1,118 @@
+"""The CUDA sources themselves, run on the processor (emulate.py), against the float64 reference: outputs and gradients."""
+
+import pytest
+import torch
+
+from seqlab.ops.causal_conv1d import cuda as conv
+from seqlab.ops.causal_conv1d import reference as conv_reference
+from seqlab.ops.selective_scan import cuda as scan
+from seqlab.ops.selective_scan import reference
+import emulate
+
+pytestmark = pytest.mark.skipif(emulate.COMPILER is None, reason="g++ is not installed; it compiles the emulated kernels")
+FLOAT, HALF = torch.float32, torch.bfloat16
+TOLERANCE = {FLOAT: 3e-6, HALF: 4e-3}
+
+
+def worst(pairs):
+    """Largest relative error (norm of the difference over norm of the reference); NaN anywhere counts as infinite."""
+    errors = [float((a.double() - r).norm() / (r.norm() + 1e-30)) for a, r in pairs if r is not None and r.numel()]
+    return max(float("inf") if e != e else e for e in errors)
+
+
+def test_worst_notices_wrong_and_missing_answers():
+    r = torch.ones(4, dtype=torch.float64)
+    assert worst([(r, r)]) == 0
+    assert worst([(r * 1.1, r)]) > 0.05
+    assert worst([(r * float("nan"), r)]) == float("inf")
+
+
+def scan_errors(monkeypatch, batch, length, channels, states, dtype=FLOAT, *, softplus=True, reverse=False, masked=False,
+                options=True, decay=1.0, blocks=(2, 2), strided=False):  # fmt: skip
+    device = emulate.Device(scan.SOURCE, scan.KERNELS, *blocks)
+    monkeypatch.setattr(scan, "_device", lambda x: device)
+    torch.manual_seed(length)
+    rows = (lambda d: torch.randn(batch, length, 2 * d)[..., d:]) if strided else (lambda d: torch.randn(batch, length, d))
+    u, delta, z = (rows(channels).to(dtype) for _ in range(3))
+    if not softplus:
+        delta = (delta.float().abs() * 0.1).to(dtype)
+    B, C = (rows(states).to(dtype) for _ in range(2))
+    A = -torch.rand(channels, states) * decay - 1e-4
+    D = torch.randn(channels) if options else None
+    bias = torch.randn(channels).abs() * 0.1 if options else None
+    initial = torch.randn(batch, channels, states) if options else None
+    mask = torch.rand(batch, length) > 0.3 if masked else None
+    if masked:
+        for x in (u, delta, z, B, C):
+            x[~mask] = float("nan")
+    inputs = [u, delta, A, B, C, D, z if options else None, bias, initial]
+    segment = scan.segment_length(batch, length, channels)
+    y, final, states_kept = scan.forward(*inputs, mask, softplus, reverse, segment)
+    dy, dfinal = torch.randn(batch, length, channels).to(dtype), torch.randn(batch, channels, states)
+    if masked:
+        dy[~mask] = float("nan")
+    grads = scan.backward(dy, dfinal, *inputs, mask, states_kept, softplus, reverse, segment)
+    exact = [None if x is None else x.double().requires_grad_() for x in inputs]
+    y64, final64 = reference.run(*exact[:8], softplus, exact[8], mask, reverse, True)
+    seen = dy.double() if mask is None else torch.where(mask[..., None], dy.double(), 0.0)
+    torch.autograd.backward((y64, final64), (seen, dfinal.double()))
+    pairs = [(y, y64.detach()), (final, final64.detach())]
+    return worst(pairs + [(g, None if x is None else x.grad) for g, x in zip(grads, exact, strict=True)])
+
+
+@pytest.mark.parametrize("length", (1, 2, 7, 65, 300))
+@pytest.mark.parametrize("reverse", (False, True))
+def test_scan(monkeypatch, length, reverse):
+    assert scan_errors(monkeypatch, 2, length, 5, 3, reverse=reverse) < TOLERANCE[FLOAT]
+
+
+@pytest.mark.parametrize(
+    "case",
+    (
+        {"masked": True},
+        {"masked": True, "softplus": False, "reverse": True},
+        {"options": False},
+        {"decay": 0.01},  # slow: no chunk forgets
+        {"decay": 300.0},  # fast: the first pass stops at once
+        {"blocks": (1, 1)},  # one chunk, no first pass
+        {"strided": True},
+    ),
+    ids=str,
+)
+def test_scan_options(monkeypatch, case):
+    assert scan_errors(monkeypatch, 1, 200, 6, 3, **case) < TOLERANCE[FLOAT]
+
+
+def test_scan_half_precision_over_several_channel_blocks(monkeypatch):
+    assert scan_errors(monkeypatch, 1, 65, 300, 16, HALF, masked=True) < TOLERANCE[HALF]
+
+
+def test_scan_is_the_same_on_every_run(monkeypatch):
+    device = emulate.Device(scan.SOURCE, scan.KERNELS, 2, 2)
+    monkeypatch.setattr(scan, "_device", lambda x: device)
+    inputs = [torch.randn(1, 100, 6), torch.randn(1, 100, 6), -torch.rand(6, 3), torch.randn(1, 100, 3), torch.randn(1, 100, 3)]
+    runs = []
+    for _ in range(2):
+        y, final, kept = scan.forward(*inputs, None, None, None, None, None, True, False, 32)
+        runs.append((y, final, *scan.backward(y, final, *inputs, None, None, None, None, None, kept, True, False, 32)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("length", (1, 2, 37, 150))
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("width,channels,dtype,silu,state", ((4, 24, FLOAT, True, True), (1, 6, FLOAT, False, False),
+                                                             (8, 6, FLOAT, True, True), (4, 16, HALF, True, True)))  # fmt: skip
+def test_convolution(monkeypatch, length, reverse, width, channels, dtype, silu, state):
+    device = emulate.Device(conv.SOURCE, conv.KERNELS, 1, 1)
+    monkeypatch.setattr(conv, "_device", lambda x: device)
+    torch.manual_seed(length)
+    x, dy = (torch.randn(2, length, channels).to(dtype) for _ in range(2))
+    weight, bias = torch.randn(channels, width), torch.randn(channels)
+    initial = torch.randn(2, width - 1, channels).to(dtype) if state else None
+    y = conv.forward(x, weight, bias, initial, silu, reverse)
+    grads = conv.backward(dy, x, weight, bias, initial, silu, reverse)
+    exact = [None if t is None else t.double().requires_grad_() for t in (x, weight, bias, initial)]
+    y64 = conv_reference.run(*exact[:3], silu, exact[3], reverse)
+    y64.backward(dy.double())
+    pairs = [(y, y64.detach())] + [(g, None if t is None else t.grad) for g, t in zip(grads, exact, strict=True)]
+    assert worst(pairs) < TOLERANCE[dtype]

@@ -1,0 +1,106 @@
+"""The host side of the native kernels: parameters, planning, reasons."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seqlab.ops import nvrtc
+from seqlab.ops.causal_conv1d import cuda as conv
+from seqlab.ops.dispatch import Request
+from seqlab.ops.selective_scan import cuda as scan
+
+
+def test_parameters_follow_the_source():
+    fields = [name for name, _ in nvrtc.params_type(scan.SOURCE)._fields_]
+    assert fields[:6] == ["u", "delta", "B", "C", "z", "dy"]
+    assert fields[-2:] == ["softplus", "reverse"]
+    assert "mask" in fields and "scratch" in fields and len(set(fields)) == len(fields)
+    assert [name for name, _ in nvrtc.params_type(conv.SOURCE)._fields_][-2:] == ["silu", "reverse"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    batch=st.integers(1, 64),
+    length=st.integers(1, 1 << 21),
+    channels=st.integers(1, 4096),
+    resident=st.integers(1, 2000),
+    warps=st.integers(1, 8),
+)
+def test_plan_covers_the_sequence(batch, length, channels, resident, warps):
+    segment = scan.segment_length(batch, length, channels)
+    cut = scan.plan(batch, length, channels, resident, warps, segment)
+    assert cut.chunk % segment == 0 and segment % scan.STAGE == 0
+    assert (cut.chunks - 1) * cut.chunk < length <= cut.chunks * cut.chunk
+    assert cut.warps <= warps and 64 * cut.warps * cut.channel_blocks >= channels
+    assert 64 * cut.warps * (cut.channel_blocks - 1) < channels
+
+
+def test_long_sequence_fills_the_gpu_and_short_wide_batch_needs_no_first_pass():
+    assert scan.plan(1, 1 << 20, 512, 396, 4, 256).chunks * 2 >= 0.9 * 396
+    assert scan.plan(64, 2048, 4096, 396, 4, 256).chunks <= 2
+
+
+def test_states_kept_are_one_in_many_steps():
+    assert scan.segment_length(1, 1 << 20, 512) == 256
+    assert scan.segment_length(1, 512, 128) == 32
+
+
+def test_fewer_warps_where_states_fill_the_shared_memory():
+    assert scan._most_warps("scan_backward", 16, 4) == 4
+    assert scan._most_warps("scan_backward", 64, 4) == 1
+    for n in range(1, scan.GROUP + 1):
+        for kernel in ("scan_ends", "scan_forward", "scan_backward"):
+            warps = scan._most_warps(kernel, n, 4)
+            assert scan._shared_bytes(kernel, n, warps) <= 99 * 1024
+
+
+def test_paired_access_needs_even_rows():
+    x = torch.empty(2, 8, 6, dtype=torch.bfloat16)
+    assert scan._paired(x) == 1
+    assert scan._paired(x[..., 1:5]) == 0
+    assert scan._paired(torch.empty(2, 8, 5)) == 0
+
+
+def test_vector_width_follows_alignment():
+    x = torch.empty(2, 8, 64, dtype=torch.bfloat16)
+    assert conv._vector(16, x) == 8
+    assert conv._vector(16, x[..., 4:]) == 4
+    assert conv._vector(16, torch.empty(1, 4, 3)) == 1
+
+
+@pytest.mark.parametrize("module", (scan, conv))
+def test_reasons(module):
+    reason = module.unavailable(Request("cpu", torch.float32, 4))
+    assert isinstance(reason, str) and reason
+    if torch.cuda.is_available():
+        assert "float64" in module.unavailable(Request("cuda", torch.float64, 4))
+    else:
+        assert "CUDA" in module.unavailable() or "GPU" in module.unavailable()
+
+
+def test_old_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(nvrtc, "machine", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Old")
+    assert "Old has compute capability 7.0" in nvrtc.gpu.__wrapped__(0)
+
+
+def test_missing_compiler_library_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(nvrtc, "_candidates", lambda: ["libnothing.so"])
+    with pytest.raises(nvrtc.NativeError, match="pip install nvidia-cuda-nvrtc"):
+        nvrtc.compiler.__wrapped__()
+
+
+def test_rows_too_far_apart_are_refused():
+    u = torch.empty(1, 1, 4)
+    far = torch.as_strided(u, (1, 1, 4), (4, 1 << 30, 1))
+    with pytest.raises(ValueError, match="allowed: below 2\\^30"):
+        scan._arguments(u, far, u, u, u, None, None, None, None, None, True, False)
+
+
+def test_bytes_of_a_shape_match_the_formula():
+    assert scan._shared_bytes("scan_forward", 16, 4) == 4 * 16 * 36 * 2 * 2 + 8 * 32 * 16 * 4 * 2
+    assert math.ceil(scan.STAGE * 16 / 128) <= 8
