@@ -150,21 +150,8 @@ def splat(typingctx, work, value):
     return lanes(work, value), codegen
 
 
-@intrinsic
-def total(typingctx, x):
-    """Sum over the lanes, in a fixed order."""
-
-    def codegen(context, builder, sig, args):
-        v, width = args[0], WIDTH
-        while width > 1:
-            width //= 2
-            index = ir.VectorType(ir.IntType(32), width)
-            low = builder.shuffle_vector(v, v, ir.Constant(index, list(range(width))))
-            high = builder.shuffle_vector(v, v, ir.Constant(index, list(range(width, 2 * width))))
-            v = builder.fadd(low, high)
-        return builder.extract_element(v, ir.Constant(ir.IntType(32), 0))
-
-    return x.scalar(x), codegen
+def _pick(builder, x, y, indices):
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), list(indices)))
 
 
 # ------------------------------------------------------------------------------------------------------- memory
@@ -238,6 +225,30 @@ def poke(typingctx, work, address, value):
         return context.get_dummy_value()
 
     return types.void(work, types.int64, value), codegen
+
+
+@intrinsic
+def poke_totals(typingctx, address, x, y):
+    """Write the sum of x's lanes and, next to it, the sum of y's; always added in the same order."""
+
+    def codegen(context, builder, sig, args):
+        address, x, y = args
+        half = WIDTH // 2
+        x, y = (builder.fadd(_pick(builder, v, v, range(half)), _pick(builder, v, v, range(half, WIDTH))) for v in (x, y))
+        while half > 1:  # x's partial sums lie in the first half of a vector, y's in the second, and the two fold alike
+            half //= 2
+            first, second = range(half), range(half, 2 * half)
+            if half == WIDTH // 4:
+                left = _pick(builder, x, y, [*first, *(i + 2 * half for i in first)])
+                right = _pick(builder, x, y, [*second, *(i + 2 * half for i in second)])
+            else:
+                left = _pick(builder, x, x, [*first, *(i + 2 * half for i in first)])
+                right = _pick(builder, x, x, [*second, *(i + 2 * half for i in second)])
+            x = builder.fadd(left, right)
+        builder.store(x, _at(builder, address, x.type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, x, y), codegen
 
 
 @intrinsic
@@ -342,6 +353,12 @@ def _emit_horner(builder, x, coefficients):
             builder.fmul(value, x, flags=("contract",)), _constant(x.type, c), flags=("contract",)
         )
     return value
+
+
+@intrinsic
+def fma(typingctx, x, y, z):
+    """x y + z, rounded once. `x * y + z` normally becomes this too; here the optimiser has no choice of the product."""
+    return x(x, y, z), lambda context, builder, sig, args: _fma(builder, *args)
 
 
 @intrinsic

@@ -98,7 +98,7 @@ def _forward(
     call.data("Y", y)
     call.set(STATE=state.data_ptr(), CHECKPOINTS=checkpoints.data_ptr(), SAVE=int(save))
     call.parallel("forward", call.batch * (call.padded // 16), call.work)
-    return y, call.unpadded_state(state), checkpoints
+    return y, call.unpadded_state(state, A), checkpoints
 
 
 @_forward.register_fake
@@ -107,7 +107,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, initial_state, mask, delta_softplus, 
     return (
         torch.empty_like(u, memory_format=torch.contiguous_format),
         A.new_empty((u.shape[0], u.shape[2], A.shape[1])),
-        A.new_empty((u.shape[0], chunks, A.shape[1], padded) if save else (0,)),
+        A.new_empty((u.shape[0], chunks, A.shape[1] + A.shape[1] % 2, padded) if save else (0,)),
     )
 
 
@@ -139,7 +139,7 @@ def _backward(
     partial = np.empty(row_bytes * segment, np.uint8)
     du, ddelta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta))
     dz = u.new_empty(0) if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
-    dB, dC = A.new_empty(B.shape), A.new_empty(C.shape)
+    dB, dC = (A.new_empty((batch, length, states)) for _ in range(2))
     dstate = call.padded_state(dfinal)
     dA = np.zeros((batch, states, padded))
     dD, dbias = np.zeros((batch, padded)), np.zeros((batch, padded))
@@ -171,13 +171,13 @@ def _backward(
     return (
         du,
         ddelta,
-        channel_sum(dA).transpose(0, 1).contiguous(),
-        dB.to(B.dtype),
-        dC.to(C.dtype),
+        channel_sum(dA)[: A.shape[1]].t().contiguous(),
+        dB[..., : B.shape[2]].to(B.dtype).contiguous(),
+        dC[..., : C.shape[2]].to(C.dtype).contiguous(),
         absent if D is None else channel_sum(dD),
         dz,
         absent.clone() if delta_bias is None else channel_sum(dbias),
-        call.unpadded_state(dstate),
+        call.unpadded_state(dstate, A),
     )
 
 
@@ -245,7 +245,7 @@ class _Call:
         self.kernels = cpu_kernels
         self.reverse = reverse
         self.batch, self.length, channels = u.shape
-        self.states = A.shape[1]
+        self.states = A.shape[1] + A.shape[1] % 2  # the kernels work on pairs; a state more has A = B = C = 0
         self.chunk, self.chunks, self.padded = _sizes(u, A)
         self.work = float(self.batch * self.length * self.padded * self.states)
         self.like = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0), torch.float64: np.float64(0)}[u.dtype]
@@ -253,6 +253,8 @@ class _Call:
         self.p = np.zeros(cpu_kernels.SLOTS, np.int64)
         self.alive: list = []
         B, C = B.to(A.dtype), C.to(A.dtype)
+        if self.states != A.shape[1]:
+            B, C = (torch.nn.functional.pad(x, (0, 1)) for x in (B, C))
         if mask is not None:  # 0 x NaN would still be NaN
             B, C = (torch.where(mask.unsqueeze(-1), x, 0.0) for x in (B, C))
             self.data("MASK", mask.contiguous().view(torch.uint8))
@@ -261,7 +263,7 @@ class _Call:
                 self.data(name, self.rows(x))
         # 2^(delta A log2 e): the kernels' exponential is a power of two
         decay = A.new_zeros(self.states, self.padded)
-        decay[:, :channels] = A.t() * 1.4426950408889634
+        decay[: A.shape[1], :channels] = A.t() * 1.4426950408889634
         self.set(
             A=self.keep(decay).data_ptr(),
             D=0 if D is None else self._pad(D).data_ptr(),
@@ -310,12 +312,12 @@ class _Call:
         dtype = torch.float64 if isinstance(self.compute, np.float64) else torch.float32
         padded = torch.zeros(self.batch, self.states, self.padded, dtype=dtype)
         if state is not None:
-            padded[:, :, : state.shape[1]] = state.transpose(1, 2)
+            padded[:, : state.shape[2], : state.shape[1]] = state.transpose(1, 2)
         return padded
 
-    def unpadded_state(self, padded: Tensor) -> Tensor:
-        channels = int(self.p[self.kernels.CHANNELS])
-        return padded[:, :, :channels].transpose(1, 2).contiguous()
+    def unpadded_state(self, padded: Tensor, like: Tensor) -> Tensor:
+        """(b n dp) -> (b d n), sizes of A = `like` (d n)."""
+        return padded[:, : like.shape[1], : like.shape[0]].transpose(1, 2).contiguous()
 
     def parallel(self, kernel: str, units: int, work: float) -> None:
         count = threads.thread_count(work, WORTH)

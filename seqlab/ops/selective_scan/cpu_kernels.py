@@ -2,30 +2,32 @@
 
 A unit of forward work is one tile of 16 channels of one batch row, over the whole sequence; of backward work, a group of
 tiles over one segment of it. Time is cut into chunks of at most CHUNK_MAX steps. Within a chunk the loop over states is
-outside the loop over time, so that a state lives in a register, and everything that only depends on (time, channel)
+outside the loop over time, so that two states live in registers, and everything that only depends on (time, channel)
 sits in small scratch rows [time][16]. Forward leaves the state at the start of every chunk; backward starts from there,
-recomputes one state's chunk into scratch (decay and h) and runs back over it. Nothing of size l*d*n ever exists.
+recomputes two states' chunk into scratch (decay and h) and runs back over it. Nothing of size l*d*n ever exists.
 
 All arguments travel in one int64 array `p`: addresses, byte strides (negative time strides make the reverse direction)
-and sizes; the constants below name its slots. Parameters and states are padded to a multiple of 16 channels.
+and sizes; the constants below name its slots. Parameters and states are padded to a multiple of 16 channels, and the
+number of states to an even one: they are worked through in pairs, which halves the traffic with the scratch rows.
 """
 
 from seqlab.ops.lanes import (
     compile_kernel,
     exp2,
+    fma,
     helper,
     load,
     load_part,
     peek,
     peek_byte,
     poke,
+    poke_totals,
     prefetch,
     sigmoid,
     softplus,
     splat,
     store,
     store_part,
-    total,
 )
 
 # data (address, batch stride, time stride)
@@ -48,14 +50,14 @@ APART = 3  # vectors between scratch arrays: exact multiples of 4 KiB would figh
 
 def scratch_bytes(chunk: int, states: int) -> int:
     """Scratch one thread needs for either kernel."""
-    return (10 * (chunk + APART) + 8) * VECTOR + 2 * 8 * chunk * states
+    return (11 * (chunk + APART) + 8) * VECTOR + 2 * 8 * chunk * states
 
 
 @compile_kernel
 def forward(p, scratch, like, work, first, last):
     """Units [first, last): y, the last state (in place of the first) and, if asked, the state at each chunk's start."""
     length, d, n, padded, chunk = p[LENGTH], p[CHANNELS], p[STATES], p[PADDED], p[CHUNK]
-    size, row = p[SIZE], 16 * p[WORK]
+    size, row, cell = p[SIZE], 16 * p[WORK], p[WORK]
     zeros, spare = scratch, scratch + VECTOR
     pitch = (chunk + APART) * row
     dt_rows = spare + VECTOR
@@ -96,25 +98,32 @@ def forward(p, scratch, like, work, first, last):
                 store(work, y_rows + t * row, y)
             B0 = p[B] + b * p[B + 1] + t0 * p[B + 2]
             C0 = p[C] + b * p[C + 1] + t0 * p[C + 2]
-            for i in range(n):
-                a2 = load(work, p[A] + i * tiles * row + here)
+            for i in range(0, n, 2):
+                A1 = load(work, p[A] + i * tiles * row + here)
+                A2 = load(work, p[A] + (i + 1) * tiles * row + here)
                 state = p[STATE] + (b * n + i) * tiles * row + here
-                h = load(work, state)
+                h1, h2 = load(work, state), load(work, state + tiles * row)
                 if p[SAVE]:
-                    store(work, p[CHECKPOINTS] + ((b * chunks + c) * n + i) * tiles * row + here, h)
-                for t in range(i * steps // n, (i + 1) * steps // n):
+                    kept = p[CHECKPOINTS] + ((b * chunks + c) * n + i) * tiles * row + here
+                    store(work, kept, h1)
+                    store(work, kept + tiles * row, h2)
+                for t in range(i * steps // n, (i + 2) * steps // n):
                     prefetch(u + (chunk + t) * p[U + 2])
                     prefetch(delta + (chunk + t) * p[DELTA + 2])
                     prefetch(z + t * p[Z + 2])
                     prefetch(out + t * p[Y + 2])
-                Bi, Ci = B0 + i * p[WORK], C0 + i * p[WORK]
+                Bi, Ci = B0 + i * cell, C0 + i * cell
                 for t in range(steps):
                     r = t * row
-                    h = exp2(load(work, dt_rows + r) * a2) * h + load(work, dtu_rows + r) * peek(work, Bi)
-                    store(work, y_rows + r, load(work, y_rows + r) + h * peek(work, Ci))
+                    dt, dtu = load(work, dt_rows + r), load(work, dtu_rows + r)
+                    h1 = fma(exp2(dt * A1), h1, dtu * peek(work, Bi))
+                    h2 = fma(exp2(dt * A2), h2, dtu * peek(work, Bi + cell))
+                    y = load(work, y_rows + r) + h1 * peek(work, Ci) + h2 * peek(work, Ci + cell)
+                    store(work, y_rows + r, y)
                     Bi += next_B
                     Ci += next_C
-                store(work, state, h)
+                store(work, state, h1)
+                store(work, state + tiles * row, h2)
             for t in range(steps):
                 y = load(work, y_rows + t * row)
                 if has_z:
@@ -165,9 +174,11 @@ def backward(p, scratch, like, work, first, last):
     y_rows = slope_rows + pitch
     ddt_rows = y_rows + pitch
     ddtu_rows = ddt_rows + pitch
-    a_rows = ddtu_rows + pitch
-    h_rows = a_rows + pitch  # one vector more than the others
-    dB_rows = h_rows + pitch + VECTOR  # (chunk n) numbers
+    a1_rows = ddtu_rows + pitch
+    a2_rows = a1_rows + pitch
+    h1_rows = a2_rows + pitch  # one vector more than the others
+    h2_rows = h1_rows + pitch
+    dB_rows = h2_rows + pitch  # (chunk n) numbers
     dC_rows = dB_rows + chunk * n * cell + VECTOR
     store(work, zeros, splat(work, 0.0))
     store(work, zeros + row, splat(work, 0.0))
@@ -221,11 +232,14 @@ def backward(p, scratch, like, work, first, last):
                     store(work, ddtu_rows + r, none)
                 B0 = p[B] + b * p[B + 1] + t0 * p[B + 2]
                 C0 = p[C] + b * p[C + 1] + t0 * p[C + 2]
-                for i in range(n):
-                    a2 = load(work, p[A] + i * tiles * row + here)
-                    h = load(work, p[CHECKPOINTS] + ((b * chunks + c) * n + i) * tiles * row + here)
-                    store(work, h_rows, h)
-                    for t in range(i * steps // n, (i + 1) * steps // n):
+                for i in range(0, n, 2):
+                    A1 = load(work, p[A] + i * tiles * row + here)
+                    A2 = load(work, p[A] + (i + 1) * tiles * row + here)
+                    kept = p[CHECKPOINTS] + ((b * chunks + c) * n + i) * tiles * row + here
+                    h1, h2 = load(work, kept), load(work, kept + tiles * row)
+                    store(work, h1_rows, h1)
+                    store(work, h2_rows, h2)
+                    for t in range(i * steps // n, (i + 2) * steps // n):
                         prefetch(u + (t - chunk) * p[U + 2])
                         prefetch(delta + (t - chunk) * p[DELTA + 2])
                         prefetch(z + (t - chunk) * p[Z + 2])
@@ -237,35 +251,47 @@ def backward(p, scratch, like, work, first, last):
                     at_dC = dC_rows + i * cell
                     for t in range(steps):
                         r = t * row
-                        a = exp2(load(work, dt_rows + r) * a2)
-                        h = a * h + load(work, dtu_rows + r) * peek(work, Bi)
-                        store(work, a_rows + r, a)
-                        store(work, h_rows + r + row, h)
+                        dt, dtu, dyg = load(work, dt_rows + r), load(work, dtu_rows + r), load(work, dyg_rows + r)
+                        a1, a2 = exp2(dt * A1), exp2(dt * A2)
+                        h1 = fma(a1, h1, dtu * peek(work, Bi))
+                        h2 = fma(a2, h2, dtu * peek(work, Bi + cell))
+                        store(work, a1_rows + r, a1)
+                        store(work, a2_rows + r, a2)
+                        store(work, h1_rows + r + row, h1)
+                        store(work, h2_rows + r + row, h2)
                         if has_z:
-                            store(work, y_rows + r, load(work, y_rows + r) + h * peek(work, Ci))
-                        poke(work, at_dC, total(load(work, dyg_rows + r) * h))
+                            y = load(work, y_rows + r) + h1 * peek(work, Ci) + h2 * peek(work, Ci + cell)
+                            store(work, y_rows + r, y)
+                        poke_totals(at_dC, dyg * h1, dyg * h2)
                         Bi += next_B
                         Ci += next_C
                         at_dC += n * cell
                     state = p[STATE] + (b * n + i) * tiles * row + here
-                    dh = load(work, state)
-                    dA = none
+                    dh1, dh2 = load(work, state), load(work, state + tiles * row)
+                    dA1, dA2 = none, none
                     at_dB = dB_rows + (steps * n + i) * cell
                     for t in range(steps - 1, -1, -1):
                         r = t * row
                         Bi -= next_B
                         Ci -= next_C
                         at_dB -= n * cell
-                        dh = dh + load(work, dyg_rows + r) * peek(work, Ci)
-                        poke(work, at_dB, total(load(work, dtu_rows + r) * dh))
-                        store(work, ddtu_rows + r, load(work, ddtu_rows + r) + dh * peek(work, Bi))
-                        dh = dh * load(work, a_rows + r)  # what reaches the state before this step
-                        g = dh * load(work, h_rows + r)
-                        dA = dA + g * load(work, dt_rows + r)
-                        store(work, ddt_rows + r, load(work, ddt_rows + r) + g * a2)
-                    store(work, state, dh)
-                    store(work, spare, dA)
+                        dt, dtu, dyg = load(work, dt_rows + r), load(work, dtu_rows + r), load(work, dyg_rows + r)
+                        dh1 = dh1 + dyg * peek(work, Ci)
+                        dh2 = dh2 + dyg * peek(work, Ci + cell)
+                        poke_totals(at_dB, dtu * dh1, dtu * dh2)
+                        ddtu = load(work, ddtu_rows + r) + dh1 * peek(work, Bi) + dh2 * peek(work, Bi + cell)
+                        store(work, ddtu_rows + r, ddtu)
+                        dh1 = dh1 * load(work, a1_rows + r)  # what reaches the state before this step
+                        dh2 = dh2 * load(work, a2_rows + r)
+                        g1, g2 = dh1 * load(work, h1_rows + r), dh2 * load(work, h2_rows + r)
+                        dA1, dA2 = dA1 + g1 * dt, dA2 + g2 * dt
+                        store(work, ddt_rows + r, load(work, ddt_rows + r) + g1 * A1 + g2 * A2)
+                    store(work, state, dh1)
+                    store(work, state + tiles * row, dh2)
+                    store(work, spare, dA1)
                     add_to_double(work, cell, p[DA] + 8 * ((b * n + i) * padded + 16 * tile), spare)
+                    store(work, spare, dA2)
+                    add_to_double(work, cell, p[DA] + 8 * ((b * n + i + 1) * padded + 16 * tile), spare)
                 is_first = tile == group * group_tiles
                 add_rows(work, cell, part_dB + (t0 - start) * n * cell, dB_rows, steps * n, is_first)
                 add_rows(work, cell, part_dC + (t0 - start) * n * cell, dC_rows, steps * n, is_first)
