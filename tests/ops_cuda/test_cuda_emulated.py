@@ -1,5 +1,6 @@
 """The CUDA sources themselves, run on the processor (emulate.py), against the float64 reference: outputs and gradients."""
 
+import emulate
 import pytest
 import torch
 
@@ -7,7 +8,6 @@ from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.causal_conv1d import reference as conv_reference
 from seqlab.ops.selective_scan import cuda as scan
 from seqlab.ops.selective_scan import reference
-import emulate
 
 pytestmark = pytest.mark.skipif(emulate.COMPILER is None, reason="g++ is not installed; it compiles the emulated kernels")
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -85,6 +85,12 @@ def test_scan_options(monkeypatch, case):
 
 def test_scan_half_precision_over_several_channel_blocks(monkeypatch):
     assert scan_errors(monkeypatch, 1, 65, 300, 16, HALF, masked=True) < TOLERANCE[HALF]
+
+
+@pytest.mark.parametrize("case", ({}, {"masked": True, "reverse": True}, {"options": False}), ids=str)
+def test_scan_with_more_states_than_the_backward_pass_takes_at_once(monkeypatch, case):
+    monkeypatch.setattr(scan, "BACKWARD_GROUP", 3)
+    assert scan_errors(monkeypatch, 1, 100, 70, 7, **case) < TOLERANCE[FLOAT]
 
 
 def test_scan_is_the_same_on_every_run(monkeypatch):

@@ -96,13 +96,15 @@ template <bool INSIDE> DEVICE void forward_run(const Params& p, i64 b, i64 c, i6
     for (int k = 0; k < PAST; k++) widen(row[k], input_row(p, x, b, c, begin - PAST + k));
     input_rows<INSIDE>(raw, p, x, b, c, begin);
     for (i64 i0 = begin; i0 < end; i0 += AHEAD) {
+        Vec now[AHEAD];
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) widen(row[PAST + j], raw[j]);
+        for (int j = 0; j < AHEAD; j++) now[j] = raw[j];
         if (i0 + AHEAD < end) input_rows<INSIDE>(raw, p, x, b, c, i0 + AHEAD);
         elem* out = (elem*)y.at + i0 * y.step;
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             float v[VEC];
+            widen(row[PAST + j], now[j]);
 #pragma unroll
             for (int e = 0; e < VEC; e++) {
                 v[e] = bias[e];
@@ -136,11 +138,10 @@ template <bool INSIDE> DEVICE void backward_steps(Gradients& q, const Params& p,
                                                   const Line& dx, i64 b, i64 c, i64 i0, i64 begin, i64 end) {
     elem* out = (elem*)dx.at + (i0 - PAST) * dx.step;
 #pragma unroll
-    for (int j = 0; j < STEP; j++) widen(q.row[PAST + j], x[j]);
-#pragma unroll
     for (int j = 0; j < STEP; j++) {
         const i64 i = i0 + j, s = i - PAST;
         float v[VEC];
+        widen(q.row[PAST + j], x[j]);
 #pragma unroll
         for (int e = 0; e < VEC; e++) {
             float d = to_float(dy[j].e[e]);

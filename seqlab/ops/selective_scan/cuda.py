@@ -23,6 +23,8 @@ KERNELS = (
 TILE, STAGE = 8, 32
 GROUP = 64
 """States in one launch; more are run in groups, whose outputs are added."""
+BACKWARD_GROUP = 16
+"""The same for the backward pass, which keeps more for every state; the groups' gradients are added in float32."""
 FORWARD_WARPS, BACKWARD_WARPS = 4, 4
 
 
@@ -155,8 +157,9 @@ def _paired(*tensors: Tensor | None) -> int:
     return 1
 
 
-def _defines(u: Tensor, n: int, warps: int, paired: int) -> tuple[tuple[str, int], ...]:
-    return (("STATES", n), ("WARPS", warps), ("BF16", int(u.dtype == torch.bfloat16)), ("PAIRED", paired))
+def _defines(u: Tensor, n: int, warps: int, paired: int, grouped: int = 0) -> tuple[tuple[str, int], ...]:
+    basic = (("STATES", n), ("WARPS", warps), ("BF16", int(u.dtype == torch.bfloat16)), ("PAIRED", paired))
+    return (*basic, ("GROUPED", 1)) if grouped else basic
 
 
 def _pointer(x: Tensor | None) -> int:
@@ -174,6 +177,7 @@ def _arguments(u, delta, At, B, C, D, z, bias, initial, mask, softplus: bool, re
             if x.stride(1) >= 1 << 30:
                 raise ValueError(f"selective_scan: rows of {name} are {x.stride(1)} elements apart; allowed: below 2^30")
     p.batch, p.length, p.channels = u.shape
+    p.all_states = At.shape[0]
     p.softplus, p.reverse = int(softplus), int(reverse)
     return p
 
@@ -248,56 +252,73 @@ def backward(
     dfinal = _float(dfinal)
     mask = None if mask is None else mask.contiguous()
     paired = _paired(u, delta, z, dy)
-    warps = _most_warps("scan_backward", n, min(BACKWARD_WARPS, math.ceil(channels / 64)), device.shared_limit)
-    first = plan(1, 1, channels, 1, warps, 1)
-    module = device.module(_defines(u, n, first.warps, paired))
-    shared = _shared_bytes("scan_backward", n, first.warps)
-    slots = module.resident("scan_backward", first.threads, shared) * device.multiprocessors
-    cut = plan(batch, length, channels, slots, warps, segment)
-    all_segments = math.ceil(length / segment)
+    parts = math.ceil(n / BACKWARD_GROUP)
+    kind = u.dtype if parts == 1 else torch.float32
     new = {"dtype": torch.float32, "device": u.device}
-    p = _arguments(u, delta, At, B, C, D, z, bias, initial, mask, softplus, reverse)
-    _set_plan(p, cut, all_segments)
-    p.segments = states.data_ptr()
-    p.dy, p.dy_b, p.dy_t, p.dfinal = dy.data_ptr(), dy.stride(0), dy.stride(1), _pointer(dfinal)
-    nothing = torch.empty(0, dtype=u.dtype, device=u.device)
-    du, ddelta = _outputs(u, mask), _outputs(u, mask)
-    dz = nothing if z is None else _outputs(u, mask)
-    dB, dC = torch.empty(batch, length, n, dtype=u.dtype, device=u.device), torch.empty_like(B, memory_format=torch.contiguous_format)
+    make = torch.empty if mask is None else torch.zeros  # the kernels leave masked positions alone
+    du, ddelta = (make(u.shape, dtype=kind, device=u.device) for _ in range(2))
+    dz = make((0,) if z is None else u.shape, dtype=kind, device=u.device)
+    dB, dC = (torch.empty((batch, length, n), dtype=u.dtype, device=u.device) for _ in range(2))
     dA = torch.empty(channels, n, **new)
     dD = torch.empty(0 if D is None else channels, **new)
-    dbias = torch.empty(0 if bias is None else channels, **new)
+    dbias = torch.empty(parts, 0 if bias is None else channels, **new)
     dinitial = torch.empty((0,) if initial is None else initial.shape, **new)
-    p.du, p.ddelta, p.dz = du.data_ptr(), ddelta.data_ptr(), 0 if z is None else dz.data_ptr()
-    p.dA, p.dD, p.dbias = dA.data_ptr(), 0 if D is None else dD.data_ptr(), 0 if bias is None else dbias.data_ptr()
-    p.dinitial = 0 if initial is None else dinitial.data_ptr()
+    for part in range(parts):
+        first = part * BACKWARD_GROUP
+        states_here = min(BACKWARD_GROUP, n - first)
+        p = _arguments(u, delta, At, B, C, D, z, bias, initial, mask, softplus, reverse)
+        p.add = int(part > 0)
+        p.A += 4 * first * channels
+        p.B += first * B.element_size()
+        p.C += first * C.element_size()
+        p.segments = states.data_ptr() + 4 * first * channels
+        p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)
+        p.dfinal = 0 if dfinal is None else dfinal.data_ptr() + 4 * first
+        p.du, p.ddelta, p.dz = du.data_ptr(), ddelta.data_ptr(), dz.data_ptr()
+        p.dA, p.dD, p.dbias = dA.data_ptr() + 4 * first, dD.data_ptr(), dbias[part].data_ptr()
+        if part > 0:  # the skip connection belongs to the first group alone
+            p.D, p.dD = 0, 0
+        p.dinitial = 0 if initial is None else dinitial.data_ptr() + 4 * first
+        targets = dB.data_ptr() + first * dB.element_size(), dC.data_ptr() + first * dC.element_size()
+        defines = (u, states_here, paired, int(parts > 1))
+        _backward_launches(p, device, defines, segment, targets, new)
+    if parts > 1:
+        du, ddelta, dz = (x.to(u.dtype) for x in (du, ddelta, dz))
+    return du, ddelta, dA, dB, dC, dD, dz, dbias[0] if parts == 1 else dbias.sum(0), dinitial
+
+
+def _backward_launches(p, device, defines, segment: int, targets: tuple[int, int], new: dict) -> None:
+    """The launches for one group of states; `targets` are the addresses of its first columns of dB and dC."""
+    u, n, paired, grouped = defines
+    batch, length, channels = p.batch, p.length, p.channels
+    warps = _most_warps("scan_backward", n, min(BACKWARD_WARPS, math.ceil(channels / 64)), device.shared_limit)
+    threads = plan(1, 1, channels, 1, warps, 1)
+    module = device.module(_defines(u, n, threads.warps, paired, grouped))
+    shared = _shared_bytes("scan_backward", n, threads.warps)
+    slots = module.resident("scan_backward", threads.threads, shared) * device.multiprocessors
+    cut = plan(batch, length, channels, slots, warps, segment)
+    _set_plan(p, cut, math.ceil(length / segment))
     if cut.chunks > 1:
         ends = torch.empty(batch * cut.chunks * (n + 1) * channels, **new)
         p.ends = ends.data_ptr()
         p.sums = p.ends + 4 * batch * cut.chunks * n * channels
-        module.launch(
-            "adjoint_ends",
-            batch * (cut.chunks - 1) * cut.channel_blocks,
-            cut.threads,
-            _shared_bytes("adjoint_ends", n, cut.warps),
-            p,
-        )
+        blocks = batch * (cut.chunks - 1) * cut.channel_blocks
+        module.launch("adjoint_ends", blocks, cut.threads, _shared_bytes("adjoint_ends", n, cut.warps), p)
         module.launch("adjoint_carry", math.ceil(batch * n * channels / 128), 128, 0, p)
     grid = min(p.items, slots)
     scratch = torch.empty(grid * cut.warps * (segment // TILE) * n * 64, **new)
     partial = torch.empty(batch * cut.chunks * (n + 2) * channels, **new)
     p.scratch, p.partial = scratch.data_ptr(), partial.data_ptr()
+    p.dB, p.dC = targets
     if cut.channel_blocks > 1:
-        sums = torch.empty(2, cut.channel_blocks, batch, length, n, **new)
+        sums = torch.empty(2, cut.channel_blocks * batch * length * n, **new)
         p.dB, p.dC = sums[0].data_ptr(), sums[1].data_ptr()
-    else:
-        p.dB, p.dC = dB.data_ptr(), dC.data_ptr()
     module.launch("scan_backward", grid, cut.threads, shared, p)
     module.launch("reduce_rows", math.ceil((n + 2) * channels / 32), 256, 1024, p)
     if cut.channel_blocks > 1:
-        p.y, p.du = dB.data_ptr(), dC.data_ptr()
-        module.launch("reduce_blocks", min(8 * device.multiprocessors, math.ceil(dB.numel() / 256)), 256, 0, p)
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
+        p.y, p.du = targets
+        blocks = min(8 * device.multiprocessors, math.ceil(batch * length * n / 256))
+        module.launch("reduce_blocks", blocks, 256, 0, p)
 
 
 # ------------------------------------------------------------------------------------------------------ operators

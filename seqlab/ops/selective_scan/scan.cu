@@ -14,8 +14,12 @@
 // but a few KB of shared memory depends on the number of states. B and C come through shared memory, transposed.
 // Logical time i runs in scan order; position = i, or length-1-i when reversed (strides carry the sign).
 //
-// Set from outside: STATES, WARPS, BF16, PAIRED, and optionally the tuning constants below.
+// Set from outside: STATES, WARPS, BF16, PAIRED, GROUPED (1: du, ddelta, dz are float and gather several groups of
+// states, one launch each), and optionally the tuning constants below.
 
+#ifndef GROUPED
+#define GROUPED 0
+#endif
 #define TILE 8
 #define STAGE 32                     // steps of B and C in shared memory at a time
 #define TILES (STAGE / TILE)
@@ -57,6 +61,7 @@ struct Params {
     float *scratch;                                // checkpoints of the blocks in flight
     i64 u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t;
     i64 batch, length, channels, chunk, chunks, segment, all_segments, channel_blocks, items;
+    i64 all_states, add;   // STATES, or more when they are taken in groups; add to what earlier groups left
     i64 softplus, reverse;
 };
 
@@ -159,6 +164,20 @@ DEVICE void store_tile(elem* at, int step, const float2 (&v)[TILE], u32 live, co
         for (int j = 0; j < TILE; j++)
             if ((live >> j) & 1u) store_pair(at + (i64)j * step, v[j], q.ok0, q.ok1);
     }
+}
+// A gradient's tile at an offset (in elements) of an array.
+DEVICE void give_tile(const Params& p, elem* base, i64 offset, int step, const float2 (&v)[TILE], u32 live, const Place& q) {
+#if GROUPED
+    float* at = (float*)base + offset;
+#pragma unroll
+    for (int j = 0; j < TILE; j++, at += step) {
+        if (!((live >> j) & 1u)) continue;
+        if (q.ok0) at[0] = p.add ? at[0] + v[j].x : v[j].x;
+        if (q.ok1) at[1] = p.add ? at[1] + v[j].y : v[j].y;
+    }
+#else
+    store_tile(base + offset, step, v, live, q);
+#endif
 }
 // Computed once: keeps the compiler from computing a value again in every round of a loop to save a register.
 DEVICE void settle(float2 (&v)[TILE]) {
@@ -339,7 +358,7 @@ template <bool ADJOINT> DEVICE void carry(const Params& p) {
     const i64 b = id / per, r = id % per, n = r / p.channels, c = r % p.channels;
     const float a = LOG2E * p.A[r];
     const float* start = ADJOINT ? p.dfinal : p.initial;
-    float h = start != 0 ? start[(b * p.channels + c) * STATES + n] : 0.f;
+    float h = start != 0 ? start[(b * p.channels + c) * p.all_states + n] : 0.f;
     float* ends = p.ends + b * p.chunks * per + r;
     const float* sums = p.sums + b * p.chunks * p.channels + c;
     for (i64 k0 = 0; k0 < p.chunks; k0 += AHEAD) {
@@ -367,13 +386,13 @@ KERNEL adjoint_carry(const Params p) { carry<true>(p); }
 DEVICE float2 entering(const Params& p, const Place& q, const float* given, int n) {
     if (p.chunks > 1) return read2(p.ends + ((q.b * p.chunks + q.k) * STATES + n) * p.channels, q);
     if (given == 0) return make_float2(0.f, 0.f);
-    const float* at = given + (q.b * p.channels + q.cc) * STATES + n;
-    return make_float2(at[0], at[q.second * STATES]);
+    const float* at = given + (q.b * p.channels + q.cc) * p.all_states + n;
+    return make_float2(at[0], at[q.second * p.all_states]);
 }
 DEVICE void leaving(const Params& p, const Place& q, float* out, int n, float2 v) {  // (b d n)
-    float* at = out + (q.b * p.channels + q.c) * STATES + n;
+    float* at = out + (q.b * p.channels + q.c) * p.all_states + n;
     if (q.ok0) at[0] = v.x;
-    if (q.ok1) at[STATES] = v.y;
+    if (q.ok1) at[p.all_states] = v.y;
 }
 
 KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
@@ -424,7 +443,7 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
         __syncthreads();
 #endif
         if (p.segments != 0 && (i0 - begin) % p.segment == 0) {
-            float* out = p.segments + (q.b * p.all_segments + i0 / p.segment) * STATES * p.channels;
+            float* out = p.segments + (q.b * p.all_segments + i0 / p.segment) * p.all_states * p.channels;
             for (int n = 0; n < STATES; n++) write2(out + n * p.channels, q, state[n * 32]);
         }
         for (int t0 = 0; t0 < STAGE; t0 += TILE) {
@@ -549,7 +568,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
             const i64 right = left + p.segment < p.length ? left + p.segment : p.length;
             const int stages = (int)((right - left + STAGE - 1) / STAGE);
             // The state at the start of every tile of the segment; the outputs before the gate, hence dz.
-            const float* from = p.segments + (q.b * p.all_segments + left / p.segment) * STATES * p.channels;
+            const float* from = p.segments + (q.b * p.all_segments + left / p.segment) * p.all_states * p.channels;
             __syncthreads();
             for (int n = 0; n < STATES; n++) {
                 const float2 h = read2(from + n * p.channels, q);
@@ -615,7 +634,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                             sumY[j].x *= d.x * s0 * (1.f + g.x * (1.f - s0));
                             sumY[j].y *= d.y * s1 * (1.f + g.y * (1.f - s1));
                         }
-                        store_tile(p.dz + (out.at - p.du) + (i0 + t0) * out.step, out.step, sumY, now, q);
+                        give_tile(p, p.dz, (out.at - p.du) + (i0 + t0) * out.step, out.step, sumY, now, q);
                     }
                 }
             }
@@ -761,7 +780,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                             dD.x += dout[j].x * x[j].x;
                             dD.y += dout[j].y * x[j].y;
                         }
-                        store_tile(p.du + offset, out.step, r, now, q);
+                        give_tile(p, p.du, offset, out.step, r, now, q);
 #pragma unroll
                         for (int j = 0; j < TILE; j++) {
                             r[j].x = LN2 * sumA[j].x + x[j].x * sumB[j].x;
@@ -775,7 +794,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                             dbias.x += on ? r[j].x : 0.f;
                             dbias.y += on ? r[j].y : 0.f;
                         }
-                        store_tile(p.ddelta + offset, out.step, r, now, q);
+                        give_tile(p, p.ddelta, offset, out.step, r, now, q);
                     }
                 }
                 __syncthreads();
@@ -786,10 +805,10 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     for (int w = 0; w < WARPS; w++) total += channel_sums[(w * STATES + n) * SUM_ROW + t];
                     const i64 i = i0 + t % STAGE;
                     if (i < right) {
-                        const i64 at = ((block * p.batch + q.b) * p.length + (p.reverse ? p.length - 1 - i : i)) * STATES + n;
+                        const i64 at = (block * p.batch + q.b) * p.length + (p.reverse ? p.length - 1 - i : i);
                         void* to = t < STAGE ? p.dC : p.dB;
-                        if (p.channel_blocks == 1) ((elem*)to)[at] = from_float(total);
-                        else ((float*)to)[at] = total;
+                        if (p.channel_blocks == 1) ((elem*)to)[at * p.all_states + n] = from_float(total);
+                        else ((float*)to)[at * STATES + n] = total;
                     }
                 }
             }
@@ -817,7 +836,7 @@ KERNEL reduce_rows(const Params p) {
     if (share != 0 || column >= width) return;
     for (int s = 1; s < 8; s++) total += shared[s * 32 + threadIdx.x];
     const i64 n = column / p.channels, c = column % p.channels;
-    if (n < STATES) p.dA[c * STATES + n] = total;
+    if (n < STATES) p.dA[c * p.all_states + n] = total;
     else if (n == STATES) { if (p.dD != 0) p.dD[c] = total; }
     else if (p.dbias != 0) p.dbias[c] = total;
 }
@@ -831,7 +850,8 @@ KERNEL reduce_blocks(const Params p) {
             b += ((const float*)p.dB)[k * size + e];
             c += ((const float*)p.dC)[k * size + e];
         }
-        p.y[e] = from_float(b);
-        p.du[e] = from_float(c);
+        const i64 at = e / STATES * p.all_states + e % STATES;
+        p.y[at] = from_float(b);
+        p.du[at] = from_float(c);
     }
 }

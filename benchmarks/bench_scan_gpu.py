@@ -1,0 +1,271 @@
+"""The native GPU scan and convolution against mamba_ssm, causal_conv1d, a torch baseline and causal attention.
+
+    python benchmarks/bench_scan_gpu.py [--quick] [--json FILE] [--plot FILE]
+
+First parity: on a small problem of every kind the output and all gradients are compared with the float64 reference, and
+mamba_ssm's errors on the same inputs are printed beside ours; nothing is timed if ours are too large. Then median times
+(CUDA events, after warm-up) of forward and forward + backward in bfloat16 with D, z, delta_bias and softplus, ours and
+theirs in the same run on the same values; peers that are not installed are left out. Then lengths 2^10 to 2^20 against
+causal attention (SDPA, 8 heads of 64). A table, and one JSON line at the end.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from seqlab.ops import causal_conv1d, nvrtc, selective_scan
+from seqlab.ops.selective_scan import cuda as native
+
+ISSUE = [  # batch, d_inner, length, d_state
+    (1, 512, 1 << 20, 16), (1, 256, 1 << 20, 16), (1, 128, 1 << 20, 16), (1, 128, 1 << 20, 64), (8, 512, 1 << 17, 16),
+    (64, 2048, 2048, 16),
+]  # fmt: skip
+GRID = [(b, d, n) for b in (1, 8, 64) for d in (128, 512, 2048) for n in (512, 2048, 16384, 131072)]
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+
+
+def inputs(batch, channels, length, states, dtype=torch.bfloat16, shift=-4.6):
+    """Values like those in a trained model's layer: A = -(1..n), softplus(delta + bias) around 0.01."""
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, device="cuda", generator=g)
+
+    u, delta, z = (random(batch, length, channels).to(dtype) for _ in range(3))
+    B, C = (random(batch, length, states).to(dtype) for _ in range(2))
+    A = -torch.arange(1, states + 1, device="cuda", dtype=torch.float32).repeat(channels, 1)
+    return [u, delta, A, B, C, random(channels), z, random(channels) * 0.1 + shift]
+
+
+def ours(x, **kwargs):
+    return selective_scan(*x, True, backend="cuda", **kwargs)
+
+
+def peer():
+    """mamba_ssm's kernel on channel-first copies, or None where it is not installed."""
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except Exception:
+        return None
+    return lambda x: selective_scan_fn(*x, True)
+
+
+def channel_first(x):
+    return [t.transpose(1, 2).contiguous() if t.dim() == 3 else t for t in x]
+
+
+def median(f, repeats=5, warm=2):
+    """Milliseconds."""
+    for _ in range(warm):
+        f()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        f()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def both_passes(call, x):
+    """Median milliseconds of forward alone and of forward + backward; peak GiB of the latter."""
+    x = [t.detach().requires_grad_() for t in x]
+    with torch.no_grad():
+        forward = median(lambda: call(x))
+        grad = torch.randn_like(call(x))
+    torch.cuda.reset_peak_memory_stats()
+    total = median(lambda: torch.autograd.grad(call(x), x, grad))
+    return {"forward_ms": forward, "both_ms": total, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def relative(a, r):
+    return float((a.detach().double() - r).norm() / r.norm())
+
+
+def gate():
+    """Errors against the float64 reference, ours and mamba_ssm's; exits where ours are too large."""
+    theirs, rows = peer(), []
+    cases = ((torch.float32, -4.6, "small delta"), (torch.float32, 0.0, "random"), (torch.float32, 3.0, "large delta"),
+             (torch.bfloat16, -4.6, "small delta"), (torch.bfloat16, 0.0, "random"))  # fmt: skip
+    for dtype, shift, label in cases:
+        x = inputs(2, 96, 1000, 16, dtype, shift)
+        exact = [t.double().requires_grad_() for t in x]
+        y64 = selective_scan(*exact, True, backend="reference")
+        grad = torch.randn_like(y64).to(dtype)
+        true = [y64.detach(), *torch.autograd.grad(y64, exact, grad.double())]
+        leaves = [t.detach().requires_grad_() for t in x]
+        y = ours(leaves)
+        errors = [relative(a, r) for a, r in zip((y, *torch.autograd.grad(y, leaves, grad)), true, strict=True)]
+        row = {"case": f"{str(dtype)[6:]}, {label}", "ours": errors}
+        if theirs is not None:
+            leaves = [t.detach().requires_grad_() for t in channel_first(x)]
+            y = theirs(leaves)
+            got = (y, *torch.autograd.grad(y, leaves, grad.transpose(1, 2).contiguous()))
+            got = [t.transpose(1, 2) if t.dim() == 3 else t for t in got]
+            row["mamba_ssm"] = [relative(a, r) for a, r in zip(got, true, strict=True)]
+        rows.append(row)
+        for who in ("ours", "mamba_ssm"):
+            if who in row:
+                named = " ".join(f"{k} {e:.1e}" for k, e in zip(("y", *NAMES), row[who], strict=True))
+                print(f"parity {row['case']:<24} {who:<10}{named}", flush=True)
+        limit = 1e-5 if dtype == torch.float32 else 5e-3
+        if not max(errors) < limit:
+            sys.exit(f"parity failed: {max(errors):.1e} is not below {limit:.0e}; nothing was timed")
+    return rows
+
+
+def table(shapes, label):
+    theirs, rows = peer(), []
+    print(f"\n{label}: batch, d_inner, length, d_state | ours fwd, fwd+bwd ms (peak GiB) | mamba_ssm | ratio")
+    for shape in shapes:
+        x = inputs(*shape)
+        row = {"shape": shape, "ours": both_passes(ours, x)}
+        text = f"{str(shape):<26} {row['ours']['forward_ms']:8.3f} {row['ours']['both_ms']:8.3f} ({row['ours']['peak_gib']:.2f})"
+        if theirs is not None:
+            x = channel_first(x)
+            row["mamba_ssm"] = both_passes(theirs, x)
+            f, t = (row["mamba_ssm"][k] / row["ours"][k] for k in ("forward_ms", "both_ms"))
+            text += f" | {row['mamba_ssm']['forward_ms']:8.3f} {row['mamba_ssm']['both_ms']:8.3f} | {f:.2f}x {t:.2f}x"
+        rows.append(row)
+        print(text, flush=True)
+        del x
+        torch.cuda.empty_cache()
+    return rows
+
+
+def bidirectional(shape):
+    """Both directions with one set of inputs, ours without flips, theirs with."""
+    x, theirs = inputs(*shape), peer()
+    row = {"shape": shape, "ours": both_passes(lambda t: ours(t) + ours(t, reverse=True), x)}
+    print(f"bidirectional {shape}: ours {row['ours']['forward_ms']:.2f} {row['ours']['both_ms']:.2f} ms", end="")
+    if theirs is not None:
+        def pair(t):
+            flipped = [v.flip(-1) if v.dim() == 3 else v for v in t]
+            return theirs(t) + theirs(flipped).flip(-1)
+
+        row["mamba_ssm"] = both_passes(pair, channel_first(x))
+        print(f" | mamba_ssm {row['mamba_ssm']['forward_ms']:.2f} {row['mamba_ssm']['both_ms']:.2f} ms", end="")
+    print(flush=True)
+    return row
+
+
+def convolution(shape):
+    """causal_conv1d of width 4 with SiLU, beside a device copy and the peer."""
+    batch, channels, length = shape
+    x = torch.randn(batch, length, channels, device="cuda").bfloat16()
+    weight, bias = torch.randn(channels, 4, device="cuda"), torch.randn(channels, device="cuda")
+    target = torch.empty_like(x)
+    gbs = 2 * x.numel() * 2 / median(lambda: target.copy_(x)) / 1e6
+    row = {"shape": shape, "copy_gb_per_s": gbs}
+    row["ours"] = both_passes(lambda t: causal_conv1d(*t, "silu", backend="cuda"), [x, weight, bias])
+    back = row["ours"]["both_ms"] - row["ours"]["forward_ms"]
+    of_copy = 2 * x.numel() * 2 / row["ours"]["forward_ms"] / 1e6 / gbs, 3 * x.numel() * 2 / back / 1e6 / gbs
+    print(f"conv {shape}: ours {row['ours']['forward_ms']:.3f} {row['ours']['both_ms']:.3f} ms, "
+          f"{of_copy[0]:.0%} (forward) and {of_copy[1]:.0%} (backward) of the copy's {gbs:.0f} GB/s", end="")  # fmt: skip
+    try:
+        from causal_conv1d import causal_conv1d_fn
+    except Exception:
+        print(flush=True)
+        return row
+    first = [x.transpose(1, 2).contiguous(), weight.bfloat16(), bias.bfloat16()]
+    row["causal_conv1d"] = both_passes(lambda t: causal_conv1d_fn(*t, activation="silu"), first)
+    print(f" | causal_conv1d {row['causal_conv1d']['forward_ms']:.3f} {row['causal_conv1d']['both_ms']:.3f} ms", flush=True)
+    return row
+
+
+def lengths(powers, attention_up_to):
+    """Length against time at (1, 512): ours, theirs, causal attention, and the reference loop where it is bearable."""
+    theirs, rows = peer(), []
+    print("\nlength | ours | mamba_ssm | SDPA causal | torch loop (forward, forward + backward ms)")
+    for power in powers:
+        length = 1 << power
+        x = inputs(1, 512, length, 16)
+        row = {"length": length, "ours": both_passes(ours, x)}
+        if theirs is not None:
+            row["mamba_ssm"] = both_passes(theirs, channel_first(x))
+        if power <= attention_up_to:
+            qkv = [torch.randn(1, 8, length, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+            row["sdpa"] = both_passes(lambda t: F.scaled_dot_product_attention(*t, is_causal=True), qkv)
+        if power <= 10:
+            row["torch_loop"] = both_passes(lambda t: selective_scan(*t, True, backend="reference"), x)
+        rows.append(row)
+        print(f"2^{power:<3}", *(f"| {row[k]['forward_ms']:9.3f} {row[k]['both_ms']:9.3f}" if k in row else "|" + " " * 20
+                                 for k in ("ours", "mamba_ssm", "sdpa", "torch_loop")), flush=True)  # fmt: skip
+    return rows
+
+
+def compile_seconds():
+    """First use: cold, and from the disk cache (d_state 16, both kernels files)."""
+    defines = (("STATES", 16), ("WARPS", 4), ("BF16", 1), ("PAIRED", 1))
+    arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    import os
+
+    kept = os.environ.get(nvrtc.CACHE)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[nvrtc.CACHE] = folder
+        seconds = []
+        for _ in range(2):
+            start = time.perf_counter()
+            nvrtc.code(native.SOURCE, defines, arch)
+            seconds.append(time.perf_counter() - start)
+    os.environ.pop(nvrtc.CACHE)
+    if kept is not None:
+        os.environ[nvrtc.CACHE] = kept
+    print(f"\ncompile {native.SOURCE}: {seconds[0]:.2f} s cold, {seconds[1] * 1e3:.1f} ms from the cache")
+    return {"cold_s": seconds[0], "cached_s": seconds[1]}
+
+
+def plot(rows, target):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for who in ("ours", "mamba_ssm", "sdpa", "torch_loop"):
+        points = [(r["length"], r[who]["both_ms"]) for r in rows if who in r]
+        if points:
+            axes.loglog(*zip(*points, strict=True), marker="o", label=who)
+    axes.set(xlabel="length", ylabel="forward + backward, ms", title="(1, 512, length, 16), bfloat16")
+    axes.legend()
+    figure.savefig(target, dpi=120, bbox_inches="tight")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the issue's shapes only")
+    parser.add_argument("--grid", action="store_true", help="also every batch x d_inner x length that must not be slower")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args(argv)
+    if (reason := native.unavailable()) is not None:
+        sys.exit(f"the cuda back end cannot run here: {reason}")
+    result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "parity": gate(), "compile": compile_seconds()}
+    result["shapes"] = table(ISSUE, "scan, bfloat16")
+    result["bidirectional"] = bidirectional((1, 512, 1 << 20, 16))
+    result["convolution"] = [convolution(s) for s in ((1, 512, 1 << 20), (8, 512, 1 << 17))]
+    if options.grid:
+        fits = [(b, d, n, 16) for b, d, n in GRID if b * d * n <= 1 << 30]
+        result["grid"] = table(fits, "never slower than mamba_ssm")
+    if not options.quick:
+        result["lengths"] = lengths(range(10, 21, 2), 16)
+        if options.plot:
+            plot(result["lengths"], options.plot)
+    line = json.dumps(result)
+    if options.json:
+        options.json.write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

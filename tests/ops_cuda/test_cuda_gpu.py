@@ -1,0 +1,179 @@
+"""The native back ends on a GPU: parity with the float64 reference, determinism, pieces, compile, graphs, large offsets."""
+
+import itertools
+
+import pytest
+import torch
+
+from seqlab.ops import causal_conv1d, selective_scan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
+FLOAT, HALF = torch.float32, torch.bfloat16
+TOLERANCE = {FLOAT: 1e-5, HALF: 4e-3}
+
+
+def relative(a, r):
+    error = float((a.double() - r.double()).norm() / (r.double().norm() + 1e-30))
+    return float("inf") if error != error else error
+
+
+def scan_inputs(batch, length, channels, states, dtype, options=True, decay=1.0, seed=0):
+    g = torch.Generator("cuda").manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, device="cuda", generator=g)
+
+    u, delta, z = (random(batch, length, channels).to(dtype) for _ in range(3))
+    B, C = (random(batch, length, states).to(dtype) for _ in range(2))
+    A = -torch.rand(channels, states, device="cuda", generator=g) * decay - 1e-4
+    D, bias, initial = random(channels), random(channels) - 2, random(batch, channels, states)
+    return [u, delta, A, B, C, *((D, z, bias, initial) if options else (None,) * 4)]
+
+
+def call(inputs, backend, **kwargs):
+    u, delta, A, B, C, D, z, bias, initial = inputs
+    return selective_scan(u, delta, A, B, C, D, z, bias, True, initial, return_final_state=True, backend=backend, **kwargs)
+
+
+def check_scan(inputs, tolerance, **kwargs):
+    """Output, final state and every gradient of "cuda" against the reference in float64."""
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    exact = [None if x is None else x.double().requires_grad_() for x in inputs]
+    y, final = call(leaves, "cuda", **kwargs)
+    y64, final64 = call(exact, "reference", **kwargs)
+    dy, dfinal = torch.randn_like(y), torch.randn_like(final)
+    mine = torch.autograd.grad((y, final), [x for x in leaves if x is not None], (dy, dfinal))
+    true = torch.autograd.grad((y64, final64), [x for x in exact if x is not None], (dy.double(), dfinal.double()))
+    errors = [relative(a, r) for a, r in zip((y, final, *mine), (y64, final64, *true), strict=True)]
+    assert max(errors) < tolerance, errors
+
+
+@pytest.mark.parametrize("length", (1, 2, 3, 7, 64, 65, 1000))
+@pytest.mark.parametrize("reverse,masked,options", itertools.product((False, True), repeat=3))
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+def test_scan(length, reverse, masked, options, dtype):
+    mask = torch.rand(2, length, device="cuda") > 0.3 if masked else None
+    check_scan(scan_inputs(2, length, 70, 5, dtype, options), TOLERANCE[dtype], reverse=reverse, mask=mask)
+
+
+@pytest.mark.parametrize("states", (1, 16, 64, 100, 256))
+def test_numbers_of_states(states):
+    check_scan(scan_inputs(1, 130, 40, states, FLOAT), TOLERANCE[FLOAT])
+
+
+@pytest.mark.parametrize("decay", (1e-3, 0.03, 30.0, 3000.0))
+def test_slow_and_fast_decay(decay):
+    check_scan(scan_inputs(1, 2000, 64, 16, FLOAT, decay=decay), TOLERANCE[FLOAT])
+
+
+@pytest.mark.parametrize("channels", (1, 2, 63, 64, 65, 300))
+def test_numbers_of_channels(channels):
+    check_scan(scan_inputs(1, 100, channels, 16, FLOAT), TOLERANCE[FLOAT])
+    check_scan(scan_inputs(1, 100, channels, 16, HALF), TOLERANCE[HALF])
+
+
+def test_scan_of_slices_of_a_projection():
+    inputs = scan_inputs(2, 100, 64, 16, HALF)
+    both = torch.cat((inputs[0], inputs[6]), -1)
+    inputs[0], inputs[6] = both[..., :64], both[..., 64:]
+    check_scan(inputs, TOLERANCE[HALF])
+
+
+def test_same_bits_on_ten_runs():
+    inputs = [x.requires_grad_() for x in scan_inputs(1, 4000, 200, 16, HALF)]
+    results = []
+    for _ in range(10):
+        y, final = call(inputs, "cuda")
+        results.append((y, final, *torch.autograd.grad(y.float().square().sum(), inputs)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+def test_pieces_equal_whole(reverse):
+    u, delta, A, B, C, D, z, bias, initial = scan_inputs(1, 3000, 64, 16, FLOAT)
+    whole, final = call([u, delta, A, B, C, D, z, bias, initial], "cuda", reverse=reverse)
+    cuts = [slice(0, 700), slice(700, 701), slice(701, 3000)]
+    state, parts = initial, []
+    for cut in cuts[::-1] if reverse else cuts:
+        y, state = call([u[:, cut], delta[:, cut], A, B[:, cut], C[:, cut], D, z[:, cut], bias, state], "cuda", reverse=reverse)
+        parts.append(y)
+    assert relative(torch.cat(parts[::-1] if reverse else parts, 1), whole) < 1e-6
+    assert relative(state, final) < 1e-6
+
+
+def test_scan_in_a_compiled_graph():
+    inputs = [x.requires_grad_() for x in scan_inputs(1, 300, 64, 16, FLOAT)]
+
+    def step(*x):
+        return call(list(x), "cuda")[0].square().sum()
+
+    expected = torch.autograd.grad(step(*inputs), inputs)
+    found = torch.autograd.grad(torch.compile(step, fullgraph=True)(*inputs), inputs)
+    assert max(relative(a, r) for a, r in zip(found, expected, strict=True)) < 1e-5
+
+
+def test_scan_and_convolution_in_a_cuda_graph():
+    inputs = [x.requires_grad_() for x in scan_inputs(1, 300, 64, 16, FLOAT)]
+    weight = torch.randn(64, 4, device="cuda", requires_grad=True)
+
+    def step():
+        u = causal_conv1d(inputs[0], weight, activation="silu", backend="cuda")
+        y = call([u, *inputs[1:]], "cuda")[0]
+        return torch.autograd.grad(y.square().sum(), [*inputs, weight])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for x in captured:
+        x.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length,channels", (((1 << 31) // 2048 + 1000, 2048), ((1 << 32) // 4096 + 1000, 4096)))
+def test_beyond_32_bit_offsets(length, channels):
+    g = torch.Generator("cuda").manual_seed(0)
+    u = torch.randn(1, length, channels, device="cuda", generator=g, dtype=HALF)
+    A = -torch.rand(channels, 2, device="cuda") - 0.5
+    B, C = (torch.randn(1, length, 2, device="cuda", generator=g, dtype=HALF) for _ in range(2))
+    with torch.no_grad():
+        whole, final = selective_scan(u, u, A, B, C, delta_softplus=True, return_final_state=True, backend="cuda")
+        state = None
+        for begin in range(0, length, 1 << 17):
+            cut = slice(begin, begin + (1 << 17))
+            y, state = selective_scan(u[:, cut], u[:, cut], A, B[:, cut], C[:, cut], None, None, None, True, state,
+                                      return_final_state=True, backend="cuda")  # fmt: skip
+            assert relative(whole[:, cut], y) < 2e-3
+        assert relative(final, state) < 1e-4
+        weight = torch.randn(channels, 4, device="cuda")
+        conv = causal_conv1d(u, weight, activation="silu", backend="cuda")
+        cut = slice(length - 1000, length)
+        assert torch.equal(conv[:, cut][:, 3:], causal_conv1d(u[:, cut], weight, activation="silu", backend="cuda")[:, 3:])
+
+
+@pytest.mark.parametrize("length", (1, 2, 7, 65, 1000))
+@pytest.mark.parametrize("width", (1, 2, 4, 8))
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("dtype,channels", ((FLOAT, 7), (HALF, 64)))
+def test_convolution(length, width, reverse, dtype, channels):
+    x = torch.randn(2, length, channels, device="cuda").to(dtype)
+    weight, bias = torch.randn(channels, width, device="cuda"), torch.randn(channels, device="cuda")
+    initial = torch.randn(2, width - 1, channels, device="cuda").to(dtype)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias, initial)]
+    exact = [t.double().requires_grad_() for t in (x, weight, bias, initial)]
+    y = causal_conv1d(*leaves[:3], "silu", leaves[3], reverse=reverse, backend="cuda")
+    y64 = causal_conv1d(*exact[:3], "silu", exact[3], reverse=reverse, backend="reference")
+    dy = torch.randn_like(y)
+    mine, true = torch.autograd.grad(y, leaves, dy), torch.autograd.grad(y64, exact, dy.double())
+    errors = [relative(a, r) for a, r in zip((y, *mine), (y64, *true), strict=True) if r.numel()]
+    assert max(errors) < TOLERANCE[dtype], errors
