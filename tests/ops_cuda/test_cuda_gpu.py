@@ -16,7 +16,7 @@ TOLERANCE = {FLOAT: 1e-5, HALF: 4e-3}
 
 
 def relative(a, r):
-    error = float((a.double() - r.double()).norm() / (r.double().norm() + 1e-30))
+    error = float((a.detach().double() - r.detach().double()).norm() / (r.detach().double().norm() + 1e-30))
     return float("inf") if error != error else error
 
 

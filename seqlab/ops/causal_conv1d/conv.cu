@@ -12,10 +12,10 @@
 #define STEP 4
 #endif
 #ifndef FORWARD_BLOCKS
-#define FORWARD_BLOCKS 3
+#define FORWARD_BLOCKS (WIDTH <= 4 ? 8 : 5)
 #endif
 #ifndef BACKWARD_BLOCKS
-#define BACKWARD_BLOCKS 3
+#define BACKWARD_BLOCKS (WIDTH <= 4 ? 5 : 3)
 #endif
 #define PAST (WIDTH - 1)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from seqlab.ops import threads
 from seqlab.ops.dispatch import Request
+from seqlab.ops.register import operator
 
 STEPS = 256  # times in one cell of work
 UNITS_MAX = 256  # shares of the parameters' gradients
@@ -44,7 +45,7 @@ def run(
     return _forward(x, weight, bias, initial_state, silu, reverse)
 
 
-@torch.library.custom_op("seqlab::causal_conv1d_cpu", mutates_args=(), device_types="cpu")
+@operator("causal_conv1d_cpu", "cpu")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool
 ) -> Tensor:
@@ -55,12 +56,12 @@ def _forward(
     return y
 
 
-@_forward.register_fake
+@torch.library.register_fake(_forward)
 def _(x, weight, bias, initial_state, silu, reverse):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("seqlab::causal_conv1d_cpu_backward", mutates_args=(), device_types="cpu")
+@operator("causal_conv1d_cpu_backward", "cpu")
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -87,7 +88,7 @@ def _backward(
     return dx, sums[:width].t().contiguous(), dbias, dstate
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(dy, x, weight, bias, initial_state, silu, reverse):
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -115,7 +116,7 @@ def _autograd(ctx, dy):
     )
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
 
 
 class _Call:

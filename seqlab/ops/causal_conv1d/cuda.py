@@ -1,5 +1,6 @@
 """causal_conv1d on NVIDIA GPUs: the kernels of conv.cu, compiled at first use (seqlab/ops/nvrtc.py). Deterministic."""
 
+import functools
 import math
 
 import torch
@@ -11,7 +12,9 @@ from seqlab.ops.dispatch import Request
 SOURCE = "causal_conv1d/conv.cu"
 KERNELS = ("conv_forward", "conv_backward", "conv_reduce")
 THREADS = 128
-FORWARD_BYTES, BACKWARD_BYTES = 8, 8
+VECTOR = 2
+"""Channels a thread: two measured best (more warps in flight), also where 16-byte accesses would be possible."""
+FORWARD_RUN, BACKWARD_RUN = 128, 256
 
 
 def unavailable(request: Request | None = None) -> str | None:
@@ -49,10 +52,9 @@ def _device(x: Tensor):
     return found
 
 
-def _vector(most: int, *tensors: Tensor | None) -> int:
-    """How many neighbouring channels one access may take: `most` bytes where every row is aligned for it."""
+def _vector(count: int, *tensors: Tensor | None) -> int:
+    """How many neighbouring channels one access may take: `count`, fewer where a row is not aligned for it."""
     size = tensors[0].element_size()
-    count = most // size
     for x in tensors:
         if x is None:
             continue
@@ -99,11 +101,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | No
     x, weight = _rows(x), weight.contiguous()
     bias, initial = (None if t is None else t.contiguous() for t in (bias, initial))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    vector = _vector(FORWARD_BYTES if weight.shape[1] <= 4 else 4, x, initial)
+    vector = _vector(VECTOR, x, initial)
     groups = x.shape[2] // vector
     p = _arguments(x, weight, bias, initial, silu, reverse)
     p.y = y.data_ptr()
-    p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, 64)
+    p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, FORWARD_RUN)
     p.runs = math.ceil(x.shape[1] / p.run)
     module = device.module(_defines(x, weight.shape[1], vector))
     module.launch("conv_forward", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, 0, p)
@@ -120,14 +122,14 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial
     dweight = torch.empty_like(weight)
     dbias = torch.empty(0 if bias is None else channels, dtype=torch.float32, device=x.device)
     dinitial = torch.empty((0,) if initial is None else initial.shape, dtype=x.dtype, device=x.device)
-    vector = _vector(BACKWARD_BYTES if width <= 4 else 4, x, dy, initial)
+    vector = _vector(VECTOR, x, dy, initial)
     groups = channels // vector
     p = _arguments(x, weight, bias, initial, silu, reverse)
     p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)
     p.dx, p.dweight = dx.data_ptr(), dweight.data_ptr()
     p.dbias = 0 if bias is None else dbias.data_ptr()
     p.dinitial = 0 if initial is None or initial.numel() == 0 else dinitial.data_ptr()
-    p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, 256)
+    p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, BACKWARD_RUN)
     p.runs = math.ceil(x.shape[1] / p.run)
     partial = torch.empty(p.batch * p.runs * (width + 1) * channels, dtype=torch.float32, device=x.device)
     p.partial = partial.data_ptr()
@@ -171,14 +173,11 @@ def _setup(ctx, inputs, output):
     ctx.silu, ctx.reverse = silu, reverse
 
 
-def _gradients(ctx, dy):
+def _gradients(ctx, dy, call=_conv_backward):
     tensors = ctx.saved_tensors
     x = tensors[0]
     dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
-    if torch.compiler.is_compiling():
-        out = _conv_backward(dy, *tensors, ctx.silu, ctx.reverse)
-    else:
-        out = nvrtc.on_device(backward, dy, *tensors, ctx.silu, ctx.reverse)
+    out = call(dy, *tensors, ctx.silu, ctx.reverse)
     return (*(None if t is None else g for g, t in zip(out, tensors, strict=True)), None, None)
 
 
@@ -196,7 +195,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return _gradients(ctx, dy)
+        return _gradients(ctx, dy, functools.partial(nvrtc.on_device, backward))
 
 
 def run(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seqlab.ops.dispatch import Request
+from seqlab.ops.register import operator
 
 INSTALL = (
     "CAUSAL_CONV1D_FORCE_BUILD=TRUE pip install --no-build-isolation causal-conv1d (needs nvcc; a plain "
@@ -81,7 +82,7 @@ def _ours(x: Tensor, reverse: bool) -> Tensor:
     return (x.flip(1) if reverse else x).contiguous()
 
 
-@torch.library.custom_op("seqlab::causal_conv1d_mamba_ssm", mutates_args=())
+@operator("causal_conv1d_mamba_ssm")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, reverse: bool
 ) -> Tensor:
@@ -93,12 +94,12 @@ def _forward(
     return _ours(functions.causal_conv1d_fwd_function(tx, weight, bias, None, state, None, silu), reverse)
 
 
-@_forward.register_fake
+@torch.library.register_fake(_forward)
 def _(x, weight, bias, initial_state, silu, reverse):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("seqlab::causal_conv1d_mamba_ssm_backward", mutates_args=())
+@operator("causal_conv1d_mamba_ssm_backward")
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -122,7 +123,7 @@ def _backward(
     )
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(dy, x, weight, bias, initial_state, silu, reverse):
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -150,4 +151,4 @@ def _autograd(ctx, dy):
     )
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)

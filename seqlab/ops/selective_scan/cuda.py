@@ -59,7 +59,6 @@ class Plan:
         return 32 * self.warps
 
 
-@functools.lru_cache(maxsize=1024)
 def segment_length(batch: int, length: int, channels: int) -> int:
     """Steps between the states kept for the backward pass, and the grain of the chunks.
 
@@ -391,7 +390,7 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy, dfinal, _):
+def _gradients(ctx, dy, dfinal, _, call=_scan_backward):
     *tensors, states = ctx.saved_tensors
     if not ctx.segment:
         raise RuntimeError("selective_scan: the forward pass ran without gradients in sight; nothing was kept for them")
@@ -400,10 +399,8 @@ def _gradients(ctx, dy, dfinal, _):
         dy = torch.zeros(u.shape, dtype=u.dtype, device=u.device)
     if dy.dtype != u.dtype:
         dy = dy.to(u.dtype)
-    rest = (dfinal, *tensors, states, ctx.softplus, ctx.reverse, ctx.segment)
-    out = _scan_backward(dy, *rest) if torch.compiler.is_compiling() else nvrtc.on_device(backward, dy, *rest)
-    absent = [x is None for x in tensors[:9]]
-    grads = [None if gone else g for g, gone in zip(out, absent, strict=True)]
+    out = call(dy, dfinal, *tensors, states, ctx.softplus, ctx.reverse, ctx.segment)
+    grads = [None if x is None else g for g, x in zip(out, tensors[:9], strict=True)]
     return (*grads, None, None, None, None)
 
 
@@ -422,7 +419,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dfinal, nothing):
-        return _gradients(ctx, dy, dfinal, nothing)
+        return _gradients(ctx, dy, dfinal, nothing, functools.partial(nvrtc.on_device, backward))
 
 
 def _call(*inputs):
