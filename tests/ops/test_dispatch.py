@@ -185,6 +185,17 @@ def test_importing_the_operators_costs_torch_alone():
     assert loaded("import seqlab.ops") == []
 
 
+def test_running_does_not_import_the_compiler():
+    code = (
+        "import torch\n"
+        "from seqlab.ops import causal_conv1d, selective_scan\n"
+        "u, B = torch.ones(1, 3, 2, requires_grad=True), torch.ones(1, 3, 1)\n"
+        "y = causal_conv1d(u, torch.ones(2, 2), backend='cpu')\n"
+        "selective_scan(y, u, -torch.ones(2, 1), B, B, backend='cpu').sum().backward()\n"
+    )
+    assert not {"torch._dynamo", "torch._inductor"} & set(loaded(code))
+
+
 def test_that_test_can_fail():
     assert "numba" in loaded("import seqlab.ops.lanes")
 

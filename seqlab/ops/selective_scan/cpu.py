@@ -14,6 +14,7 @@ from torch import Tensor
 
 from seqlab.ops import threads
 from seqlab.ops.dispatch import Request
+from seqlab.ops.register import operator
 
 NATIVE_MASK = True
 CHUNK_MAX = 256
@@ -74,7 +75,7 @@ def _sizes(u: Tensor, A: Tensor) -> tuple[int, int, int]:
     return chunk, -(-u.shape[1] // chunk), -(-u.shape[2] // 16) * 16
 
 
-@torch.library.custom_op("seqlab::selective_scan_cpu", mutates_args=(), device_types="cpu")
+@operator("selective_scan_cpu", "cpu")
 def _forward(
     u: Tensor,
     delta: Tensor,
@@ -101,7 +102,7 @@ def _forward(
     return y, call.unpadded_state(state, A), checkpoints
 
 
-@_forward.register_fake
+@torch.library.register_fake(_forward)
 def _(u, delta, A, B, C, D, z, delta_bias, initial_state, mask, delta_softplus, reverse, save):
     _, chunks, padded = _sizes(u, A)
     return (
@@ -111,7 +112,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, initial_state, mask, delta_softplus, 
     )
 
 
-@torch.library.custom_op("seqlab::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
+@operator("selective_scan_cpu_backward", "cpu")
 def _backward(
     dy: Tensor,
     dfinal: Tensor | None,
@@ -181,7 +182,7 @@ def _backward(
     )
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, mask, checkpoints, delta_softplus, reverse):
     def like(x):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -230,7 +231,7 @@ def _autograd(ctx, dy, dfinal, _):
     )
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
 
 
 # ------------------------------------------------------------------------------------------- tensors into addresses

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seqlab.ops.dispatch import Request
+from seqlab.ops.register import operator
 
 INSTALL = (
     "MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm causal-conv1d "
@@ -103,7 +104,7 @@ def _inputs(u, delta, B, C, z, reverse):
     return u, delta, B.unsqueeze(1), C.unsqueeze(1), z  # B, C (b 1 n l): one group
 
 
-@torch.library.custom_op("seqlab::selective_scan_mamba_ssm", mutates_args=())
+@operator("selective_scan_mamba_ssm")
 def _forward(
     u: Tensor,
     delta: Tensor,
@@ -128,7 +129,7 @@ def _forward(
     return _ours(gated[0] if gated else out, reverse), final_state, snapshots, out if gated else out.new_empty(0)
 
 
-@_forward.register_fake
+@torch.library.register_fake(_forward)
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
     batch, length, channels = u.shape
     return (
@@ -139,7 +140,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
     )
 
 
-@torch.library.custom_op("seqlab::selective_scan_mamba_ssm_backward", mutates_args=())
+@operator("selective_scan_mamba_ssm_backward")
 def _backward(
     dy: Tensor,
     u: Tensor,
@@ -187,7 +188,7 @@ def _backward(
     )
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(dy, u, delta, A, B, C, D, z, delta_bias, snapshots, out, delta_softplus, reverse):
     def like(x):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -231,4 +232,4 @@ def _autograd(ctx, dy, *_):
     )
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
