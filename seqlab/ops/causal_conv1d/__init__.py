@@ -6,20 +6,15 @@ handling of masks; a back end only convolves.
 Shapes: b batch, l length, d channels, w width.
 """
 
-import importlib
-import importlib.util
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from seqlab.ops import dispatch
-from seqlab.ops.causal_conv1d import cpu, mamba_ssm, reference
+from seqlab.ops.causal_conv1d import cpu, cuda, mamba_ssm, reference
 
-BACKENDS: dict[str, ModuleType] = {"mamba_ssm": mamba_ssm, "cpu": cpu, "reference": reference}
-if importlib.util.find_spec(f"{__name__}.cuda") is not None:
-    BACKENDS = {"cuda": importlib.import_module(f"{__name__}.cuda"), **BACKENDS}
-
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "mamba_ssm": mamba_ssm, "cpu": cpu, "reference": reference}
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 MAX_WIDTH = 8
 

@@ -6,20 +6,15 @@ of masks for back ends that know nothing of them.
 Shapes: b batch, l length, d channels, n states per channel.
 """
 
-import importlib
-import importlib.util
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from seqlab.ops import dispatch
-from seqlab.ops.selective_scan import cpu, mamba_ssm, reference
+from seqlab.ops.selective_scan import cpu, cuda, mamba_ssm, reference
 
-BACKENDS: dict[str, ModuleType] = {"mamba_ssm": mamba_ssm, "cpu": cpu, "reference": reference}
-if importlib.util.find_spec(f"{__name__}.cuda") is not None:
-    BACKENDS = {"cuda": importlib.import_module(f"{__name__}.cuda"), **BACKENDS}
-
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "mamba_ssm": mamba_ssm, "cpu": cpu, "reference": reference}
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 CLOSED = -1e30
 """softplus of this plus any sane bias is exactly 0, and so is its slope; unlike -inf it cannot make NaN."""
