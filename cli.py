@@ -78,8 +78,15 @@ def fail(message: str) -> None:
     raise typer.Exit(1)
 
 
+def is_main_process() -> bool:
+    """False in the extra processes of a run on several devices (the same test as in seqlab.training.fit)."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
 def note(message: str = "") -> None:
-    """A line for people, on standard error."""
+    """A line for people, on standard error; once, however many processes there are."""
+    if not is_main_process():
+        return
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
 
 
@@ -98,6 +105,7 @@ def emit(json_out: Optional[str], data: dict, *, human) -> None:
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
+    table.pad_edge, table.collapse_padding = False, True  # six columns fit into 80 characters
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
@@ -163,6 +171,8 @@ def load_dna_config(name: str, overrides: list[str], options: dict):
 
 def dna_options(*, context, seed, devices, precision, max_steps, max_minutes) -> dict:
     """Command-line options as a nested dictionary of what was given."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, which has decided how many
+        devices = int(os.environ["WORLD_SIZE"])
     names = {"float32": "float32", "fp32": "float32", "32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "auto": "auto"}
     if precision is not None:
         if precision in ("fp16", "float16", "16", "half"):
@@ -318,7 +328,7 @@ def train_dna(
                 context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes
             ), splits, valid, test, overwrite,
         )
-    from seqlab.training.fit import is_main_process, resolve_accelerator
+    from seqlab.training.fit import resolve_accelerator
     from tasks import dna
 
     checkpoint = None if init is None or resume else dna.find_checkpoint(init)
@@ -362,8 +372,6 @@ def train_dna(
 
 def _new_run(out, data, fasta, config, set_, options, splits, valid, test, overwrite):
     """(run directory, dataset, settings) of a fresh run; simulates and prepares what is needed."""
-    from seqlab.training.fit import is_main_process
-
     if data is not None and fasta:
         raise UserError("--data and --fasta: give one of them; --data is a FASTA already prepared")
     if data is not None and (splits or valid or test):
@@ -375,12 +383,16 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, overw
         run_dir = out
     elif "SEQLAB_RUN_DIR" in os.environ and not is_main_process():
         run_dir = Path(os.environ["SEQLAB_RUN_DIR"])  # an extra process of a run on several devices
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError("torchrun: give --out DIR, so that all processes agree on the run directory")
     else:
         run_dir = default_run_dir(Path(name).stem)
         os.environ["SEQLAB_RUN_DIR"] = str(run_dir)
     dataset = data
     if not is_main_process():
-        return run_dir, dataset or run_dir / "data", settings
+        dataset = dataset or run_dir / "data"
+        _wait_for(dataset / "manifest.json")
+        return run_dir, dataset, settings
     check_new_directory(run_dir, overwrite)
     if overwrite and run_dir.exists():
         import shutil
@@ -404,6 +416,17 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, overw
             dna.discard_empty(run_dir)
             raise
     return run_dir, dataset, settings
+
+
+def _wait_for(path: Path, seconds: float = 3600) -> None:
+    """Until the first process has prepared the data."""
+    import time
+
+    deadline = time.monotonic() + seconds
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            raise UserError(f"{path}: did not appear; the first process has not prepared the data")
+        time.sleep(0.2)
 
 
 def _print_manifest_line(dataset: Path) -> None:

@@ -111,9 +111,12 @@ def plot_evaluation(evaluation: Any, path: Path) -> Path:
     shown = [o for o in (0, 3, 6, 9, 12) if o in evaluation.markov and o != order]
     low, high = min(bits + [markov.bits]), max(bits + [markov.bits])
     room = max(0.02, 0.5 * (high - low))
+    labelled = [markov.bits]
     for other in shown:
         level = evaluation.markov[other].bits
-        if low - room <= level <= high + room:
+        is_clear = all(abs(level - taken) > 0.04 * (high - low + 2 * room) for taken in labelled)
+        if low - room <= level <= high + room and is_clear:
+            labelled.append(level)
             axes.axhline(level, color=BASELINE, linewidth=0.8, linestyle=":")
             axes.annotate(
                 f"order {other}", (contexts[-1], level), fontsize=7, color=BASELINE, ha="right", va="bottom"

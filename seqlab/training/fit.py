@@ -1,5 +1,7 @@
 """Train a task into a run directory, from the start or from where it was left."""
 
+import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -49,6 +51,8 @@ def fit(
     quiet_lightning()
     run_dir = Path(run_dir)
     accelerator = resolve_accelerator(train)
+    if accelerator == "cpu":
+        keep_freed_memory()
     torch.manual_seed(train.seed)
     module = TrainingModule(task, optim, train)
     if init is not None:
@@ -64,7 +68,7 @@ def fit(
         precision = "bfloat16" if accelerator == "gpu" else "float32"
     trainer = lightning.Trainer(
         accelerator=accelerator,
-        devices=train.devices,
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]) if _is_torchrun() else train.devices,
         strategy="ddp" if train.devices > 1 or _is_torchrun() else "auto",
         num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
         precision={"float32": "32-true", "bfloat16": "bf16-mixed"}[precision],
@@ -110,6 +114,15 @@ def fit(
     )
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks instead of returning each to the system and faulting its pages in again for the
+    next tensor: about a tenth of a training step on a CPU. Elsewhere (musl, macOS) nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
 def resolve_accelerator(train: TrainConfig) -> str:
     """"cpu" or "gpu"; UserError when the devices asked for are not there."""
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -129,6 +142,7 @@ def is_main_process() -> bool:
 
 
 def _is_torchrun() -> bool:
+    """Started by torchrun, one process a device; train.devices is then the number of processes in all."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
