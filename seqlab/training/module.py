@@ -93,6 +93,7 @@ class TrainingModule(lightning.LightningModule):
         self.ema = None
         if train.ema_decay > 0:
             self.ema = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=_average(train.ema_decay))
+            self.ema.requires_grad_(False)  # several ranks: DDP waits for a gradient of whatever asks for one
         self.progress_share = lambda: 0.0  # set by the Clock callback, which knows the time
 
     @property

@@ -205,7 +205,7 @@ def test_two_processes_train_as_one(tmp_path):
         "from pathlib import Path\nfrom toy import ToyTask\n"
         "from seqlab.training.fit import fit\nfrom seqlab.training.module import TrainConfig\n"
         "from seqlab.training.optim import OptimConfig\n"
-        "c = TrainConfig(max_steps=5, validate_every=5, accelerator='cpu', devices=int(sys.argv[2]))\n"
+        "c = TrainConfig(max_steps=5, validate_every=5, accelerator='cpu', devices=int(sys.argv[2]), ema_decay=0.5)\n"
         "fit(ToyTask(c, dropout=0.0, uneven=True), OptimConfig(lr=1e-2), c, Path(sys.argv[1]))\n"
     ) % (str(ROOT), str(Path(__file__).parent))
     path = tmp_path / "train.py"
