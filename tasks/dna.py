@@ -12,8 +12,8 @@ from seqlab.config import from_dict, load_yaml
 from seqlab.dataset import TokenStore
 from seqlab.errors import UserError
 from seqlab.markov import MarkovModels, fit
-from seqlab.training.checkpoint import load_model, write_json, write_text
 from seqlab.training.callbacks import read_history
+from seqlab.training.checkpoint import load_model, write_json, write_text
 from seqlab.training.fit import FitResult, read_run_facts, write_run_facts
 from seqlab.training.fit import fit as fit_task
 from tasks.language_modeling import DnaConfig, Evaluation, LanguageModeling, build_dna_model, evaluate
