@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from seqlab.errors import UserError
+from seqlab.processes import is_main_process, is_torchrun
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,14 +74,24 @@ def command(group: typer.Typer, name: str):
     return decorate
 
 
+def program() -> str:
+    """What the user types for this program here: `seqlab`, or a path to it that is not on PATH."""
+    import shutil
+
+    called = Path(sys.argv[0])
+    if called.name != "seqlab":
+        return "seqlab" if shutil.which("seqlab") else "python -m cli"
+    if shutil.which("seqlab"):
+        return "seqlab"
+    try:
+        return str(called.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(called.resolve())
+
+
 def fail(message: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
     raise typer.Exit(1)
-
-
-def is_main_process() -> bool:
-    """False in the extra processes of a run on several devices (the same test as in seqlab.training.fit)."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 def note(message: str = "") -> None:
@@ -171,7 +182,7 @@ def load_dna_config(name: str, overrides: list[str], options: dict):
 
 def dna_options(*, context, seed, devices, precision, max_steps, max_minutes) -> dict:
     """Command-line options as a nested dictionary of what was given."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun, which has decided how many
+    if is_torchrun():
         devices = int(os.environ["WORLD_SIZE"])
     names = {"float32": "float32", "fp32": "float32", "32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "auto": "auto"}
     if precision is not None:
@@ -258,7 +269,7 @@ def prep_dna(
 
     def human() -> None:
         _print_manifest(manifest, dataset)
-        note(f"Next:  seqlab train dna --data {dataset}")
+        note(f"Next:  {program()} train dna --data {dataset}")
 
     emit(json_out, {"dataset": str(dataset), **{k: manifest[k] for k in ("counts", "soft_masked", "total")}}, human=human)
 
@@ -347,7 +358,7 @@ def train_dna(
     if not is_main_process():
         return
     if result.ended == "interrupted":
-        note(f"Stopped at step {result.steps}; saved. Go on with:  seqlab train dna --resume --out {run_dir}")
+        note(f"Stopped at step {result.steps}; saved. Go on with:  {program()} train dna --resume --out {run_dir}")
         raise typer.Exit(130)
     note(
         f"Trained {result.steps:,} steps, {result.tokens:,} tokens in {result.minutes:.1f} minutes "
@@ -363,9 +374,9 @@ def train_dna(
         note(f"Report with plots: {report_path}")
         note("Next:")
         if fasta is None and data is None and not resume:
-            note("  seqlab train dna --fasta YOUR_GENOME.fa.gz          train on your own genome")
-        note(f"  seqlab eval {run_dir} --context 256 --context 4096")
-        note(f"  seqlab train dna --data {dataset} --init {run_dir}   train further from these weights")
+            note(f"  {program()} train dna --fasta YOUR_GENOME.fa.gz     train on your own genome")
+        note(f"  {program()} eval {run_dir} --context 256 --context 4096")
+        note(f"  {program()} train dna --data {dataset} --init {run_dir}   train further from these weights")
 
     emit(json_out, {"run": str(run_dir), "result": result.__dict__, "evaluation": report.evaluation_dict(evaluation)}, human=human)
 
@@ -383,7 +394,7 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, overw
         run_dir = out
     elif "SEQLAB_RUN_DIR" in os.environ and not is_main_process():
         run_dir = Path(os.environ["SEQLAB_RUN_DIR"])  # an extra process of a run on several devices
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
+    elif is_torchrun():
         raise UserError("torchrun: give --out DIR, so that all processes agree on the run directory")
     else:
         run_dir = default_run_dir(Path(name).stem)

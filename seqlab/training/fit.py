@@ -18,9 +18,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import seqlab
 from seqlab.config import dump_yaml
 from seqlab.errors import UserError
+from seqlab.processes import is_torchrun
 from seqlab.training.callbacks import Clock, History, ProgressBar, Validation
 from seqlab.training.checkpoint import AtomicCheckpointIO, load_model, write_json
-from seqlab.training.module import DivergedError, TrainConfig, TrainingModule
+from seqlab.training.module import TrainConfig, TrainingModule
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Task
 
@@ -68,8 +69,8 @@ def fit(
         precision = "bfloat16" if accelerator == "gpu" else "float32"
     trainer = lightning.Trainer(
         accelerator=accelerator,
-        devices=int(os.environ["LOCAL_WORLD_SIZE"]) if _is_torchrun() else train.devices,
-        strategy="ddp" if train.devices > 1 or _is_torchrun() else "auto",
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]) if is_torchrun() else train.devices,
+        strategy="ddp" if train.devices > 1 or is_torchrun() else "auto",
         num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
         precision={"float32": "32-true", "bfloat16": "bf16-mixed"}[precision],
         max_steps=train.max_steps,
@@ -131,19 +132,9 @@ def resolve_accelerator(train: TrainConfig) -> str:
         accelerator = "gpu" if present else "cpu"
     if accelerator == "gpu" and not present:
         raise UserError("train.accelerator=gpu, but torch sees no GPU here; use cpu, or run `seqlab doctor` for the reason")
-    if accelerator == "gpu" and train.devices > present and not _is_torchrun():
+    if accelerator == "gpu" and train.devices > present and not is_torchrun():
         raise UserError(f"--devices {train.devices}, but torch sees {present} GPU(s) here; use --devices {present}")
     return accelerator
-
-
-def is_main_process() -> bool:
-    """False in the extra processes that a run on several devices starts."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
-
-
-def _is_torchrun() -> bool:
-    """Started by torchrun, one process a device; train.devices is then the number of processes in all."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def quiet_lightning() -> None:
@@ -195,6 +186,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() or None if found.returncode == 0 else None
-
-
-__all__ = ["DivergedError", "FitResult", "fit", "is_main_process", "read_run_facts", "resolve_accelerator", "write_run_facts"]
