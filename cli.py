@@ -202,15 +202,18 @@ def dna_options(*, context, seed, devices, precision, max_steps, max_minutes) ->
     }
     options = {"train": {key: value for key, value in train.items() if value is not None}}
     if context is not None:
-        options["data"] = {"context": parse_int(context, "--context")}
+        options["data"] = {"context": parse_context(context, "--context")}
     return options
 
 
-def parse_int(text: str, option: str) -> int:
+def parse_context(text: str, option: str) -> int:
     try:
-        return int(str(text).replace(",", "").replace("_", ""))
+        number = int(str(text).replace(",", "").replace("_", ""))
     except ValueError:
         raise UserError(f"{option} {text}: expected a whole number, for example 131072 or 1_000_000") from None
+    if number < 2:
+        raise UserError(f"{option} {text}: must be 2 or more")
+    return number
 
 
 def default_run_dir(name: str) -> Path:
@@ -534,7 +537,7 @@ def eval_(
     if "dataset" not in loaded.facts:
         raise UserError(f"{run}: no run.json beside the checkpoint, so its training split is unknown; give the run directory")
     training = Path(loaded.facts["dataset"])
-    contexts = tuple(parse_int(c, "--context") for c in context or [])
+    contexts = tuple(parse_context(c, "--context") for c in context or [])
     with tempfile.TemporaryDirectory(prefix="seqlab-") as temporary:
         dataset, other = training, bool(fasta or data)
         if fasta:

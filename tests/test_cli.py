@@ -370,6 +370,11 @@ def test_loss_turning_nan_is_one_line_and_keeps_the_last_good_checkpoint(trained
     assert kept
 
 
+@pytest.mark.parametrize("context, expected", [("0", "must be 2 or more"), ("x", "expected a whole number"), ("9999", "the longest")])
+def test_eval_at_an_impossible_context(trained, context, expected):
+    assert expected in error_of("eval", trained, "--context", context)
+
+
 def test_debug_shows_the_traceback(tmp_path):
     result = CliRunner().invoke(app, ["eval", str(tmp_path / "none"), "--debug"])
     assert result.exit_code == 1 and "Traceback" in result.stderr
