@@ -80,7 +80,7 @@ FOREVER = 1 << 62
 CONTENDERS: dict[str, dict[str, tuple[Callable[..., Tensor], int, int]]] = {
     "cpu": {
         "seqlab cpu": (ours("cpu"), FOREVER, FOREVER),
-        "mambapy pscan": (mambapy_pscan, 16384, 4096),
+        "mambapy pscan": (mambapy_pscan, 16384, 16384),
         "transformers sequential": (transformers_sequential, 4096, 256),
         "seqlab reference": (ours("reference"), 1024, 1024),
     },
