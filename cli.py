@@ -1,5 +1,6 @@
 """The command line: parse, load a config, call. No logic of its own; heavy imports wait until a command needs them."""
 
+import contextlib
 import datetime
 import functools
 import inspect
@@ -170,14 +171,19 @@ def find_config(name: str) -> Path:
 
 def load_dna_config(name: str, overrides: list[str], options: dict):
     """The preset or file, then the options of the command line, then --set, all through the same check."""
-    from seqlab.config import from_dict, load_yaml, merge, parse_override
+    from seqlab.config import load_yaml
+
+    return lay_over(load_yaml(find_config(name)), options, overrides, name)
+
+
+def lay_over(data: dict, options: dict, overrides: list[str], source: str):
+    """A DnaConfig of the values in `data`, under `options`, under the --set texts; `source` serves the messages."""
+    from seqlab.config import from_dict, merge, parse_override
     from tasks.language_modeling import DnaConfig
 
-    path = find_config(name)
-    data = load_yaml(path)
     for top in [options, *(parse_override(text) for text in overrides)]:
         data = merge(data, top)
-    return from_dict(DnaConfig, data, name)
+    return from_dict(DnaConfig, data, source)
 
 
 def dna_options(*, context, seed, devices, precision, max_steps, max_minutes) -> dict:
@@ -334,19 +340,22 @@ def train_dna(
 
     Example:  seqlab train dna --fasta ecoli.fa.gz --max-minutes 10
     """
-    if resume:
-        run_dir, dataset, settings = _resumed_run(out, data, fasta, config, init, set_, context, seed, devices, precision, max_steps, max_minutes)
-    else:
-        run_dir, dataset, settings = _new_run(
-            out, data, fasta, config, set_, dna_options(
-                context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes
-            ), splits, valid, test, overwrite,
-        )
-    from seqlab.training.fit import resolve_accelerator
+    options = dict(
+        context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes
+    )
     from tasks import dna
 
-    checkpoint = None if init is None or resume else dna.find_checkpoint(init)
-    try:
+    with contextlib.ExitStack() as undo:
+        checkpoint = None
+        if resume:
+            run_dir, dataset, settings = _resumed_run(out, data, fasta, config, init, set_, options)
+        else:
+            checkpoint = None if init is None else dna.find_checkpoint(init)
+            run_dir, dataset, settings = _new_run(
+                out, data, fasta, config, set_, dna_options(**options), splits, valid, test, checkpoint, overwrite, undo
+            )
+        from seqlab.training.fit import resolve_accelerator
+
         accelerator = resolve_accelerator(settings.train)
         model = settings.model
         note(
@@ -354,10 +363,6 @@ def train_dna(
             f"{settings.data.context:,}, on the {accelerator.upper()}; Ctrl-C saves and stops"
         )
         result = dna.train(settings, dataset, run_dir, init=checkpoint, resume=resume)
-    except Exception:
-        if not resume and is_main_process():
-            dna.discard_empty(run_dir)
-        raise
     if not is_main_process():
         return
     if result.ended == "interrupted":
@@ -384,8 +389,38 @@ def train_dna(
     emit(json_out, {"run": str(run_dir), "result": result.__dict__, "evaluation": report.evaluation_dict(evaluation)}, human=human)
 
 
-def _new_run(out, data, fasta, config, set_, options, splits, valid, test, overwrite):
-    """(run directory, dataset, settings) of a fresh run; simulates and prepares what is needed."""
+@contextlib.contextmanager
+def _fresh_directory(run_dir: Path, in_use: list[Path]):
+    """While a new run begins in `run_dir`: an old run there is set aside, and put back if the new one fails before it
+    has trained anything; of a run that failed so, nothing is left. `in_use`: what the new run reads."""
+    import shutil
+
+    from tasks import dna
+
+    aside = None
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        for path in in_use:
+            if path.resolve().is_relative_to(run_dir.resolve()):
+                raise UserError(f"{path}: lies in {run_dir}, which --overwrite would replace; choose another --out")
+        aside = run_dir.with_name(f".{run_dir.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        run_dir.rename(aside)
+    try:
+        yield
+    except BaseException:
+        dna.discard_empty(run_dir)
+        if aside is not None and not run_dir.exists():
+            aside.rename(run_dir)
+            aside = None
+        raise
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _new_run(out, data, fasta, config, set_, options, splits, valid, test, checkpoint, overwrite, undo):
+    """(run directory, dataset, settings) of a fresh run; simulates and prepares what is needed. `undo` learns how to
+    leave things as they were if the run does not get as far as training."""
     if data is not None and fasta:
         raise UserError("--data and --fasta: give one of them; --data is a FASTA already prepared")
     if data is not None and (splits or valid or test):
@@ -408,27 +443,18 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, overw
         _wait_for(dataset / "manifest.json")
         return run_dir, dataset, settings
     check_new_directory(run_dir, overwrite)
-    if overwrite and run_dir.exists():
-        import shutil
-
-        shutil.rmtree(run_dir)
+    undo.enter_context(_fresh_directory(run_dir, [p for p in (data, checkpoint, *(fasta or [])) if p is not None]))
     if dataset is None:
-        from tasks import dna
-
         dataset = run_dir / "data"
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            if demo:
-                from data_prep.simulate import simulate_genome
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if demo:
+            from data_prep.simulate import simulate_genome
 
-                note("No --fasta or --data: simulating a small genome (genes on both strands, repeats; fixed seed).")
-                fasta = [run_dir / "simulated.fa"]
-                simulate_genome(fasta[0], seed=0)
-            _prepare(fasta, dataset, splits, valid, test)
-            _print_manifest_line(dataset)
-        except BaseException:
-            dna.discard_empty(run_dir)
-            raise
+            note("No --fasta or --data: simulating a small genome (genes on both strands, repeats; fixed seed).")
+            fasta = [run_dir / "simulated.fa"]
+            simulate_genome(fasta[0], seed=0)
+        _prepare(fasta, dataset, splits, valid, test)
+        _print_manifest_line(dataset)
     return run_dir, dataset, settings
 
 
@@ -453,22 +479,17 @@ def _print_manifest_line(dataset: Path) -> None:
     )
 
 
-def _resumed_run(out, data, fasta, config, init, set_, context, seed, devices, precision, max_steps, max_minutes):
+def _resumed_run(out, data, fasta, config, init, set_, given):
     """(run directory, dataset, settings) of a run to go on with: its own settings, with a longer end if asked."""
-    from seqlab.config import from_dict, load_yaml, merge, parse_override
+    from seqlab.config import load_yaml
     from seqlab.training.fit import read_run_facts
-    from tasks.language_modeling import DnaConfig
 
-    if fasta or config or init or context or seed is not None:
+    if fasta or config or init or given["context"] or given["seed"] is not None:
         raise UserError("--resume: goes on with the run's own data and settings; leave out --fasta, --config, --init, --context, --seed")
     run_dir = out or newest_run()
     facts = read_run_facts(run_dir)
     path = run_dir / "config.yaml"
-    settings = load_yaml(path)
-    options = dna_options(context=None, seed=None, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
-    for top in [options, *(parse_override(text) for text in set_ or [])]:
-        settings = merge(settings, top)
-    return run_dir, data or Path(facts["dataset"]), from_dict(DnaConfig, settings, str(path))
+    return run_dir, data or Path(facts["dataset"]), lay_over(load_yaml(path), dna_options(**given), set_ or [], str(path))
 
 
 def _evaluate(run, dataset: Path, training: Path, split: str, contexts: tuple[int, ...], device: str):
@@ -522,7 +543,7 @@ def eval_(
     import torch
 
     from seqlab import report
-    from seqlab.config import from_dict, merge, parse_override, to_dict
+    from seqlab.config import to_dict
     from tasks import dna
 
     if device not in ("auto", "cpu", "cuda"):
@@ -530,10 +551,7 @@ def eval_(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use cpu, or run `seqlab doctor` for the reason")
     loaded = dna.load_run(run)
-    settings = to_dict(loaded.config)
-    for text in set_ or []:
-        settings = merge(settings, parse_override(text))
-    loaded = dataclasses.replace(loaded, config=from_dict(type(loaded.config), settings, "--set"))
+    loaded = dataclasses.replace(loaded, config=lay_over(to_dict(loaded.config), {}, set_ or [], "--set"))
     if "dataset" not in loaded.facts:
         raise UserError(f"{run}: no run.json beside the checkpoint, so its training split is unknown; give the run directory")
     training = Path(loaded.facts["dataset"])

@@ -311,6 +311,28 @@ def test_used_and_unwritable_output_folders(trained, tmp_path):
     assert "error: " in error_of(*base, "--out", tmp_path / "file")
 
 
+def test_overwrite_loses_the_old_run_only_to_a_new_one(trained, tmp_path):
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "old")
+    before = (tmp_path / "old" / "run.json").read_bytes()
+    base = ["train", "dna", *TOY, "--max-steps", 1, "--out", tmp_path / "old", "--overwrite"]
+    (tmp_path / "bad.fa").write_text(">a\nACGT\n>a\nACGT\n")
+    for arguments, expected in (
+        (["--data", trained / "data", "--init", "nowhere"], "no such run"),
+        (["--data", trained / "data", "--context", 5000, "--set", "train.tokens_per_step=5000"], "does not fit"),
+        (["--fasta", tmp_path / "bad.fa"], "a"),
+        (["--data", tmp_path / "old" / "data"], "which --overwrite would replace"),
+        (["--data", trained / "data", "--init", tmp_path / "old"], "which --overwrite would replace"),
+    ):
+        assert expected in error_of(*base, *arguments)
+        assert (tmp_path / "old" / "run.json").read_bytes() == before
+        assert {p.name for p in tmp_path.iterdir()} == {"old", "bad.fa"}
+    run(*base, "--data", trained / "data")
+    assert (tmp_path / "old" / "run.json").read_bytes() != before
+    assert {p.name for p in tmp_path.iterdir()} == {"old", "bad.fa"}
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(trained, tmp_path):
     """A limit on file size stands in for a full disk: the write fails the same way, with an OSError."""
     resource = pytest.importorskip("resource", reason="needs a Unix system")
