@@ -100,3 +100,30 @@ def _announce(op: str, name: str, device: str) -> None:
     if (op, name, device) not in _announced:
         _announced.add((op, name, device))
         _log.info("%s: back end %s on %s", op, name, device)
+
+
+def check_tensors(
+    op: str,
+    first: tuple[str, torch.Tensor],
+    others: tuple[tuple[str, torch.Tensor | None, tuple[int, ...]], ...],
+    beside: str,
+) -> None:
+    """Raise ValueError unless every tensor of `others` (name, tensor or None, expected shape) has its shape, the device of
+    `first` (name, tensor) and a dtype that operators take: floating, not float16; bool for `mask`. `beside` ends the
+    message about a shape: what it was expected to go with."""
+    first_name, anchor = first
+    for name, t, shape in others:
+        if t is None:
+            continue
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {shape} to go with {beside}")
+        if t.device != anchor.device:
+            raise ValueError(f"{op}: {name} is on {t.device}, {first_name} on {anchor.device}; move one of them")
+        if name == "mask":
+            if t.dtype != torch.bool:
+                raise ValueError(f"{op}: mask is {t.dtype}, expected bool (True = real position)")
+        elif t.dtype == torch.float16 or not t.dtype.is_floating_point:
+            raise ValueError(
+                f"{op}: {name} is {t.dtype}; allowed: bfloat16, float32, float64"
+                + (" (float16 overflows, use bfloat16)" if t.dtype == torch.float16 else "")
+            )

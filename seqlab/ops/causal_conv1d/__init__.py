@@ -147,21 +147,4 @@ def _check(x, weight, bias, activation, initial_state, mask) -> None:
         ("initial_state", initial_state, (batch, weight.shape[1] - 1, channels)),
         ("mask", mask, (batch, length)),
     )
-    for name, t, shape in expected:
-        if t is None:
-            continue
-        if tuple(t.shape) != shape:
-            raise ValueError(
-                f"causal_conv1d: {name} has shape {tuple(t.shape)}, expected {shape} "
-                f"to go with x {tuple(x.shape)} and weight {tuple(weight.shape)}"
-            )
-        if t.device != x.device:
-            raise ValueError(f"causal_conv1d: {name} is on {t.device}, x on {x.device}; move one of them")
-        if name == "mask":
-            if t.dtype != torch.bool:
-                raise ValueError(f"causal_conv1d: mask is {t.dtype}, expected bool (True = real position)")
-        elif t.dtype == torch.float16 or not t.dtype.is_floating_point:
-            raise ValueError(
-                f"causal_conv1d: {name} is {t.dtype}; allowed: bfloat16, float32, float64"
-                + (" (float16 overflows, use bfloat16)" if t.dtype == torch.float16 else "")
-            )
+    dispatch.check_tensors("causal_conv1d", ("x", x), expected, f"x {tuple(x.shape)} and weight {tuple(weight.shape)}")

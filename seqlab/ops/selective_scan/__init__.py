@@ -155,6 +155,7 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, mask) -> None:
     batch, length, channels = u.shape
     states = A.shape[1]
     expected = (
+        ("A", A, tuple(A.shape)),
         ("delta", delta, (batch, length, channels)),
         ("B", B, (batch, length, states)),
         ("C", C, (batch, length, states)),
@@ -164,21 +165,4 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, mask) -> None:
         ("initial_state", initial_state, (batch, channels, states)),
         ("mask", mask, (batch, length)),
     )
-    for name, x, shape in (("A", A, tuple(A.shape)), *expected):
-        if x is None:
-            continue
-        if tuple(x.shape) != shape:
-            raise ValueError(
-                f"selective_scan: {name} has shape {tuple(x.shape)}, expected {shape} "
-                f"to go with u {tuple(u.shape)} and A {tuple(A.shape)}"
-            )
-        if x.device != u.device:
-            raise ValueError(f"selective_scan: {name} is on {x.device}, u on {u.device}; move one of them")
-        if name == "mask":
-            if x.dtype != torch.bool:
-                raise ValueError(f"selective_scan: mask is {x.dtype}, expected bool (True = real position)")
-        elif x.dtype == torch.float16 or not x.dtype.is_floating_point:
-            raise ValueError(
-                f"selective_scan: {name} is {x.dtype}; allowed: bfloat16, float32, float64"
-                + (" (float16 overflows, use bfloat16)" if x.dtype == torch.float16 else "")
-            )
+    dispatch.check_tensors("selective_scan", ("u", u), expected, f"u {tuple(u.shape)} and A {tuple(A.shape)}")

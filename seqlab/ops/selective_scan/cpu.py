@@ -5,15 +5,12 @@ splits the work, and tells torch about the operator, its shapes and its gradient
 run to run and for any number of threads.
 """
 
-import importlib.util
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from seqlab.ops import threads
-from seqlab.ops.dispatch import Request
+from seqlab.ops import needs_numba, threads
 from seqlab.ops.register import operator
 
 NATIVE_MASK = True
@@ -23,21 +20,7 @@ PARTIAL_BYTES = 4 << 20  # room for those shares: decides the length of a backwa
 WORTH = 1 << 18  # steps x channels x states that are worth another thread
 
 
-@lru_cache(maxsize=1)
-def _numba_missing() -> str | None:
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed: pip install numba"
-    return None
-
-
-def unavailable(request: Request | None = None) -> str | None:
-    """Needs numba and tensors on the CPU; takes every argument the operator has."""
-    missing = _numba_missing()
-    if missing is not None:
-        return missing
-    if request is not None and request.device != "cpu":
-        return f"tensors are on {request.device}; move them with .cpu()"
-    return None
+unavailable = needs_numba.unavailable  # takes every argument the operator has
 
 
 def run(
