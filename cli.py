@@ -151,8 +151,12 @@ def progress_bar(title: str, unit: str, scale: float = 1.0):
 
 
 # -- configuration -------------------------------------------------------------------------------------------------
-def presets() -> list[str]:
-    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+def presets(task: Optional[str] = None) -> list[str]:
+    """Names of the presets, of one task (`dna`, where a file names none) or of all."""
+    from seqlab.config import load_yaml
+
+    paths = sorted(CONFIGS.glob("*.yaml"))
+    return [path.stem for path in paths if task in (None, load_yaml(path).get("task", "dna"))]
 
 
 def find_config(name: str) -> Path:
@@ -169,25 +173,24 @@ def find_config(name: str) -> Path:
     raise UserError(f"--config {name}: no such file or preset; {hint}presets: {', '.join(presets())}")
 
 
-def load_dna_config(name: str, overrides: list[str], options: dict):
+def load_config(cls: type, name: str, overrides: list[str], options: dict):
     """The preset or file, then the options of the command line, then --set, all through the same check."""
     from seqlab.config import load_yaml
 
-    return lay_over(load_yaml(find_config(name)), options, overrides, name)
+    return lay_over(cls, load_yaml(find_config(name)), options, overrides, name)
 
 
-def lay_over(data: dict, options: dict, overrides: list[str], source: str):
-    """A DnaConfig of the values in `data`, under `options`, under the --set texts; `source` serves the messages."""
+def lay_over(cls: type, data: dict, options: dict, overrides: list[str], source: str):
+    """A config `cls` of the values in `data`, under `options`, under the --set texts; `source` serves the messages."""
     from seqlab.config import from_dict, merge, parse_override
-    from tasks.language_modeling import DnaConfig
 
     for top in [options, *(parse_override(text) for text in overrides)]:
         data = merge(data, top)
-    return from_dict(DnaConfig, data, source)
+    return from_dict(cls, data, source)
 
 
-def dna_options(*, context, seed, devices, precision, max_steps, max_minutes) -> dict:
-    """Command-line options as a nested dictionary of what was given."""
+def train_options(*, context=None, seed=None, devices=None, precision=None, max_steps=None, max_minutes=None) -> dict:
+    """The command-line options that every `seqlab train` has, as a nested dictionary of what was given."""
     if is_torchrun():
         devices = int(os.environ["WORLD_SIZE"])
     names = {"float32": "float32", "fp32": "float32", "32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "auto": "auto"}
@@ -246,6 +249,80 @@ def check_new_directory(path: Path, overwrite: bool) -> None:
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise UserError(f"{path}: {parent} is not writable; choose another --out")
+
+
+def new_run_directory(name: str, out: Optional[Path]) -> Path:
+    """Where a new run goes: --out, or runs/NAME-TIME; every process of a run on several devices gets the same answer."""
+    if out is not None:
+        return out
+    if "SEQLAB_RUN_DIR" in os.environ and not is_main_process():
+        return Path(os.environ["SEQLAB_RUN_DIR"])  # an extra process of a run on several devices
+    if is_torchrun():
+        raise UserError("torchrun: give --out DIR, so that all processes agree on the run directory")
+    run_dir = default_run_dir(Path(name).stem)
+    os.environ["SEQLAB_RUN_DIR"] = str(run_dir)
+    return run_dir
+
+
+@contextlib.contextmanager
+def fresh_directory(run_dir: Path, overwrite: bool, in_use: list[Path]):
+    """While a new run begins in `run_dir`: an old run there is set aside (with --overwrite, else refused), and put back if
+    the new one fails before it has trained anything; of a run that failed so, nothing is left. `in_use`: what the new run
+    reads."""
+    import shutil
+
+    from tasks import runs
+
+    check_new_directory(run_dir, overwrite)
+    aside = None
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        for path in in_use:
+            if path.resolve().is_relative_to(run_dir.resolve()):
+                raise UserError(f"{path}: lies in {run_dir}, which --overwrite would replace; choose another --out")
+        aside = run_dir.with_name(f".{run_dir.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        run_dir.rename(aside)
+    try:
+        yield
+    except BaseException:
+        runs.discard_empty(run_dir)
+        if aside is not None and not run_dir.exists():
+            aside.rename(run_dir)
+            aside = None
+        raise
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path], set_, given: dict, refused: dict):
+    """(run directory, dataset, settings) of a run to go on with: its own settings, with a longer end if asked. `given`:
+    arguments of train_options; `refused`: option -> value, of options that a resumed run takes from itself."""
+    from seqlab.config import load_yaml
+    from seqlab.training.fit import read_run_facts
+
+    own = {**refused, "--context": given.get("context"), "--seed": given.get("seed")}
+    if any(value not in (None, [], ()) for value in own.values()):
+        raise UserError(f"--resume: goes on with the run's own data and settings; leave out {', '.join(own)}")
+    run_dir = out or newest_run()
+    facts = read_run_facts(run_dir)
+    if facts.get("task", task) != task:
+        raise UserError(f"{run_dir}: is a run of `train {facts['task']}`; resume it with that command")
+    path = run_dir / "config.yaml"
+    settings = lay_over(cls, load_yaml(path), train_options(**given), set_ or [], str(path))
+    return run_dir, data or Path(facts["dataset"]), settings
+
+
+def note_training_result(result, run_dir: Path, command_name: str, metric: str) -> None:
+    """What came out of training, for people; leaves with exit code 130 if it was stopped by Ctrl-C."""
+    if result.ended == "interrupted":
+        note(f"Stopped at step {result.steps}; saved. Go on with:  {program()} train {command_name} --resume --out {run_dir}")
+        raise typer.Exit(130)
+    note(
+        f"Trained {result.steps:,} steps, {result.tokens:,} tokens in {result.minutes:.1f} minutes "
+        f"({result.tokens_per_second:,.0f} tokens/s), {result.ended}; best validation {result.best:.4f} {metric} "
+        f"at step {result.best_step:,}."
+    )
 
 
 # -- commands ------------------------------------------------------------------------------------------------------
@@ -343,16 +420,17 @@ def train_dna(
     options = dict(
         context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes
     )
-    from tasks import dna
+    from tasks import dna, runs
 
     with contextlib.ExitStack() as undo:
         checkpoint = None
         if resume:
-            run_dir, dataset, settings = _resumed_run(out, data, fasta, config, init, set_, options)
+            refused = {"--fasta": fasta, "--config": config, "--init": init}
+            run_dir, dataset, settings = resumed_run(dna.Config, dna.NAME, out, data, set_, options, refused)
         else:
-            checkpoint = None if init is None else dna.find_checkpoint(init)
+            checkpoint = None if init is None else runs.find_checkpoint(init)
             run_dir, dataset, settings = _new_run(
-                out, data, fasta, config, set_, dna_options(**options), splits, valid, test, checkpoint, overwrite, undo
+                out, data, fasta, config, set_, train_options(**options), splits, valid, test, checkpoint, overwrite, undo
             )
         from seqlab.training.fit import resolve_accelerator
 
@@ -365,15 +443,8 @@ def train_dna(
         result = dna.train(settings, dataset, run_dir, init=checkpoint, resume=resume)
     if not is_main_process():
         return
-    if result.ended == "interrupted":
-        note(f"Stopped at step {result.steps}; saved. Go on with:  {program()} train dna --resume --out {run_dir}")
-        raise typer.Exit(130)
-    note(
-        f"Trained {result.steps:,} steps, {result.tokens:,} tokens in {result.minutes:.1f} minutes "
-        f"({result.tokens_per_second:,.0f} tokens/s), {result.ended}; best validation {result.best:.4f} bits per base "
-        f"at step {result.best_step:,}."
-    )
-    evaluation = _evaluate(dna.load_run(run_dir), dataset, dataset, "test", (), "auto")
+    note_training_result(result, run_dir, "dna", "bits per base")
+    evaluation = _evaluate(runs.load_run(run_dir), dataset, dataset, "test", (), "auto")
     report_path = dna.write_report(run_dir, evaluation)
     from seqlab import report
 
@@ -389,61 +460,26 @@ def train_dna(
     emit(json_out, {"run": str(run_dir), "result": result.__dict__, "evaluation": report.evaluation_dict(evaluation)}, human=human)
 
 
-@contextlib.contextmanager
-def _fresh_directory(run_dir: Path, in_use: list[Path]):
-    """While a new run begins in `run_dir`: an old run there is set aside, and put back if the new one fails before it
-    has trained anything; of a run that failed so, nothing is left. `in_use`: what the new run reads."""
-    import shutil
-
-    from tasks import dna
-
-    aside = None
-    if run_dir.is_dir() and any(run_dir.iterdir()):
-        for path in in_use:
-            if path.resolve().is_relative_to(run_dir.resolve()):
-                raise UserError(f"{path}: lies in {run_dir}, which --overwrite would replace; choose another --out")
-        aside = run_dir.with_name(f".{run_dir.name}.replaced")
-        shutil.rmtree(aside, ignore_errors=True)
-        run_dir.rename(aside)
-    try:
-        yield
-    except BaseException:
-        dna.discard_empty(run_dir)
-        if aside is not None and not run_dir.exists():
-            aside.rename(run_dir)
-            aside = None
-        raise
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
 def _new_run(out, data, fasta, config, set_, options, splits, valid, test, checkpoint, overwrite, undo):
     """(run directory, dataset, settings) of a fresh run; simulates and prepares what is needed. `undo` learns how to
     leave things as they were if the run does not get as far as training."""
+    from tasks.language_modeling import DnaConfig
+
     if data is not None and fasta:
         raise UserError("--data and --fasta: give one of them; --data is a FASTA already prepared")
     if data is not None and (splits or valid or test):
         raise UserError("--splits, --valid and --test: the dataset in --data has its splits; use them with --fasta")
     demo = data is None and not fasta
     name = config or ("dna_demo" if demo else "dna_small")
-    settings = load_dna_config(name, set_ or [], options)
-    if out is not None:
-        run_dir = out
-    elif "SEQLAB_RUN_DIR" in os.environ and not is_main_process():
-        run_dir = Path(os.environ["SEQLAB_RUN_DIR"])  # an extra process of a run on several devices
-    elif is_torchrun():
-        raise UserError("torchrun: give --out DIR, so that all processes agree on the run directory")
-    else:
-        run_dir = default_run_dir(Path(name).stem)
-        os.environ["SEQLAB_RUN_DIR"] = str(run_dir)
+    settings = load_config(DnaConfig, name, set_ or [], options)
+    run_dir = new_run_directory(name, out)
     dataset = data
     if not is_main_process():
         dataset = dataset or run_dir / "data"
         _wait_for(dataset / "manifest.json")
         return run_dir, dataset, settings
-    check_new_directory(run_dir, overwrite)
-    undo.enter_context(_fresh_directory(run_dir, [p for p in (data, checkpoint, *(fasta or [])) if p is not None]))
+    in_use = [path for path in (data, checkpoint, *(fasta or [])) if path is not None]
+    undo.enter_context(fresh_directory(run_dir, overwrite, in_use))
     if dataset is None:
         dataset = run_dir / "data"
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -479,19 +515,6 @@ def _print_manifest_line(dataset: Path) -> None:
     )
 
 
-def _resumed_run(out, data, fasta, config, init, set_, given):
-    """(run directory, dataset, settings) of a run to go on with: its own settings, with a longer end if asked."""
-    from seqlab.config import load_yaml
-    from seqlab.training.fit import read_run_facts
-
-    if fasta or config or init or given["context"] or given["seed"] is not None:
-        raise UserError("--resume: goes on with the run's own data and settings; leave out --fasta, --config, --init, --context, --seed")
-    run_dir = out or newest_run()
-    facts = read_run_facts(run_dir)
-    path = run_dir / "config.yaml"
-    return run_dir, data or Path(facts["dataset"]), lay_over(load_yaml(path), dna_options(**given), set_ or [], str(path))
-
-
 def _evaluate(run, dataset: Path, training: Path, split: str, contexts: tuple[int, ...], device: str):
     from seqlab.dataset import TokenStore
     from tasks import dna
@@ -521,6 +544,19 @@ def _print_evaluation(evaluation) -> None:
     )
 
 
+# -- species, labelled sequences: prep, train, predict --------------------------------------------------------------
+
+
+# -- audio: prep, train, generate -----------------------------------------------------------------------------------
+
+
+# -- plan -----------------------------------------------------------------------------------------------------------
+
+
+# -- bench ----------------------------------------------------------------------------------------------------------
+
+
+# -- every kind of run: eval, doctor --------------------------------------------------------------------------------
 @command(app, "eval")
 def eval_(
     run: Annotated[Path, typer.Argument(help="Run directory or checkpoint.")],
@@ -544,14 +580,14 @@ def eval_(
 
     from seqlab import report
     from seqlab.config import to_dict
-    from tasks import dna
+    from tasks import runs
 
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: unknown; use auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use cpu, or run `seqlab doctor` for the reason")
-    loaded = dna.load_run(run)
-    loaded = dataclasses.replace(loaded, config=lay_over(to_dict(loaded.config), {}, set_ or [], "--set"))
+    loaded = runs.load_run(run)
+    loaded = dataclasses.replace(loaded, config=lay_over(type(loaded.config), to_dict(loaded.config), {}, set_ or [], "--set"))
     if "dataset" not in loaded.facts:
         raise UserError(f"{run}: no run.json beside the checkpoint, so its training split is unknown; give the run directory")
     training = Path(loaded.facts["dataset"])

@@ -1,31 +1,25 @@
 """What `seqlab train dna` and `seqlab eval` do once there is a dataset: train, evaluate, report."""
 
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from seqlab import report
-from seqlab.config import from_dict, load_yaml
 from seqlab.dataset import TokenStore
 from seqlab.errors import UserError
 from seqlab.markov import MarkovModels, fit
 from seqlab.training.callbacks import read_history
-from seqlab.training.checkpoint import load_model, write_json, write_text
-from seqlab.training.fit import FitResult, read_run_facts, write_run_facts
-from seqlab.training.fit import fit as fit_task
+from seqlab.training.checkpoint import write_json, write_text
+from seqlab.training.fit import FitResult, read_run_facts
+from tasks import runs
 from tasks.language_modeling import DnaConfig, Evaluation, LanguageModeling, build_dna_model, evaluate
 
+NAME, Config = "dna", DnaConfig
 
-@dataclass(frozen=True)
-class LoadedRun:
-    directory: Path
-    config: DnaConfig
-    facts: dict
-    model: torch.nn.Module
-    checkpoint: Path
+
+def build_model(config: DnaConfig) -> torch.nn.Module:
+    return build_dna_model(config.model)
 
 
 def train(
@@ -36,61 +30,11 @@ def train(
     task = LanguageModeling(config, store)
     if not len(store.intervals("valid")):
         raise UserError(f"{dataset}: no valid split; early stopping needs one: prepare it again with a valid split")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "checkpoints").mkdir(exist_ok=True)
-    if not resume:
-        from seqlab.config import dump_yaml
-
-        write_text(run_dir / "config.yaml", dump_yaml(config))
-        write_text(run_dir / "manifest.json", (Path(dataset) / "manifest.json").read_text())
-    facts = {
-        "task": "dna",
-        "dataset": str(Path(dataset).resolve()),
-        "dataset_hash": store.hash,
-        "init": None if init is None else str(init),
-        "parameters": sum(p.numel() for p in task.build_model().parameters()),
-    }
-    if resume:
-        saved = read_run_facts(run_dir)
-        if saved.get("dataset_hash") != store.hash:
-            raise UserError(f"{dataset}: is not the dataset that {run_dir} was trained on; resume with the same one")
-        facts["init"] = saved.get("init")
-    write_run_facts(run_dir, {**facts, "ended": "running"})
-    result = fit_task(task, config.optim, config.train, run_dir, init=init, resume=resume)
-    write_run_facts(run_dir, {**facts, "ended": result.ended, "result": result.__dict__})
-    return result
-
-
-def find_checkpoint(path: Path) -> Path:
-    """`RUN`, `RUN/checkpoints/best` or a model.safetensors -> the model.safetensors meant. Raises UserError."""
-    path = Path(path)
-    candidates = [path] if path.is_file() else [
-        path / "model.safetensors",
-        path / "checkpoints" / "best" / "model.safetensors",
-        path / "checkpoints" / "last" / "model.safetensors",
-    ]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    if not path.exists():
-        raise UserError(f"{path}: no such run; give a run directory that `seqlab train` wrote")
-    raise UserError(f"{path}: holds no checkpoint (checkpoints/best/model.safetensors); the run saved none yet")
-
-
-def load_run(path: Path) -> LoadedRun:
-    """Model, config and facts of a run; a checkpoint needs nothing else. Raises UserError."""
-    checkpoint = find_checkpoint(path)
-    directory = next((p for p in checkpoint.parents if (p / "run.json").is_file()), checkpoint.parent)
-    config_path = checkpoint.parent / "config.yaml"
-    config = from_dict(DnaConfig, load_yaml(config_path), str(config_path))
-    model = build_dna_model(config.model)
-    load_model(model, checkpoint)
-    facts = read_run_facts(directory) if (directory / "run.json").is_file() else {}
-    return LoadedRun(directory, config, facts, model, checkpoint)
+    return runs.train(task, run_dir, dataset, store.hash, init=init, resume=resume)
 
 
 def evaluate_run(
-    run: LoadedRun,
+    run: runs.LoadedRun,
     store: TokenStore,
     training: TokenStore,
     *,
@@ -150,11 +94,3 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
         ]
     write_text(run_dir / "report.md", "\n".join(lines))
     return run_dir / "report.md"
-
-
-def discard_empty(run_dir: Path) -> None:
-    """Remove a run directory in which nothing has been trained yet, so that a refused run leaves nothing behind."""
-    if run_dir.is_dir() and not any((run_dir / "checkpoints").glob("*/*.safetensors")):
-        shutil.rmtree(run_dir, ignore_errors=True)
-        if run_dir.parent.name == "runs" and not any(run_dir.parent.iterdir()):
-            run_dir.parent.rmdir()

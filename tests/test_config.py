@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cli import CONFIGS, load_dna_config, presets
+from cli import load_config, presets
 from seqlab.config import dump_yaml, from_dict, load_yaml, merge, parse_override, to_dict
 from seqlab.errors import UserError
 from tasks.language_modeling import DnaConfig
@@ -146,9 +146,9 @@ def test_overrides():
     assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("*.yaml"))])
+@pytest.mark.parametrize("name", presets("dna"))
 def test_every_preset_is_valid_and_follows_the_fields_recipe(name):
-    config = load_dna_config(name, [], {})
+    config = load_config(DnaConfig, name, [], {})
     assert (config.optim.beta1, config.optim.beta2, config.optim.weight_decay, config.optim.clip) == (0.9, 0.95, 0.1, 1.0)
     assert config.train.tokens_per_step >= config.data.context
 
@@ -156,22 +156,22 @@ def test_every_preset_is_valid_and_follows_the_fields_recipe(name):
 def test_the_promised_presets_are_there():
     promised = {"dna_demo", "dna_small", "dna_base", "caduceus_ps_131k", "caduceus_ph_131k", "hg38_1m"}
     assert promised <= set(presets())
-    base = load_dna_config("dna_base", [], {}).model
+    base = load_config(DnaConfig, "dna_base", [], {}).model
     assert (base.d_model, base.n_layer) == (256, 16)
-    ps, ph = load_dna_config("caduceus_ps_131k", [], {}), load_dna_config("caduceus_ph_131k", [], {})
+    ps, ph = load_config(DnaConfig, "caduceus_ps_131k", [], {}), load_config(DnaConfig, "caduceus_ph_131k", [], {})
     assert (ps.model.direction, ps.model.strand, ph.model.strand) == ("bidirectional", "equivariant", "augment")
     assert ps.data.context == ph.data.context == 131_072 and ps.train.tokens_per_step == 2**20
-    hg38 = load_dna_config("hg38_1m", [], {})
+    hg38 = load_config(DnaConfig, "hg38_1m", [], {})
     assert hg38.data.context == 2**20 and hg38.train.tokens_per_step == 2**24
 
 
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="did you mean dna_small"):
-        load_dna_config("dna_smal", [], {})
+        load_config(DnaConfig, "dna_smal", [], {})
 
 
 def test_impossible_combinations_are_refused_with_their_path():
     with pytest.raises(UserError, match=r"dna_small: model\.strand: equivariant needs direction: bidirectional"):
-        load_dna_config("dna_small", ["model.strand=equivariant"], {})
+        load_config(DnaConfig, "dna_small", ["model.strand=equivariant"], {})
     with pytest.raises(UserError, match="is more than train.tokens_per_step"):
-        load_dna_config("dna_small", ["data.context=1000000"], {})
+        load_config(DnaConfig, "dna_small", ["data.context=1000000"], {})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cli import CONFIGS, load_dna_config
+from cli import load_config, presets
 from data_prep.genome import prepare_genome
 from seqlab.dataset import TokenStore
 from seqlab.errors import UserError
@@ -45,7 +45,7 @@ def config(**changes) -> DnaConfig:
     sets = {"model.d_model": 16, "model.n_layer": 1, "model.d_state": 4, "data.context": 64}
     sets |= {"train.tokens_per_step": 512, "train.max_steps": 20, "train.accelerator": "cpu"}
     sets |= {key.replace("__", "."): value for key, value in changes.items()}
-    return load_dna_config("dna_small", [f"{k}={v}" for k, v in sets.items()], {})
+    return load_config(DnaConfig, "dna_small", [f"{k}={v}" for k, v in sets.items()], {})
 
 
 # -- masking -------------------------------------------------------------------------------------------------------
@@ -248,13 +248,13 @@ def test_max_bases_thins_evenly_and_the_baselines_with_it(store):
 
 
 # -- wiring --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("*.yaml"))])
+@pytest.mark.parametrize("name", presets("dna"))
 def test_every_preset_builds_at_toy_size_and_takes_a_step(name, store, tmp_path):
     toy = ["model.d_model=16", "model.n_layer=2", "data.context=64", "train.tokens_per_step=256", "train.max_steps=2"]
     toy += ["train.micro_batch_tokens=128", "train.validation_tokens=256", "train.accelerator=cpu"]
-    if load_dna_config(name, [], {}).data.length_warmup_start is not None:
+    if load_config(DnaConfig, name, [], {}).data.length_warmup_start is not None:
         toy.append("data.length_warmup_start=16")
-    run = load_dna_config(name, toy, {})
+    run = load_config(DnaConfig, name, toy, {})
     result = fit(LanguageModeling(run, store), run.optim, run.train, tmp_path)
     assert result.steps == 2 and 1.0 < result.best < 4.0
 

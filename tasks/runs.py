@@ -1,0 +1,132 @@
+"""Run directories of every task: train into one, load one, say which task it belongs to.
+
+A task's module offers what this file needs of it:
+
+    NAME                         the word in `seqlab train NAME` and in the config's `task:`
+    Config                       its dataclass; `task: Literal[NAME]`, and parts called `optim` and `train`
+    build_model(config) -> nn.Module    everything the shape of the weights depends on is in the config
+
+and is listed in `task_module`. What is evaluated, and how, is the task's own.
+"""
+
+import importlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from seqlab.config import dump_yaml, from_dict, load_yaml
+from seqlab.errors import UserError
+from seqlab.training.checkpoint import load_model, write_text
+from seqlab.training.fit import FitResult, read_run_facts, write_run_facts
+from seqlab.training.fit import fit as fit_task
+from seqlab.training.task import Task
+
+MODULES = {"dna": "tasks.dna"}
+"""Task name -> module. A task's imports (plots, baselines) are paid by its own commands only."""
+
+
+def task_module(name: str) -> ModuleType:
+    """The module of a task. Raises UserError for a name that no task has."""
+    if name not in MODULES:
+        raise UserError(f"task: {name}: unknown; allowed: {', '.join(sorted(MODULES))}")
+    return importlib.import_module(MODULES[name])
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    directory: Path
+    task: str
+    config: Any
+    facts: dict
+    model: torch.nn.Module
+    checkpoint: Path
+
+
+def train(
+    task: Task,
+    run_dir: Path,
+    dataset: Path,
+    dataset_hash: str,
+    *,
+    init: Path | None = None,
+    resume: bool = False,
+) -> FitResult:
+    """Train on a prepared dataset into `run_dir`, leaving its config, manifest and facts there.
+
+    `init` is a model.safetensors that the weights start from: the same model. A task that starts from another one's
+    weights loads them in its `build_model`.
+
+    Raises:
+        UserError: the dataset is not the one that the run to resume was trained on, or whatever training meets.
+    """
+    config = task.resolved_config()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    if not resume:
+        write_text(run_dir / "config.yaml", dump_yaml(config))
+        write_text(run_dir / "manifest.json", (Path(dataset) / "manifest.json").read_text())
+    facts = {
+        "task": config.task,
+        "dataset": str(Path(dataset).resolve()),
+        "dataset_hash": dataset_hash,
+        "init": None if init is None else str(init),
+        "parameters": sum(p.numel() for p in task.build_model().parameters()),
+    }
+    if resume:
+        saved = read_run_facts(run_dir)
+        if saved.get("dataset_hash") != dataset_hash:
+            raise UserError(f"{dataset}: is not the dataset that {run_dir} was trained on; resume with the same one")
+        facts["init"] = saved.get("init")
+    write_run_facts(run_dir, {**facts, "ended": "running"})
+    result = fit_task(task, config.optim, config.train, run_dir, init=init, resume=resume)
+    write_run_facts(run_dir, {**facts, "ended": result.ended, "result": result.__dict__})
+    return result
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`RUN`, `RUN/checkpoints/best` or a model.safetensors -> the model.safetensors meant. Raises UserError."""
+    path = Path(path)
+    candidates = [path] if path.is_file() else [
+        path / "model.safetensors",
+        path / "checkpoints" / "best" / "model.safetensors",
+        path / "checkpoints" / "last" / "model.safetensors",
+    ]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    if not path.exists():
+        raise UserError(f"{path}: no such run; give a run directory that `seqlab train` wrote")
+    raise UserError(f"{path}: holds no checkpoint (checkpoints/best/model.safetensors); the run saved none yet")
+
+
+def load_run(path: Path, *, task: str | None = None) -> LoadedRun:
+    """Model, config and facts of a run of any task; a checkpoint needs nothing else.
+
+    Raises:
+        UserError: no run, a damaged one, or one of another task than `task` (None: any).
+    """
+    checkpoint = find_checkpoint(path)
+    directory = next((p for p in checkpoint.parents if (p / "run.json").is_file()), checkpoint.parent)
+    config_path = checkpoint.parent / "config.yaml"
+    data = load_yaml(config_path)
+    name = str(data.get("task", "dna"))
+    if task is not None and name != task:
+        raise UserError(f"{path}: is a run of `train {name}`; this command needs one of `train {task}`")
+    module = task_module(name)
+    config = from_dict(module.Config, data, str(config_path))
+    model = module.build_model(config)
+    load_model(model, checkpoint)
+    facts = read_run_facts(directory) if (directory / "run.json").is_file() else {}
+    return LoadedRun(directory, name, config, facts, model, checkpoint)
+
+
+def discard_empty(run_dir: Path) -> None:
+    """Remove a run directory in which nothing has been trained yet, so that a refused run leaves nothing behind."""
+    if run_dir.is_dir() and not any((run_dir / "checkpoints").glob("*/*.safetensors")):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        if run_dir.parent.name == "runs" and not any(run_dir.parent.iterdir()):
+            run_dir.parent.rmdir()
