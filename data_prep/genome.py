@@ -15,28 +15,23 @@ The reader is our own: pyfaidx needs an index beside the file and refuses plain 
 of every letter and a checksum. pyfaidx is the oracle in the tests instead.
 """
 
-import contextlib
 import difflib
-import errno
 import hashlib
 import itertools
 import json
 import os
-import shutil
-import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_prep.files import SourceFile, check_source, output_directory, sync
 from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
 
 DEFAULT_BLOCK = 65_536
-READ_SIZE = 1 << 20  # bytes of text handled at once; larger blocks leave the cache and are slower
 MAX_HEADER = 1 << 16  # bytes of a header that are kept; only its first word is used
 WHITESPACE = b" \t\n\r\v\f"
 
@@ -87,13 +82,13 @@ def prepare_genome(
     for option, number in (("block", block), ("min-length", min_length)):
         if number is not None and number < 1:
             raise UserError(f"--{option} {number}: must be 1 or more")
-    sizes = [_check_source(path) for path in paths]
+    sizes = [check_source(path) for path in paths]
     bed = None if splits is None else _read_bed(Path(splits))
 
     def report(before: int) -> Callable[[int], None]:
         return (lambda read: None) if progress is None else (lambda read: progress(before + read, sum(sizes)))
 
-    with _output_directory(out, overwrite) as directory:
+    with output_directory(out, overwrite) as directory:
         sources = []
         with (
             open(directory / "tokens.bin", "wb", buffering=1 << 20) as tokens,
@@ -101,7 +96,7 @@ def prepare_genome(
         ):
             writer = _Writer(tokens, runs, min_length)
             for i, path in enumerate(paths):
-                with _Source(path, report(sum(sizes[:i]))) as source:
+                with SourceFile(path, report(sum(sizes[:i]))) as source:
                     writer.source(path)
                     _parse(path, source.blocks(), writer)
                     sources.append({"path": str(path), "sha256": source.sha256(), "bytes": source.bytes_read})
@@ -141,7 +136,7 @@ def prepare_genome(
         }
         with open(directory / "manifest.json", "w", encoding="utf-8") as file:
             file.write(_manifest_text(manifest))
-            _sync(file)
+            sync(file)
     return out
 
 
@@ -149,117 +144,7 @@ def _list(paths: list[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
 
-def _check_source(path: Path, wanted: str = "FASTA file (.fa, .fasta, .fna, with or without .gz)") -> int:
-    """Size of a source file in bytes (0 for a pipe), having made sure that it can be read."""
-    try:
-        if path.is_dir():
-            raise UserError(f"{path}: is a directory; give the files in it, for example {path / '*.fa.gz'}")
-        if not path.exists():
-            raise UserError(f"{path}: no such file; give a {wanted}")
-        if path.is_file():
-            if not path.stat().st_size:
-                raise UserError(f"{path}: is empty; give a {wanted}")
-            with open(path, "rb"):
-                pass
-        return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
 # -- reading -------------------------------------------------------------------------------------------------------
-_ARCHIVES = (
-    (b"BZh", "bzip2", "bunzip2"),
-    (b"\xfd7zXZ", "xz", "unxz"),
-    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
-    (b"PK\x03\x04", "a zip archive", "unzip"),
-    (b"\x27\x43\x41\x1a", "a .2bit file", "twoBitToFa"),
-    (b"\x1a\x41\x27\x43", "a .2bit file", "twoBitToFa"),
-)
-_BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
-
-
-class _Source:
-    """One file, read once: its text in blocks (decompressed if it is gzip), its size and its sha256."""
-
-    def __init__(self, path: Path, report: Callable[[int], None]):
-        self.path, self.report = path, report
-        self.bytes_read = 0
-        self._hash = hashlib.sha256()
-        self._tail = b""  # the last bytes of the file so far
-
-    def __enter__(self) -> Self:
-        try:
-            self._file = open(self.path, "rb", buffering=0)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._file.close()
-
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-    def _read(self, size: int) -> bytes:
-        try:
-            data = self._file.read(size)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
-        self._hash.update(data)
-        self._tail = (self._tail + data[-len(_BGZF_END) :])[-len(_BGZF_END) :]
-        self.bytes_read += len(data)
-        self.report(self.bytes_read)
-        return data
-
-    def blocks(self) -> Iterator[bytes]:
-        head = self._read(min(READ_SIZE, 1 << 16))
-        if not head:
-            raise UserError(f"{self.path}: is empty; give a file that holds something")
-        for magic, what, tool in _ARCHIVES:
-            if head.startswith(magic):
-                raise UserError(f"{self.path}: is {what}, which is not read; {tool} it first (gzip is fine)")
-        if head.startswith(b"\x1f\x8b"):
-            texts = self._gunzip(head)
-        else:
-            texts = self._plain(head)
-        first = next(texts, b"")
-        if first.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"{self.path}: is UTF-16 text; save it as plain ASCII or UTF-8")
-        yield first.removeprefix(b"\xef\xbb\xbf")  # the mark some editors put before UTF-8 text
-        yield from texts
-
-    def _plain(self, data: bytes) -> Iterator[bytes]:
-        while data:
-            yield data
-            data = self._read(READ_SIZE)
-
-    def _gunzip(self, data: bytes) -> Iterator[bytes]:
-        """gzip of one or many members; bgzip is gzip of many small ones, ended by an empty one."""
-        is_bgzf = data[3:4] == b"\x04" and data[12:14] == b"BC"
-        while data:
-            member = zlib.decompressobj(wbits=31)  # 31: gzip header and checksum
-            while not member.eof:
-                if not data:
-                    raise UserError(f"{self.path}: the gzip file is cut short; fetch or copy it again")
-                try:
-                    text = member.decompress(data, READ_SIZE)
-                except zlib.error:
-                    raise UserError(f"{self.path}: the gzip file is damaged; fetch or copy it again") from None
-                if text:
-                    yield text
-                data = member.unconsumed_tail or (b"" if member.eof else self._read(1 << 16))
-            # what follows the member: zeros may pad it (tar, tape), another member may follow, else it is damage
-            data = member.unused_data.lstrip(b"\0")
-            while not data and (more := self._read(1 << 16)):
-                data = more.lstrip(b"\0")
-            if len(data) == 1:
-                data += self._read(1 << 16)
-            if data and not data.startswith(b"\x1f\x8b"):
-                raise UserError(f"{self.path}: there is something else after the gzip data; fetch or copy it again")
-        if is_bgzf and self._tail != _BGZF_END:
-            raise UserError(f"{self.path}: the bgzip file is cut short (its end mark is missing); fetch it again")
-
-
 def _parse(path: Path, blocks: Iterator[bytes], writer: "_Writer") -> None:
     """Feed the records of a file to the writer."""
     first = next(blocks)
@@ -498,7 +383,7 @@ class _Writer:
         self._write_runs_header(count)
         assert self._runs.tell() == self._runs_start, "the header of soft_masked.npy changed its size"
         for file in (self._tokens, self._runs):
-            _sync(file)
+            sync(file)
 
     def _flush(self) -> None:
         held, first = self._held, self._record_first
@@ -592,11 +477,6 @@ class _Writer:
         )
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _manifest_text(manifest: dict[str, Any]) -> str:
     """JSON with one sequence, source or interval a line: readable, and small."""
 
@@ -616,59 +496,6 @@ def _manifest_text(manifest: dict[str, Any]) -> str:
             text = json.dumps(value)
         lines.append(f' "{key}": {text}')
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-@contextlib.contextmanager
-def _output_directory(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A new directory beside `out` that becomes `out` if the block ends well and vanishes if it does not."""
-    made: list[Path] = []  # parents that had to be created
-    directory = old = None
-    try:
-        _check_output(out, overwrite)
-        for parent in reversed([p for p in out.parents if not p.exists()]):
-            parent.mkdir()
-            made.append(parent)
-        directory = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        yield directory
-        umask = os.umask(0)
-        os.umask(umask)
-        directory.chmod(0o777 & ~umask)  # mkdtemp makes it for its owner alone
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-            os.rename(out, old)
-        os.rename(directory, out)
-        directory = None
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"{out}: the disk is full; free some space or write elsewhere (one byte a base)") from None
-        raise UserError(f"{out}: cannot be written ({error.strerror or error}); choose another place") from None
-    finally:
-        if old is not None:
-            if directory is not None and not out.exists():
-                os.rename(old, out)  # the new one could not take its place
-            else:
-                shutil.rmtree(old, ignore_errors=True)
-        if directory is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-            for parent in reversed(made):
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
-
-
-def _check_output(out: Path, overwrite: bool) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if not overwrite:
-        raise UserError(f"{out}: exists; choose another directory or add --overwrite")
-    if out.is_symlink() or not out.is_dir():
-        raise UserError(f"{out}: is not a directory; choose another name (--overwrite replaces datasets only)")
-    if any(out.iterdir()):
-        try:
-            is_dataset = json.loads((out / "manifest.json").read_bytes()).get("format") == FORMAT
-        except (OSError, ValueError, AttributeError):
-            is_dataset = False
-        if not is_dataset:
-            raise UserError(f"{out}: is not a seqlab dataset, so --overwrite leaves it alone; choose another directory")
 
 
 # -- splits --------------------------------------------------------------------------------------------------------
@@ -730,8 +557,8 @@ def _splits_by_name(sequences: list[dict[str, Any]], valid: list[str], test: lis
 
 def _read_bed(path: Path) -> list[tuple[int, str, int, int, str]]:
     """Rows (line number, sequence name, start, end, split), checked as far as the file alone allows."""
-    _check_source(path, "BED file: rows of chrom start end train|valid|test")
-    with _Source(path, lambda read: None) as source:
+    check_source(path, "BED file: rows of chrom start end train|valid|test")
+    with SourceFile(path, lambda read: None) as source:
         text = b"".join(source.blocks())
     rows = []
     for number, line in enumerate(text.decode("utf-8", "replace").splitlines(), start=1):

@@ -18,7 +18,7 @@ from Bio.bgzf import BgzfWriter
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_prep import genome
+from data_prep import files, genome
 from data_prep.genome import prepare_genome
 from seqlab.dataset import SPLITS, TokenStore
 from seqlab.errors import UserError
@@ -102,7 +102,7 @@ def test_a_small_file_by_hand(tmp_path):
 )
 @pytest.mark.parametrize("read_size", [16, 1 << 20])
 def test_layouts_that_mean_the_same(tmp_path, monkeypatch, text, read_size):
-    monkeypatch.setattr(genome, "READ_SIZE", read_size)
+    monkeypatch.setattr(files, "READ_SIZE", read_size)
     store = prepared(tmp_path, text, valid=["b"])
     assert nucleotide.decode(store.tokens) == "ACGTACGGTT"
     assert (store.names, store.lengths.tolist()) == (["a", "b"], [6, 4])
@@ -196,7 +196,7 @@ def test_agrees_with_a_naive_reader(data, read_size, hold, packing, min_length):
     records = {name: text for name, text in naive_reader(data).items() if len(text) >= min_length}
     whole = "".join(records.values())
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(genome, "READ_SIZE", read_size)  # small buffers: records, lines and runs cross their borders
+        patch.setattr(files, "READ_SIZE", read_size)  # small buffers: records, lines and runs cross their borders
         patch.setattr(genome._Writer, "HOLD", hold)
         half = len(data) // 2
         packed = {
@@ -666,7 +666,7 @@ def test_a_write_that_fails_midway_is_one_line(tmp_path):
 @example(b"LOCUS \nORIGIN\n//\n", 16)
 def test_any_bytes_are_read_or_refused_in_one_line(data, read_size):
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(genome, "READ_SIZE", read_size)
+        patch.setattr(files, "READ_SIZE", read_size)
         fasta = write(Path(name) / "in.fa", data)
         out = Path(name) / "new" / "out"
         try:
@@ -682,7 +682,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(data, read_size):
 
 def test_memory_is_bounded(tmp_path, monkeypatch):
     """Sixteen megabases in one line, the case changing at every base: memory follows READ_SIZE, not the file."""
-    monkeypatch.setattr(genome, "READ_SIZE", 1 << 18)
+    monkeypatch.setattr(files, "READ_SIZE", 1 << 18)
     monkeypatch.setattr(genome._Writer, "HOLD", 1 << 17)
     fasta = write(tmp_path / "in.fa", b">a\n" + b"aC" * (8 << 20))
     tracemalloc.start()
