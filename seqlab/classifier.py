@@ -1,0 +1,205 @@
+"""Sequences to labels: embedding, backbone and classification head put together from one config.
+
+    ids (b l) uint8 or int  ->  embedding  ->  causal or bidirectional Mamba  ->  head (pooled or last)  ->  (b n_outputs)
+
+Sequences of any length: `start`, `feed` and `finish` take a sequence in pieces. For a causal backbone that is exact, the
+state is carried. A bidirectional backbone has no state: each piece is read for itself and the pieces are pooled together,
+which for `mean` is the average of the pieces weighted by their lengths.
+
+The two strands of DNA are one field, `strand`, and everything that it does is in this file (`ClassifierConfig.augments` is
+what whoever draws training windows asks).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from seqlab.backbones.bidirectional import BidirectionalMamba
+from seqlab.backbones.mamba import BackboneConfig, Mamba, MixerState
+from seqlab.errors import UserError
+from seqlab.heads.classification import ClassificationHead, Pooled
+from seqlab.tokenizers import nucleotide
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(BackboneConfig):
+    """A classifier: a backbone, its vocabulary, how positions are pooled and what is done about the two strands of DNA.
+
+    strand: none         the sequence as given
+            augment      training reverse-complements half of the sequences
+            average      the same, and outside training the outputs of both strands are averaged (post-hoc conjoining)
+            equivariant  the outputs of both strands are averaged in training too: the same answer for a sequence and its
+                         reverse complement by construction, at twice the work
+    """
+
+    vocab_size: int = 16  # 12 symbols, padded to a multiple of 8
+    strand: Literal["none", "augment", "average", "equivariant"] = "average"
+    pooling: Literal["mean", "max", "last"] = "mean"
+    length_scale: bool = False  # pooling: mean; learn how much surer to be of longer sequences
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size: must be 1 or more, got {self.vocab_size}")
+        if self.length_scale and self.pooling != "mean":
+            raise ValueError(f"length_scale: true needs pooling: mean, got pooling: {self.pooling}")
+        if self.pooling == "last" and self.direction == "bidirectional":
+            raise ValueError(
+                "pooling: last needs direction: causal (the last position of a bidirectional model is no better than any "
+                "other); use pooling: mean"
+            )
+
+    @property
+    def augments(self) -> bool:
+        """Whether training windows are read from a random strand."""
+        return self.strand in ("augment", "average")
+
+
+class StreamState(NamedTuple):
+    """Of a sequence fed in pieces: what the backbone carries and what the head has pooled."""
+
+    backbone: list[MixerState] | None
+    pooled: Pooled | None
+
+
+class SequenceClassifier(nn.Module):
+    """forward(ids (b l), mask (b l) or None) -> outputs (b n_outputs), float32: logits, or values for regression.
+
+    `mask` is True at real positions; the others change nothing. Rows are padded on the right. `complement` (vocab) maps
+    ids to those of the other strand; the default is the nucleotide tokenizer's.
+    """
+
+    def __init__(self, config: ClassifierConfig, n_outputs: int, complement: Tensor | None = None):
+        super().__init__()
+        if n_outputs < 1:
+            raise ValueError(f"n_outputs must be 1 or more, got {n_outputs}")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.dropout = nn.Dropout(config.dropout)
+        backbone = Mamba if config.direction == "causal" else BidirectionalMamba
+        self.backbone = backbone(config)
+        self.head = ClassificationHead(config.d_model, n_outputs, config.pooling, config.length_scale)
+        if complement is None:
+            complement = torch.from_numpy(nucleotide.COMPLEMENT.astype("int64"))
+        table = torch.arange(max(config.vocab_size, len(complement)))
+        table[: len(complement)] = complement
+        self.register_buffer("complement", table, persistent=False)
+
+    @property
+    def reads_both_strands(self) -> bool:
+        return self.config.strand == "equivariant" or (self.config.strand == "average" and not self.training)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not self.reads_both_strands:
+            return self.finish(self.feed(ids, mask))
+        both = torch.cat([ids, self.reverse_complement(ids, mask)])  # (2b l)
+        there, back = self.finish(self.feed(both, None if mask is None else mask.repeat(2, 1))).chunk(2)
+        return 0.5 * (there + back)
+
+    def features(
+        self, ids: Tensor, mask: Tensor | None = None, state: list[MixerState] | None = None, return_state: bool = False
+    ) -> tuple[Tensor, list[MixerState] | None]:
+        """(b l) -> (b l d_model) of one strand, and the backbone's state if asked for."""
+        return self.backbone(self.dropout(self.embedding(ids.long())), state, mask, return_state=return_state)
+
+    def feed(
+        self, ids: Tensor, mask: Tensor | None = None, state: StreamState | None = None, more: bool = False
+    ) -> StreamState:
+        """One piece of one strand, in order. `more`: further pieces follow, so the backbone's state is made."""
+        before = StreamState(None, None) if state is None else state
+        carried = more and self.backbone.is_causal
+        features, backbone = self.features(ids, mask, before.backbone, return_state=carried)
+        return StreamState(backbone, self.head.pool(features, mask, before.pooled))
+
+    def finish(self, state: StreamState) -> Tensor:
+        """(b n_outputs) of everything that was fed."""
+        return self.head(state.pooled)
+
+    def prefix_outputs(self, ids: Tensor, ends: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Outputs (b k n_outputs) for the first ends[j] positions of each row, from one pass of a causal backbone."""
+        if not self.backbone.is_causal or self.config.strand == "equivariant":
+            raise ValueError("outputs for prefixes need direction: causal and a strand other than equivariant")
+        features, _ = self.features(ids, mask)
+        return self.head.prefixes(features, ends, mask)
+
+    def reverse_complement(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(b l): the other strand of each row, padding still on the right."""
+        if mask is None:
+            return self.complement[ids.flip(1).long()].to(ids.dtype)
+        length = mask.sum(1, keepdim=True)
+        position = torch.arange(ids.shape[1], device=ids.device)[None, :]
+        source = torch.where(position < length, length - 1 - position, position)
+        return self.complement[ids.gather(1, source).long()].to(ids.dtype)
+
+    def freeze_backbone(self) -> None:
+        """Train the head alone."""
+        self.embedding.requires_grad_(False)
+        self.backbone.requires_grad_(False)
+
+
+def load_pretrained(model: SequenceClassifier, checkpoint: Path, vocab: list[str] | None = None) -> None:
+    """Embedding and backbone of a language model's (or another classifier's) `model.safetensors` into `model`; the head
+    keeps its fresh weights.
+
+    `vocab`: the symbols of the dataset that `model` will read; compared with those that the run was trained on, if its
+    manifest lies beside it. Raises UserError when vocabularies, shapes or layers differ.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_file():
+        raise UserError(f"{checkpoint}: no such checkpoint; give a run directory that `seqlab train` has written")
+    check_vocabulary(checkpoint, vocab)
+    try:
+        weights = load_file(checkpoint)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint}: damaged or not a safetensors file ({str(error)[:80]}); use another checkpoint"
+        ) from None
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}  # strand: equivariant wraps it
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(("embedding.", "backbone."))}
+    theirs = {k: v for k, v in weights.items() if k.startswith(("embedding.", "backbone."))}
+    for name, tensor in theirs.items():
+        if name not in own:
+            raise UserError(
+                f"{checkpoint}: holds {name}, which this model does not have; use its direction and n_layer "
+                "(--set model.direction=..., model.n_layer=...)"
+            )
+        if own[name].shape != tensor.shape:
+            raise UserError(
+                f"{checkpoint}: {name} is {list(tensor.shape)} there and {list(own[name].shape)} in this model; use the "
+                "sizes that it was trained with (--set model.d_model=...)"
+            )
+    pointers = {own[name].data_ptr() for name in theirs}
+    absent = [name for name, tensor in own.items() if tensor.data_ptr() not in pointers]
+    if absent:
+        raise UserError(
+            f"{checkpoint}: lacks {absent[0]} (and {len(absent) - 1} more); use its direction and n_layer "
+            "(--set model.direction=..., model.n_layer=...)"
+        )
+    model.load_state_dict(theirs, strict=False)
+
+
+def check_vocabulary(checkpoint: Path, vocab: list[str] | None) -> None:
+    """UserError if the run that a checkpoint belongs to was trained on other symbols than `vocab`."""
+    import json
+
+    for directory in checkpoint.parents[:3]:
+        path = directory / "manifest.json"
+        if vocab is None or not path.is_file():
+            continue
+        try:
+            theirs = json.loads(path.read_text()).get("vocab")
+        except (OSError, ValueError, AttributeError):
+            return
+        if theirs is not None and list(theirs) != list(vocab):
+            raise UserError(
+                f"{directory}: was trained on {len(theirs)} symbols ({' '.join(map(str, theirs[:6]))} ...), this dataset "
+                f"has {len(vocab)} ({' '.join(map(str, vocab[:6]))} ...); the vocabularies must be the same"
+            )
+        return

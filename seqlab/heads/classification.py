@@ -1,0 +1,114 @@
+"""The classification head: features of a sequence of any length -> one vector of outputs, in one go or in pieces.
+
+    mean    the mean over real positions, then a linear map. Linear maps and means commute, so this is also the mean of what
+            every position says for itself: evidence adds up, and a longer sequence is only less noisy.
+    max     the largest value of each feature over real positions
+    last    the features of the last real position (of a causal backbone: it has seen everything)
+
+A head pools with `pool`, piece by piece, and answers with `forward`; padding (mask False) changes nothing.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pooling = Literal["mean", "max", "last"]
+
+
+class Pooled(NamedTuple):
+    """What a head remembers of the pieces so far."""
+
+    value: Tensor  # (b d_model) float64: sum, maximum, or the last real position's features
+    count: Tensor  # (b) float64: real positions
+
+
+class ClassificationHead(nn.Module):
+    """(b l d_model) -> (b n_outputs), float32 whatever the autocast.
+
+    length_scale (mean only): multiply the outputs by exp(s0 + s1 log(length / 1024)), s learned: how much surer one may be
+    of a longer sequence. It changes no decision, only the probabilities.
+    """
+
+    def __init__(self, d_model: int, n_outputs: int, pooling: Pooling = "mean", length_scale: bool = False):
+        super().__init__()
+        if length_scale and pooling != "mean":
+            raise ValueError(f"length_scale belongs to pooling: mean, not to {pooling}")
+        self.pooling = pooling
+        self.linear = nn.Linear(d_model, n_outputs)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+        self.length_scale = nn.Parameter(torch.zeros(2)) if length_scale else None
+
+    def pool(self, features: Tensor, mask: Tensor | None = None, before: Pooled | None = None) -> Pooled:
+        """Add a piece: features (b l d_model), mask (b l) True at real positions (None: all are)."""
+        batch, length, _ = features.shape
+        if mask is None:
+            count = features.new_full((batch,), length, dtype=torch.float64)
+        else:
+            count = mask.sum(1, dtype=torch.float64)
+        features = features.float()
+        if self.pooling == "mean":
+            value = features if mask is None else torch.where(mask[..., None], features, 0.0)
+            value = value.sum(1).double()
+            if before is not None:
+                value = before.value + value
+        elif self.pooling == "max":
+            value = features if mask is None else torch.where(mask[..., None], features, -torch.inf)
+            value = value.amax(1).double()
+            if before is not None:
+                value = torch.maximum(before.value, value)
+        else:
+            if mask is None:
+                value = features[:, -1].double()
+            else:
+                last = (torch.arange(length, device=mask.device) * mask).amax(1)
+                value = features.gather(1, last[:, None, None].expand(-1, 1, features.shape[2]))[:, 0].double()
+                if before is not None:  # a piece of padding alone says nothing
+                    value = torch.where(count[:, None] > 0, value, before.value)
+        return Pooled(value, count if before is None else before.count + count)
+
+    def forward(self, pooled: Pooled) -> Tensor:
+        """Outputs (b n_outputs) of what has been pooled. A sequence without any position answers with the bias."""
+        count = pooled.count.clamp(min=1.0)
+        value = pooled.value / count[:, None] if self.pooling == "mean" else pooled.value
+        value = torch.where(pooled.count[:, None] > 0, value, 0.0).float()
+        return self._outputs(value, count)
+
+    def prefixes(self, features: Tensor, ends: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Outputs (b k n_outputs) for the first ends[j] positions of each row: features (b l d_model) of a causal
+        backbone, ends (k) in 1 .. l. A row with fewer real positions (padded on the right) answers for all it has."""
+        if self.pooling == "max":
+            raise ValueError("pooling: max has no outputs for prefixes; use mean or last")
+        features = features.float()
+        with torch.autocast(features.device.type, enabled=False):
+            if self.pooling == "last":
+                at = (ends - 1).expand(features.shape[0], -1)
+                if mask is not None:
+                    at = torch.minimum(at, (mask.sum(1, keepdim=True) - 1).clamp(min=0))
+                return self.linear(features.gather(1, at[..., None].expand(-1, -1, features.shape[2])))
+            # sums of the stretches between two ends, then sums of those: nothing of (b l n_outputs) is accumulated
+            if mask is not None:
+                features = torch.where(mask[..., None], features, 0.0)
+            edges = [0, *ends.tolist()]
+            sums = torch.stack([features[:, a:b].sum(1) for a, b in zip(edges, edges[1:])], 1).cumsum(1)
+            count = ends.float().expand(features.shape[0], -1)
+            if mask is not None:
+                count = torch.minimum(count, mask.sum(1, keepdim=True).float()).clamp(min=1.0)
+        return self._outputs(sums / count[..., None], count)
+
+    def _outputs(self, value: Tensor, count: Tensor) -> Tensor:
+        with torch.autocast(value.device.type, enabled=False):
+            outputs = F.linear(value, self.linear.weight.float(), self.linear.bias.float())
+            if self.length_scale is None:
+                return outputs
+            s0, s1 = self.length_scale.float()
+            return outputs * torch.exp(s0 + s1 * (count.float() / 1024.0).log())[..., None]
+
+
+def evenly_spread_ends(length: int, first: int) -> list[int]:
+    """Prefix lengths first, 2 first, 4 first, ... below `length`, and `length` itself."""
+    doublings = max(0, math.ceil(math.log2(length / first))) if length > first else 0
+    return [first << i for i in range(doublings)] + [length]

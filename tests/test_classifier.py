@@ -1,0 +1,192 @@
+"""Laws of the classifier: padding, pieces, strands, prefixes; and what a pretrained backbone may be loaded into."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from seqlab.classifier import ClassifierConfig, SequenceClassifier, load_pretrained
+from seqlab.errors import UserError
+from seqlab.heads.classification import ClassificationHead, evenly_spread_ends
+from seqlab.model import ModelConfig, build_model
+from seqlab.tokenizers import nucleotide
+
+SMALL = dict(d_model=16, n_layer=2, d_state=4)
+
+
+def classifier(n_outputs=3, **options):
+    torch.manual_seed(0)
+    model = SequenceClassifier(ClassifierConfig(**{**SMALL, **options}), n_outputs).eval()
+    with torch.no_grad():  # answers that differ visibly
+        model.head.linear.weight.normal_(std=0.5)
+        model.head.linear.bias.normal_()
+        if model.head.length_scale is not None:
+            model.head.length_scale.copy_(torch.tensor([0.3, 0.5]))
+    return model
+
+
+def sequence(length, rows=1, seed=1):
+    return torch.randint(7, 11, (rows, length), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+KINDS = [
+    dict(pooling="mean", strand="none"),
+    dict(pooling="mean", length_scale=True),
+    dict(pooling="last"),
+    dict(pooling="max", strand="augment"),
+    dict(direction="bidirectional"),
+    dict(direction="bidirectional", pooling="max", strand="equivariant"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_padding_and_company_change_nothing(kind):
+    model = classifier(**kind)
+    lengths = [1, 5, 33, 64]
+    rows = [sequence(length, seed=length) for length in lengths]
+    ids = torch.full((4, 80), nucleotide.PAD, dtype=torch.uint8)
+    for row, own in zip(ids, rows):
+        row[: own.shape[1]] = own[0]
+    mask = torch.arange(80) < torch.tensor(lengths)[:, None]
+    with torch.no_grad():
+        together = model(ids, mask)
+        alone = torch.cat([model(row) for row in rows])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert not torch.allclose(model(ids), together, atol=1e-3)  # without the mask the padding is read
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k.get("direction") != "bidirectional"], ids=str)
+@pytest.mark.parametrize("cuts", [(20, 50), (1, 2), (64, 96)])
+def test_pieces_equal_the_whole(kind, cuts):
+    model = classifier(**kind)
+    ids = sequence(100)
+    mask = torch.arange(100)[None] < 90
+    with torch.no_grad():
+        whole = model.finish(model.feed(ids, mask))
+        state, at = None, 0
+        for end in (*cuts, 100):
+            state = model.feed(ids[:, at:end], mask[:, at:end], state, more=end < 100)
+            at = end
+        assert torch.allclose(model.finish(state), whole, atol=1e-5)
+
+
+def test_pieces_of_a_bidirectional_model_are_averaged_by_length():
+    model = classifier(direction="bidirectional", strand="none")
+    a, b = sequence(40), sequence(10, seed=2)
+    with torch.no_grad():
+        state = model.feed(b, state=model.feed(a, more=True))
+        expected = 0.8 * model(a) + 0.2 * model(b)
+        assert torch.allclose(model.finish(state), expected, atol=1e-5)
+
+
+def test_a_sequence_of_padding_alone_answers_with_the_bias():
+    model = classifier()
+    ids = sequence(8)
+    with torch.no_grad():
+        outputs = model(ids, torch.zeros(1, 8, dtype=torch.bool))
+    assert torch.allclose(outputs[0], model.head.linear.bias)
+
+
+@pytest.mark.parametrize("strand,is_invariant", [("none", False), ("augment", False), ("average", True), ("equivariant", True)])
+def test_strands(strand, is_invariant):
+    model = classifier(strand=strand)
+    ids = sequence(50, rows=2)
+    mask = torch.arange(50) < torch.tensor([[50], [31]])
+    other = model.reverse_complement(ids, mask)
+    assert torch.equal(other[0], nucleotide.reverse_complement(ids[0]))
+    assert torch.equal(other[1, :31], nucleotide.reverse_complement(ids[1, :31]))
+    with torch.no_grad():
+        same = torch.allclose(model(ids, mask), model(other, mask), atol=1e-5)
+        assert same == is_invariant
+        model.train()
+        same = torch.allclose(model(ids, mask), model(other, mask), atol=1e-5)
+        assert same == (strand == "equivariant")  # `average` trains on one strand at a time
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_prefixes_equal_separate_sequences(pooling):
+    model = classifier(pooling=pooling, strand="none", length_scale=pooling == "mean")
+    ids = sequence(100, rows=2)
+    mask = torch.arange(100) < torch.tensor([[100], [60]])
+    ends = torch.tensor([16, 32, 64, 100])
+    with torch.no_grad():
+        outputs = model.prefix_outputs(ids, ends, mask)
+        for j, end in enumerate(ends.tolist()):
+            assert torch.allclose(outputs[:, j], model(ids[:, :end], mask[:, :end]), atol=1e-5)
+    bidirectional = classifier(direction="bidirectional")
+    with pytest.raises(ValueError, match="causal"):
+        bidirectional.prefix_outputs(ids, ends)
+
+
+def test_ends_double_up_to_the_whole():
+    assert evenly_spread_ends(1024, 256) == [256, 512, 1024]
+    assert evenly_spread_ends(1000, 256) == [256, 512, 1000]
+    assert evenly_spread_ends(100, 256) == [100]
+
+
+def test_length_scale_changes_confidence_not_decisions():
+    head = ClassificationHead(4, 3, length_scale=True)
+    with torch.no_grad():
+        head.length_scale.copy_(torch.tensor([0.0, 0.5]))
+        head.linear.weight.normal_()
+        features = torch.randn(1, 1024, 4)
+        short, long = head(head.pool(features)), head(head.pool(torch.cat([features] * 4, 1)))
+    assert torch.allclose(long, 2 * short, atol=1e-5)  # (4096 / 1024) ** 0.5
+    with pytest.raises(ValueError, match="mean"):
+        ClassificationHead(4, 3, "last", length_scale=True)
+
+
+@pytest.mark.parametrize("bad,word", [
+    (dict(pooling="last", direction="bidirectional"), "causal"),
+    (dict(pooling="max", length_scale=True), "mean"),
+    (dict(vocab_size=0), "vocab_size"),
+])
+def test_impossible_configurations(bad, word):
+    with pytest.raises(ValueError, match=word):
+        ClassifierConfig(**bad)
+
+
+@pytest.mark.parametrize("strand", ["augment", "equivariant"])
+def test_a_language_models_backbone_is_loaded(tmp_path, strand):
+    direction = "bidirectional" if strand == "equivariant" else "causal"
+    complement = torch.from_numpy(nucleotide.COMPLEMENT.astype("int64"))
+    language = build_model(ModelConfig(**SMALL, strand=strand, direction=direction), complement)
+    save_file({k: v for k, v in language.state_dict().items() if "lm_head" not in k and "mamba_rev.in" not in k
+               and "mamba_rev.out" not in k}, tmp_path / "model.safetensors")
+    model = classifier(direction=direction)
+    head = model.head.linear.weight.clone()
+    load_pretrained(model, tmp_path / "model.safetensors")
+    theirs = language.model if strand == "equivariant" else language
+    for (name, a), (_, b) in zip(theirs.backbone.named_parameters(), model.backbone.named_parameters()):
+        assert torch.equal(a, b), name
+    assert torch.equal(theirs.embedding.weight, model.embedding.weight)
+    assert torch.equal(head, model.head.linear.weight)
+
+
+def test_what_does_not_fit_is_one_clear_line(tmp_path):
+    path = tmp_path / "model.safetensors"
+    language = build_model(ModelConfig(**SMALL))
+    save_file({k: v for k, v in language.state_dict().items() if "lm_head" not in k}, path)
+    with pytest.raises(UserError, match="d_model"):
+        load_pretrained(classifier(d_model=32), path)
+    with pytest.raises(UserError, match="n_layer"):
+        load_pretrained(classifier(n_layer=1), path)
+    with pytest.raises(UserError, match="lacks .*n_layer"):
+        load_pretrained(classifier(n_layer=3), path)
+    with pytest.raises(UserError, match="direction"):
+        load_pretrained(classifier(direction="bidirectional"), path)
+    (tmp_path / "manifest.json").write_text('{"vocab": ["a", "b"]}')
+    with pytest.raises(UserError, match="vocabularies"):
+        load_pretrained(classifier(), path, list(nucleotide.VOCAB))
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged"):
+        load_pretrained(classifier(), tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_pretrained(classifier(), tmp_path / "none")
+
+
+def test_a_frozen_backbone_trains_its_head_alone():
+    model = classifier()
+    model.freeze_backbone()
+    model(sequence(20)).sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"head.linear.weight", "head.linear.bias"}
