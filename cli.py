@@ -29,7 +29,9 @@ app = typer.Typer(
 prep_app = typer.Typer(no_args_is_help=True, help="Raw files -> dataset directory.")
 train_app = typer.Typer(no_args_is_help=True, help="Train a model.")
 app.add_typer(prep_app, name="prep")
+bench_app = typer.Typer(no_args_is_help=True, help="This machine's numbers, beside whatever peers are installed.")
 app.add_typer(train_app, name="train")
+app.add_typer(bench_app, name="bench")
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -223,6 +225,19 @@ def parse_context(text: str, option: str) -> int:
     if number < 2:
         raise UserError(f"{option} {text}: must be 2 or more")
     return number
+
+
+def resolve_device(device: str) -> str:
+    """--device: "cpu" or "cuda" for auto, cpu or cuda. Raises UserError where there is no such device."""
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: unknown; use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use cpu, or run `seqlab doctor` for the reason")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
 
 
 def default_run_dir(name: str) -> Path:
@@ -554,6 +569,63 @@ def _print_evaluation(evaluation) -> None:
 
 
 # -- bench ----------------------------------------------------------------------------------------------------------
+@command(bench_app, "scan")
+def bench_scan(
+    batch: Annotated[int, typer.Option("--batch")] = 1,
+    d_inner: Annotated[int, typer.Option("--d-inner", help="Channels.")] = 512,
+    d_state: Annotated[int, typer.Option("--d-state", help="States a channel.")] = 16,
+    min_length: Annotated[str, typer.Option("--min-length")] = "1024",
+    max_length: Annotated[Optional[str], typer.Option("--max-length", help="Default: 1,048,576 on a GPU, 16,384 on a CPU.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[Optional[str], typer.Option("--precision", help="bf16 or fp32; default: bf16 on a GPU.")] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="Most time a contender may take at one length.")] = 10.0,
+    attention: Annotated[bool, typer.Option("--attention/--no-attention", help="Causal attention of the same width too.")] = True,
+    plot: Annotated[Optional[Path], typer.Option("--plot", help="Write a plot (PNG) here.")] = None,
+    json_out: Json = None,
+) -> None:
+    """Selective scan by length: parity with float64 first, then every back end and peer installed here, side by side.
+
+    Example:  seqlab bench scan --max-length 4096 --plot scan.png
+    """
+    import torch
+
+    from seqlab.bench import scan
+
+    device = resolve_device(device)
+    if precision not in (None, "bf16", "bfloat16", "fp32", "float32"):
+        raise UserError(f"--precision {precision}: unknown; use bf16 or fp32")
+    half = device == "cuda" if precision is None else precision in ("bf16", "bfloat16")
+    longest = max_length or (2**20 if device == "cuda" else 2**14)
+    settings = scan.Settings(
+        batch=batch,
+        d_inner=d_inner,
+        d_state=d_state,
+        min_length=parse_context(min_length, "--min-length"),
+        max_length=parse_context(longest, "--max-length"),
+        device=device,
+        dtype=torch.bfloat16 if half else torch.float32,
+        attention=attention,
+        seconds=seconds,
+    )
+    console = Console(stderr=True)
+    with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
+        result = scan.run(settings, (lambda text: status.update(text)) if status else (lambda text: None))
+    if plot is not None:
+        scan.plot(result, plot)
+
+    def human() -> None:
+        shown = f"batch {batch}, d_inner {d_inner}, d_state {d_state}, {result.settings['dtype']}, {result.machine}"
+        print_table("Error against the float64 reference", *scan.error_table(result))
+        print_table(f"Forward / forward + backward, ms: {shown}", *scan.table(result))
+        for name, why in {**result.absent, **result.dropped}.items():
+            note(f"{name}: {why}")
+        if plot is not None:
+            note(f"Plot: {plot}")
+        print(json.dumps(result.as_dict()))
+
+    emit(json_out, result.as_dict(), human=human)
+
+
 
 
 # -- every kind of run: eval, doctor --------------------------------------------------------------------------------
@@ -576,16 +648,11 @@ def eval_(
     import dataclasses
     import tempfile
 
-    import torch
-
     from seqlab import report
     from seqlab.config import to_dict
     from tasks import runs
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device}: unknown; use auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; use cpu, or run `seqlab doctor` for the reason")
+    device = resolve_device(device)
     loaded = runs.load_run(run)
     loaded = dataclasses.replace(loaded, config=lay_over(type(loaded.config), to_dict(loaded.config), {}, set_ or [], "--set"))
     if "dataset" not in loaded.facts:

@@ -77,7 +77,7 @@ def evaluation_dict(evaluation: Any) -> dict:
     }
 
 
-def _figure(width: float = 7.0, height: float = 4.2):
+def new_figure(width: float = 7.0, height: float = 4.2):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,7 +91,7 @@ def _figure(width: float = 7.0, height: float = 4.2):
     return figure, axes
 
 
-def _save(figure, path: Path) -> Path:
+def save_figure(figure, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def _save(figure, path: Path) -> Path:
 
 def plot_evaluation(evaluation: Any, path: Path) -> Path:
     """Bits per base against context length, with the Markov models as levels."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     contexts = list(evaluation.contexts)
     bits = [s.bits for s in evaluation.contexts.values()]
     axes.plot(contexts, bits, "o-", color=MODEL, linewidth=2, markersize=5, label="model", zorder=3)
@@ -140,12 +140,12 @@ def plot_evaluation(evaluation: Any, path: Path) -> Path:
     axes.set_ylabel("bits per base")
     axes.set_title(f"{evaluation.bases:,} bases of the {evaluation.split} split", fontsize=10, color=INK)
     axes.legend(frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_history(rows: list[dict[str, float]], metric: str, path: Path, baseline: tuple[str, float] | None = None) -> Path:
     """Training loss (a moving mean over the raw points) and validation against steps."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     points = [(r["step"], r["bits"]) for r in rows if not math.isnan(r["bits"])]
     valid = [(r["step"], r["valid"]) for r in rows if not math.isnan(r["valid"])]
     if points:
@@ -167,4 +167,4 @@ def plot_history(rows: list[dict[str, float]], metric: str, path: Path, baseline
     axes.set_xlabel("step")
     axes.set_ylabel(metric)
     axes.legend(frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
