@@ -78,6 +78,7 @@ def evaluation_dict(evaluation: Any) -> dict:
 
 
 def new_figure(width: float = 7.0, height: float = 4.2):
+    """(figure, axes) in the house style, in inches."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,0 +1,1 @@
+"""Labelled sequences: metrics, baselines and the dataset they come from. The one home of scikit-learn."""
