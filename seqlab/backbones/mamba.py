@@ -85,6 +85,11 @@ class MixerState(NamedTuple):
     ssm: Tensor  # (b d_inner n), float32
 
 
+def _state(parameter: Tensor) -> Tensor:
+    """A parameter of the scan in the type of its state: float32, whatever the model's, but float64 beside float64."""
+    return parameter if parameter.dtype == torch.float64 else parameter.float()
+
+
 class MambaMixer(nn.Module):
     """One selective state space mixer, (b l d_model) -> (b l d_model); paper section 3.4, figure 3.
 
@@ -95,6 +100,9 @@ class MambaMixer(nn.Module):
         super().__init__()
         d_inner, d_state = config.d_inner, config.d_state
         self.config = config
+        # A run-time choice, not part of the model: the ranks that share a sequence (seqlab/training/parallel.py), each
+        # calling this with its piece. Their two operators take the place of ours.
+        self.ranks = None
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=config.bias)
         # nn.Conv1d only holds the weights (d_inner 1 d_conv); the arithmetic is our own channel-last operator
         self.conv1d = nn.Conv1d(d_inner, d_inner, config.d_conv, groups=d_inner, bias=config.conv_bias)
@@ -133,6 +141,10 @@ class MambaMixer(nn.Module):
         return_state: bool = False,
     ) -> tuple[Tensor, MixerState | None]:
         """Everything between the two projections: u, z (b l d_inner) -> gated output (b l d_inner)."""
+        if self.ranks is not None:
+            if state is not None or return_state:
+                raise ValueError("a sequence shared by several ranks carries no state in or out")
+            return self._scan_piece(u, z, mask, reverse), None
         rank, d_state = self.config.rank, self.config.d_state
         u = causal_conv1d(
             u,
@@ -150,12 +162,12 @@ class MambaMixer(nn.Module):
         y = selective_scan(
             u,
             F.linear(delta, self.dt_proj.weight),  # the bias goes into the scan, in float32
-            -torch.exp(self.A_log.float()),
+            -torch.exp(_state(self.A_log)),
             B,
             C,
-            self.D.float(),
+            _state(self.D),
             z=z,
-            delta_bias=self.dt_proj.bias.float(),
+            delta_bias=_state(self.dt_proj.bias),
             delta_softplus=True,
             initial_state=None if state is None else state.ssm,
             mask=mask,
@@ -166,6 +178,26 @@ class MambaMixer(nn.Module):
             y, ssm_state = y
             return y, MixerState(conv_state, ssm_state)
         return y, None
+
+    def _scan_piece(self, u: Tensor, z: Tensor, mask: Tensor | None, reverse: bool) -> Tensor:
+        """`scan` of this rank's piece of a sequence that is shared by `self.ranks`."""
+        rank, d_state = self.config.rank, self.config.d_state
+        weight = self.conv1d.weight.squeeze(1)
+        u = self.ranks.causal_conv1d(u, weight, self.conv1d.bias, activation="silu", mask=mask, reverse=reverse)
+        delta, B, C = self.x_proj(u).split([rank, d_state, d_state], dim=-1)
+        return self.ranks.selective_scan(
+            u,
+            F.linear(delta, self.dt_proj.weight),
+            -torch.exp(_state(self.A_log)),
+            B,
+            C,
+            _state(self.D),
+            z=z,
+            delta_bias=_state(self.dt_proj.bias),
+            delta_softplus=True,
+            mask=mask,
+            reverse=reverse,
+        )
 
 
 class Block(nn.Module):

@@ -1,0 +1,342 @@
+"""Context parallelism: one sequence over several ranks, each holding a piece of it, with exact gradients.
+
+Everything outside the mixers works position by position, so a rank simply runs the model on its piece. Inside a mixer
+two things cross a cut, and both are small whatever the length (docs/context-parallel.md has the maths and the sizes):
+
+    convolution   the last d_conv - 1 inputs before the piece (b w-1 d), from as many ranks as it takes
+    scan          the state that enters the piece (b d n)
+
+The state that enters is not passed from rank to rank, which would make them wait for each other. Every rank first sums up
+its own piece: the state that it would leave starting from zero, and the sum of its steps delta', which decides how much
+of an older state survives it. One all-gather later every rank knows the state that enters its piece and runs the real
+scan. Backward mirrors it: a rank sums up what its outputs want of the state that entered, one all-gather tells it the
+gradient of the state that it left, and the scan's own backward does the rest. Since the real scan starts from the true
+state, that one gradient carries everything that later ranks want of this one's u, delta, A and B.
+
+Shapes: b batch, l length of the local piece, d channels, n states, w width of the convolution, k ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from seqlab import ops
+from seqlab.backbones.bidirectional import BidirectionalMamba
+from seqlab.backbones.mamba import Mamba, MambaMixer
+from seqlab.backbones.strand import ReverseComplementEquivariant
+from seqlab.errors import UserError
+from seqlab.model import language_model
+from seqlab.training.task import Batch
+
+CHUNK_ELEMENTS = 1 << 22
+"""b x steps x d x n of one round of a summary: bounds its memory."""
+
+
+@dataclass
+class Traffic:
+    """What this rank has given to collectives: how many there were, and the bytes it contributed.
+
+    An all-gather over k ranks sends a contribution k - 1 times (ring algorithms: once to each neighbour's neighbour).
+    """
+
+    collectives: int = 0
+    bytes: int = 0
+
+
+class Ranks:
+    """The ranks that share a sequence, and the two operators of a mixer run on their pieces.
+
+    Rank i holds piece i, counted from the left; pieces may have any lengths, zero too. With `two_strands` the second
+    half of the batch's rows lies the other way round (rank 0 holds its right end): the layout of
+    ReverseComplementEquivariant, whose second half is the reverse complement of the first.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, two_strands: bool = False):
+        self.group, self.two_strands = group, two_strands
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.traffic = Traffic()
+
+    def __deepcopy__(self, memo) -> "Ranks":
+        return self  # a process group cannot be copied; a copied model runs on the same ranks
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """(...) -> (k ...), in the order of the ranks."""
+        gathered = x.new_empty(self.size * x.numel())
+        dist.all_gather_into_tensor(gathered, x.flatten(), group=self.group)
+        self.traffic.collectives += 1
+        self.traffic.bytes += x.nbytes
+        return gathered.view(self.size, *x.shape)
+
+    def rows(self, batch: int) -> Iterator[tuple[slice, bool]]:
+        """(rows of the batch, whether their pieces lie on the ranks from right to left)."""
+        if not self.two_strands:
+            yield slice(None), False
+        else:
+            yield slice(0, batch // 2), False
+            yield slice(batch // 2, None), True
+
+    def causal_conv1d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        mask: Tensor | None = None,
+        reverse: bool = False,
+    ) -> Tensor:
+        """`seqlab.ops.causal_conv1d` of the whole sequence, x (b l d) and the result being this rank's piece."""
+        width = weight.shape[1]
+        halo = None
+        if width > 1:
+            tail, real = last_inputs(x, width - 1, mask, reverse)
+            halo = _Halo.apply(tail, real, self, reverse)
+        return ops.causal_conv1d(x, weight, bias, activation, halo, mask, reverse)
+
+    def selective_scan(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        mask: Tensor | None = None,
+        reverse: bool = False,
+    ) -> Tensor:
+        """`seqlab.ops.selective_scan` of the whole sequence, u (b l d) and the result being this rank's piece."""
+        steps = Steps(delta.detach(), delta_bias, delta_softplus, mask, u.dtype)
+        with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
+            ends = decayed_sum(u, B, steps, A, leftward=not reverse, scaled=True)
+            gathered = self.all_gather(torch.cat((ends, steps.sum().unsqueeze(-1)), -1))  # (k b d n+1)
+            sums = gathered[..., -1]
+            entering = self.carried(gathered[..., :-1], sums, A, reverse)
+        y, left = ops.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, entering, mask, reverse, return_final_state=True
+        )
+        if not torch.is_grad_enabled() or not y.requires_grad:
+            return y
+        return _StateGradient.apply(y, left, delta, A, C, z, delta_bias, mask, sums, delta_softplus, reverse, self)
+
+    def carried(self, ends: Tensor, sums: Tensor, A: Tensor, from_right: bool) -> Tensor:
+        """What reaches this rank's piece: sum over the ranks i before it of exp(A (sum of delta' between)) ends_i.
+
+        ends (k b d n), sums (k b d) -> (b d n); `from_right`: the ranks before are those to the right.
+        """
+        parts = []
+        for rows, mirrored in self.rows(ends.shape[1]):
+            place = self.rank
+            end, passed = ends[:, rows], sums[:, rows]
+            if mirrored != from_right:  # now what comes before has smaller places, the nearest last
+                end, passed, place = end.flip(0), passed.flip(0), self.size - 1 - place
+            passed = torch.cat((passed[1:place], torch.zeros_like(passed[:1])))[:place]
+            between = passed.flip(0).cumsum(0).flip(0)
+            parts.append((torch.exp(between.unsqueeze(-1) * A) * end[:place]).sum(0))
+        return torch.cat(parts)
+
+
+class _Halo(torch.autograd.Function):
+    """tail (b w-1 d) and real (b w-1) of every rank -> the inputs just before this rank's piece (b w-1 d)."""
+
+    @staticmethod
+    def forward(ctx, tail: Tensor, real: Tensor, ranks: Ranks, reverse: bool) -> Tensor:
+        gathered = ranks.all_gather(torch.cat((tail, real.unsqueeze(-1).to(tail.dtype)), -1))  # (k b w-1 d+1)
+        source = _sources(gathered[..., -1] > 0.5, ranks, reverse)  # (k b w-1)
+        ctx.save_for_backward(source)
+        ctx.ranks = ranks
+        flat = gathered[..., :-1].transpose(0, 1).flatten(1, 2)  # (b k*(w-1) d)
+        mine = source[ranks.rank].unsqueeze(-1)
+        return torch.where(mine >= 0, flat.gather(1, mine.clamp(min=0).expand(-1, -1, flat.shape[2])), 0.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dhalo: Tensor):
+        (source,) = ctx.saved_tensors
+        dhalos = ctx.ranks.all_gather(dhalo)  # (k b w-1 d)
+        width = dhalo.shape[1]
+        own = ctx.ranks.rank * width + torch.arange(width, device=dhalo.device)
+        used = (source.unsqueeze(-1) == own).to(dhalos.dtype)  # (k b w-1 w-1): whose halo holds which of my inputs
+        with torch.autocast(dhalo.device.type, enabled=False):
+            return torch.einsum("kbis,kbid->bsd", used, dhalos), None, None, None
+
+
+def _sources(real: Tensor, ranks: Ranks, reverse: bool) -> Tensor:
+    """real (k b w-1) -> for every rank, where its halo comes from in all tails laid side by side; -1: nowhere. (k b w-1)"""
+    k, batch, width = real.shape
+    place = torch.arange(k * width, device=real.device)
+    rank = torch.arange(k, device=real.device).view(k, 1, 1)
+    parts = []
+    for rows, mirrored in ranks.rows(batch):
+        there = real[:, rows].flip(0) if mirrored else real[:, rows]
+        there = there.transpose(0, 1).flatten(1)  # (b k*(w-1)), now from left to right
+        if reverse:
+            found = torch.where(there & (place >= (rank + 1) * width), place, k * width).topk(width, largest=False).values
+            found = torch.where(found < k * width, found, -1)
+        else:
+            found = torch.where(there & (place < rank * width), place, -1).topk(width).values.flip(-1)
+        if mirrored:
+            found = torch.where(found >= 0, (k - 1 - found // width) * width + found % width, -1).flip(0)
+        parts.append(found)
+    return torch.cat(parts, dim=1)
+
+
+def last_inputs(x: Tensor, count: int, mask: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The last `count` real inputs (reverse: the first) in sequence order, and which of them exist: (b count d), (b count).
+
+    Where there are fewer, the far end (left; reverse: right) is filled with zeros.
+    """
+    batch, length, _ = x.shape
+    if mask is None:
+        kept = min(count, length)
+        pad = (0, count - kept) if reverse else (count - kept, 0)
+        tail = x[:, :kept] if reverse else x[:, length - kept :]
+        real = F.pad(torch.ones(batch, kept, dtype=torch.bool, device=x.device), pad)
+        return F.pad(tail, (0, 0, *pad)), real
+    pad = (0, count) if reverse else (count, 0)  # so that there always are `count` positions to choose from
+    x, mask = F.pad(x, (0, 0, *pad)), F.pad(mask, pad)
+    place = torch.arange(length + count, device=x.device)
+    if reverse:
+        found = torch.where(mask, place, length + count).topk(count, largest=False).values
+    else:
+        found = torch.where(mask, place, -1).topk(count).values.flip(-1)
+    real = (found >= 0) & (found < length + count)
+    found = torch.where(real, found, 0)
+    tail = x.gather(1, found.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+    return torch.where(real.unsqueeze(-1), tail, 0.0), real
+
+
+class _StateGradient(torch.autograd.Function):
+    """Passes y through; backward gives the state that the piece left the gradient that later ranks have for it."""
+
+    @staticmethod
+    def forward(ctx, y, left, delta, A, C, z, delta_bias, mask, sums, delta_softplus, reverse, ranks):
+        ctx.save_for_backward(delta, A, C, z, delta_bias, mask, sums)
+        ctx.delta_softplus, ctx.reverse, ctx.ranks = delta_softplus, reverse, ranks
+        return y.view_as(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        delta, A, C, z, delta_bias, mask, sums = ctx.saved_tensors
+        steps = Steps(delta, delta_bias, ctx.delta_softplus, mask, dy.dtype)
+        with torch.autocast(dy.device.type, enabled=False):
+            wanted = decayed_sum(dy, C, steps, A, leftward=ctx.reverse, gate=z)
+            dleft = ctx.ranks.carried(ctx.ranks.all_gather(wanted), sums, A, not ctx.reverse)
+        return dy, dleft, *[None] * 10
+
+
+class Steps:
+    """The steps delta' of a piece, a stretch at a time; 0 where masked."""
+
+    def __init__(self, delta: Tensor, bias: Tensor | None, softplus: bool, mask: Tensor | None, data: torch.dtype):
+        self.delta, self.bias, self.softplus, self.mask, self.data = delta, bias, softplus, mask, data
+        self.state = torch.float64 if data == torch.float64 else torch.float32
+
+    def at(self, part: slice) -> Tensor:
+        """(b part d) in the state's type, from a delta rounded to the data's as the scan does."""
+        step = self.delta[:, part].to(self.data).to(self.state)
+        if self.bias is not None:
+            step = step + self.bias.to(self.state)
+        if self.softplus:
+            step = F.softplus(step)
+        return step if self.mask is None else torch.where(self.mask[:, part].unsqueeze(-1), step, 0.0)
+
+    def sum(self) -> Tensor:
+        """(b d)"""
+        batch, length, channels = self.delta.shape
+        total = self.delta.new_zeros(batch, channels, dtype=self.state)
+        stretch = max(1, CHUNK_ELEMENTS // max(1, batch * channels))
+        for start in range(0, length, stretch):
+            total += self.at(slice(start, start + stretch)).sum(1)
+        return total
+
+
+def decayed_sum(
+    x: Tensor, vector: Tensor, steps: Steps, A: Tensor, *, leftward: bool, scaled: bool = False, gate: Tensor | None = None
+) -> Tensor:
+    """What a piece adds to a state that passes it: x (b l d), vector (b l n) -> (b d n).
+
+    The walk starts at the end where the sum is wanted, leftward from the right one or rightward from the left one:
+
+        scaled:   sum_t exp(A (steps between t and the end)) delta'_t x_t vector_t        the state left behind, x = u
+        else:     sum_t exp(A (steps between, t's own too)) x_t silu(gate_t) vector_t      its adjoint, x = dy
+
+    The weight of a step only falls as the walk goes on (delta' >= 0, A < 0), so it ends where every weight has become
+    0 in the state's precision: a long piece costs no more than the model's memory does.
+    """
+    batch, length, channels = x.shape
+    states, kind = A.shape[1], steps.state
+    total = x.new_zeros(batch, channels, states, dtype=kind)
+    passed = x.new_zeros(batch, channels, dtype=kind)
+    stretch = max(1, CHUNK_ELEMENTS // max(1, batch * channels * states))
+    forgotten = torch.log(torch.tensor(torch.finfo(kind).tiny, dtype=kind)).item()
+    for start in range(0, length, stretch):
+        stop = min(start + stretch, length)
+        part = slice(length - stop, length - start) if leftward else slice(start, stop)
+        step = steps.at(part)
+        value = x[:, part].to(steps.data).to(kind)
+        if gate is not None:
+            value = value * F.silu(gate[:, part].to(steps.data).to(kind))
+        weight = vector[:, part].to(steps.data).to(kind)
+        if steps.mask is not None:  # anything may stand at masked positions
+            real = steps.mask[:, part].unsqueeze(-1)
+            value, weight = torch.where(real, value, 0.0), torch.where(real, weight, 0.0)
+        if scaled:
+            value = value * step
+        if leftward:
+            step, value, weight = step.flip(1), value.flip(1), weight.flip(1)
+        through = torch.cat((passed.unsqueeze(1), step), 1).cumsum(1)  # (b part+1 d): the sum before each step, and after all
+        between = through[:, :-1] if scaled else through[:, 1:]
+        decay = torch.exp(between.unsqueeze(-1) * A)  # (b part d n)
+        total += torch.einsum("btdn,btd,btn->bdn", decay, value, weight)
+        passed = through[:, -1]
+        if stop < length and (passed.unsqueeze(-1) * A).amax().item() < forgotten:
+            break
+    return total
+
+
+# ------------------------------------------------------------------------------------------------ models and batches
+
+
+def make_mesh(device_type: str, context_parallel: int) -> DeviceMesh:
+    """All ranks as a mesh (data, context); the ranks of a sequence are neighbours, so they share a host if they can."""
+    world = dist.get_world_size()
+    if world % context_parallel:
+        raise UserError(
+            f"--context-parallel {context_parallel}: does not divide the {world} processes of this run; "
+            f"start a multiple of {context_parallel}"
+        )
+    return init_device_mesh(
+        device_type, (world // context_parallel, context_parallel), mesh_dim_names=("data", "context")
+    )
+
+
+def share_sequences(model: nn.Module, group: dist.ProcessGroup) -> Ranks:
+    """Make every mixer of `model` run over the ranks of `group`, each of which is then to be fed its piece.
+
+    Raises:
+        UserError: the model has parts that mix positions in other ways.
+    """
+    backbone = getattr(language_model(model), "backbone", None)
+    if type(backbone) not in (Mamba, BidirectionalMamba):
+        raise UserError(
+            f"--context-parallel: {type(backbone or model).__name__} mixes positions outside its Mamba blocks, so a sequence "
+            "cannot be cut; use a plain causal or bidirectional backbone, or --devices without --context-parallel"
+        )
+    ranks = Ranks(group, two_strands=isinstance(model, ReverseComplementEquivariant))
+    for module in model.modules():
+        if isinstance(module, MambaMixer):
+            module.ranks = ranks
+    return ranks
+
+
+def cut(batch: Batch, rank: int, size: int) -> Batch:
+    """A rank's piece of a batch: tensors (b l ...) are cut along l into `size` pieces, as even as they can be."""
+    return {key: x.tensor_split(size, dim=1)[rank].contiguous() if x.dim() > 1 else x for key, x in batch.items()}
