@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from seqlab.backbones.bidirectional import BidirectionalMamba
-from seqlab.backbones.mamba import BackboneConfig, Mamba, MixerState
+from seqlab.backbones import build_backbone
+from seqlab.backbones.mamba import BackboneConfig, MixerState
 from seqlab.errors import UserError
 from seqlab.heads.classification import ClassificationHead, Pooled
 from seqlab.tokenizers import nucleotide
@@ -80,8 +80,7 @@ class SequenceClassifier(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.dropout = nn.Dropout(config.dropout)
-        backbone = Mamba if config.direction == "causal" else BidirectionalMamba
-        self.backbone = backbone(config)
+        self.backbone = build_backbone(config)
         self.head = ClassificationHead(config.d_model, n_outputs, config.pooling, config.length_scale)
         if complement is None:
             complement = torch.from_numpy(nucleotide.COMPLEMENT.astype("int64"))

@@ -55,6 +55,11 @@ class BackboneConfig:
     dropout: float = 0.0
     tie_projections: bool = True  # bidirectional: both directions share in_proj and out_proj
     combine: Literal["add", "multiply"] = "add"  # bidirectional: how the two directions meet
+    architecture: Literal["isotropic", "unet"] = "isotropic"  # unet: n_layer blocks in each stage (backbones/unet.py)
+    pool: tuple[int, ...] = (4, 4)  # unet: pooling factors, outermost first
+    pool_expand: int = 2  # unet: growth of d_model at each pool
+    # the kind of block: one for all, or for a U-Net one a stage, from the outermost rate to the centre
+    blocks: tuple[Literal["s6"], ...] = ("s6",)
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layer", "d_state", "d_conv", "expand"):
@@ -68,6 +73,21 @@ class BackboneConfig:
             raise ValueError(f"dropout: must lie in [0, 1), got {self.dropout}")
         if not 0.0 < self.dt_min <= self.dt_max:
             raise ValueError(f"dt_min: must lie in (0, dt_max], got {self.dt_min} with dt_max {self.dt_max}")
+        if self.architecture == "unet":
+            if self.direction != "causal":
+                raise ValueError("architecture: unet is causal; use direction: causal, or architecture: isotropic")
+            if not self.pool or min(self.pool) < 2:
+                raise ValueError(f"pool: one or more factors of 2 or more, for example [4, 4], got {list(self.pool)}")
+            if self.pool_expand < 1:
+                raise ValueError(f"pool_expand: must be 1 or more, got {self.pool_expand}")
+        stages = len(self.pool) + 1 if self.architecture == "unet" else 1
+        if len(self.blocks) not in (1, stages):
+            allowed = f"1 or {stages} names, from the outermost stage to the centre" if stages > 1 else "1 name"
+            raise ValueError(f"blocks: {allowed}, got {len(self.blocks)}")
+
+    def block_of(self, stage: int) -> str:
+        """The kind of block of a stage (0: outermost)."""
+        return self.blocks[0] if len(self.blocks) == 1 else self.blocks[stage]
 
     @property
     def d_inner(self) -> int:
@@ -200,6 +220,11 @@ class MambaMixer(nn.Module):
         )
 
 
+def make_mixer(config: BackboneConfig) -> nn.Module:
+    """The causal mixer that `config.blocks` names."""
+    return MambaMixer(config)
+
+
 class Block(nn.Module):
     """Pre-norm residual block: x + dropout(mixer(norm(x)))."""
 
@@ -233,7 +258,7 @@ class Mamba(nn.Module):
         self.checkpoint_blocks = False
 
     def make_mixer(self, config: BackboneConfig) -> nn.Module:
-        return MambaMixer(config)
+        return make_mixer(config)
 
     def forward(
         self,
