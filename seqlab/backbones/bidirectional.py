@@ -22,6 +22,11 @@ class BidirectionalMixer(nn.Module):
             self.mamba_rev.in_proj = self.mamba_fwd.in_proj
             self.mamba_rev.out_proj = self.mamba_fwd.out_proj
 
+    def directions(self) -> tuple[MambaMixer, ...]:
+        """Both mixers if they share their projections and their outputs add up, so that the block can be fused."""
+        one_sum = self.config.tie_projections and self.config.combine == "add" and not self.config.bias
+        return (self.mamba_fwd, self.mamba_rev) if one_sum else ()
+
     def forward(self, x: Tensor, state: None = None, mask: Tensor | None = None, return_state: bool = False):
         tied = self.config.tie_projections
         fwd, rev = self.mamba_fwd, self.mamba_rev

@@ -27,6 +27,12 @@ DEVICE void copy_ahead(float2* to, const float2* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
 DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// The same in batches: BYTES (4, 8, 16) each, a batch closed by end_batch, all but the newest N batches waited for.
+template <int BYTES> DEVICE void copy_bytes(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES) : "memory");
+}
+DEVICE void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> DEVICE void wait_batches() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 #endif
 
 #define LOG2E 1.4426950408889634f

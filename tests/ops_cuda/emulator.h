@@ -71,6 +71,29 @@ DEVICE bool warp_all(bool v) {
 }
 DEVICE void copy_ahead(float2* to, const float2* from) { *to = *from; }
 DEVICE void copies_done() {}
+// Copies become visible only once their batch is waited for, so that a missing wait shows.
+struct Copy { void* to; const void* from; int bytes; };
+static std::vector<std::vector<std::vector<Copy>>> batches;  // thread, batch, copy
+template <int BYTES> static inline void copy_bytes(void* to, const void* from) {
+    if (batches.size() < blockDim.x) batches.resize(blockDim.x);
+    auto& mine = batches[emulated::current];
+    if (mine.empty()) mine.emplace_back();
+    mine.back().push_back({to, from, BYTES});
+}
+static inline void end_batch() {
+    if (batches.size() < blockDim.x) batches.resize(blockDim.x);
+    auto& mine = batches[emulated::current];
+    if (mine.empty()) mine.emplace_back();
+    mine.emplace_back();
+}
+template <int N> static inline void wait_batches() {
+    if (batches.size() < blockDim.x) batches.resize(blockDim.x);
+    auto& mine = batches[emulated::current];
+    while ((int)mine.size() > N + 1) {
+        for (const Copy& c : mine.front()) memcpy(c.to, c.from, c.bytes);
+        mine.erase(mine.begin());
+    }
+}
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float log2_fast(float x) { return log2f(x); }
 DEVICE float rcp_fast(float x) { return 1.f / x; }
@@ -106,6 +129,7 @@ template <class P> static void run_grid(void (*kernel)(const P), const P* params
         for (unsigned t = 0; t < block; t++) {
             Fibre& f = fibres[t];
             f.done = false;
+            if (t < batches.size()) batches[t].clear();
             f.stack.resize(256 * 1024);
             getcontext(&f.context);
             f.context.uc_stack.ss_sp = f.stack.data();

@@ -1,15 +1,15 @@
 // Short causal convolution over time, channel-last, forward and backward: bound by memory.
 //
-// A thread owns VEC neighbouring channels (one 16- or 8-byte access a step) and a run of steps; the window lives in its
-// registers. Logical time i runs in filter order; position = i, or length-1-i when reversed.
+// A thread owns VEC neighbouring channels and a run of steps; the window lives in its registers, the rows to come are
+// copied to shared memory in the background, AHEAD of them. Logical time i runs in filter order; position = i, or length-1-i when reversed.
 //
 // Set from outside: WIDTH (1..8), VEC, BF16, PAIRED (ignored).
 
 #ifndef AHEAD
-#define AHEAD 8         // steps loaded before the first is used
+#define AHEAD 16        // rows on their way from memory, a thread and tensor: a ring in shared memory
 #endif
 #ifndef STEP
-#define STEP 4
+#define STEP 4          // rows taken from the ring at a time
 #endif
 #ifndef FORWARD_BLOCKS
 #define FORWARD_BLOCKS (WIDTH <= 4 ? 8 : 5)
@@ -18,15 +18,16 @@
 #define BACKWARD_BLOCKS (WIDTH <= 4 ? 5 : 3)
 #endif
 #define PAST (WIDTH - 1)
+#define THREADS 128
 
 struct Params {
     const elem *x, *dy, *initial;         // (b l d), (b l d), (b w-1 d)
     const float *weight, *bias;           // (d w), (d)
     elem *y, *dx, *dinitial;
     float *partial, *dweight, *dbias;     // (b*runs w+1 d), (d w), (d)
-    i64 x_b, x_t, dy_b, dy_t;
+    i64 x_b, x_t, dy_b, dy_t, dx_b, dx_t;
     i64 batch, length, channels, run, runs;
-    i64 silu, reverse;
+    i64 silu, reverse, add;               // add: dx is added to what is there
 };
 
 struct alignas(VEC * sizeof(elem)) Vec { elem e[VEC]; };
@@ -42,7 +43,6 @@ DEVICE Line line(const Params& p, const elem* base, i64 stride_b, i64 stride_t, 
     r.step = (int)(p.reverse ? -stride_t : stride_t);
     return r;
 }
-
 DEVICE Vec zero_row() {
     Vec r;
 #pragma unroll
@@ -75,17 +75,40 @@ DEVICE void store_row(elem* at, const float (&v)[VEC]) {
     *(Vec*)at = r;
 }
 
-// COUNT rows from logical step i0 on; INSIDE: all of them are there.
-template <bool INSIDE, int COUNT> DEVICE void input_rows(Vec (&raw)[COUNT], const Params& p, const Line& x, i64 b, i64 c, i64 i0) {
-    const elem* at = x.at + i0 * x.step;
+// A thread's own ring of rows in shared memory: no other thread looks at it, so no barrier is needed. Rows beyond the end
+// of the sequence are zeros. ROWS rows, STEP of them a batch.
+DEVICE void fetch_row(Vec* slot, const Line& a, i64 i, i64 length) {
+    if (i < length) {
+        const elem* at = a.at + i * a.step;
+        if (sizeof(Vec) >= 4) copy_bytes<sizeof(Vec) >= 4 ? (int)sizeof(Vec) : 4>(slot, at);
+        else *slot = *(const Vec*)at;
+    } else {
+        *slot = zero_row();
+    }
+}
+DEVICE void fetch(Vec* ring, int slot, const Line& a, i64 i0, i64 length) {
 #pragma unroll
-    for (int j = 0; j < COUNT; j++) raw[j] = INSIDE ? *(const Vec*)(at + (i64)j * x.step) : input_row(p, x, b, c, i0 + j);
+    for (int j = 0; j < STEP; j++) fetch_row(ring + (slot + j) * THREADS, a, i0 + j, length);
+}
+DEVICE void take(Vec (&rows)[STEP], const Vec* ring, int slot) {
+#pragma unroll
+    for (int j = 0; j < STEP; j++) rows[j] = ring[(slot + j) * THREADS];
 }
 
-template <bool INSIDE> DEVICE void forward_run(const Params& p, i64 b, i64 c, i64 begin, i64 end) {
+KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) conv_forward(const Params p) {
+    SHARED_FLOATS(shared);
+    Vec* ring = (Vec*)shared + threadIdx.x;
+    const i64 id = (i64)blockIdx.x * THREADS + threadIdx.x, groups = p.channels / VEC;
+    const i64 c = id % groups * VEC, r = id / groups, b = r / p.runs, begin = r % p.runs * p.run;
+    if (b >= p.batch) return;
+    const i64 end = begin + p.run < p.length ? begin + p.run : p.length;
     const Line x = line(p, p.x, p.x_b, p.x_t, b, c), y = line(p, p.y, p.length * p.channels, p.channels, b, c);
-    float w[WIDTH][VEC], bias[VEC], row[PAST + AHEAD][VEC];
-    Vec raw[AHEAD];
+#pragma unroll
+    for (int s = 0; s < AHEAD; s += STEP) {
+        fetch(ring, s, x, begin + s, p.length);
+        end_batch();
+    }
+    float w[WIDTH][VEC], bias[VEC], row[PAST + STEP][VEC];
 #pragma unroll
     for (int e = 0; e < VEC; e++) {
         bias[e] = p.bias != 0 ? p.bias[c + e] : 0.f;
@@ -94,15 +117,17 @@ template <bool INSIDE> DEVICE void forward_run(const Params& p, i64 b, i64 c, i6
     }
 #pragma unroll
     for (int k = 0; k < PAST; k++) widen(row[k], input_row(p, x, b, c, begin - PAST + k));
-    input_rows<INSIDE>(raw, p, x, b, c, begin);
-    for (i64 i0 = begin; i0 < end; i0 += AHEAD) {
-        Vec now[AHEAD];
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++) now[j] = raw[j];
-        if (i0 + AHEAD < end) input_rows<INSIDE>(raw, p, x, b, c, i0 + AHEAD);
+    int slot = 0;
+    for (i64 i0 = begin; i0 < end; i0 += STEP) {
+        Vec now[STEP];
+        wait_batches<AHEAD / STEP - 1>();
+        take(now, ring, slot);
+        if (i0 + AHEAD < end) fetch(ring, slot, x, i0 + AHEAD, p.length);
+        end_batch();
+        slot = slot + STEP == AHEAD ? 0 : slot + STEP;
         elem* out = (elem*)y.at + i0 * y.step;
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
+        for (int j = 0; j < STEP; j++) {
             float v[VEC];
             widen(row[PAST + j], now[j]);
 #pragma unroll
@@ -112,20 +137,13 @@ template <bool INSIDE> DEVICE void forward_run(const Params& p, i64 b, i64 c, i6
                 for (int k = 0; k < WIDTH; k++) v[e] += w[k][e] * row[j + k][e];
                 if (p.silu) v[e] *= sigmoid(v[e]);
             }
-            if (INSIDE || i0 + j < end) store_row(out + (i64)j * y.step, v);
+            if (i0 + j < end) store_row(out + (i64)j * y.step, v);
         }
 #pragma unroll
         for (int k = 0; k < PAST; k++)
 #pragma unroll
-            for (int e = 0; e < VEC; e++) row[k][e] = row[AHEAD + k][e];
+            for (int e = 0; e < VEC; e++) row[k][e] = row[STEP + k][e];
     }
-}
-KERNEL BOUNDS(128, FORWARD_BLOCKS) conv_forward(const Params p) {
-    const i64 id = (i64)blockIdx.x * blockDim.x + threadIdx.x, groups = p.channels / VEC;
-    const i64 c = id % groups * VEC, r = id / groups, b = r / p.runs, begin = r % p.runs * p.run;
-    if (b >= p.batch) return;
-    if (begin + p.run <= p.length) forward_run<true>(p, b, c, begin, begin + p.run);
-    else forward_run<false>(p, b, c, begin, p.length);
 }
 
 // g_t = dy_t act'(pre_t);  dx_s = sum_k w_k g_{s+(w-1)-k};  dw_k = sum_t g_t x_{t-(w-1)+k};  dbias = sum_t g_t.
@@ -137,6 +155,14 @@ struct Gradients {
 template <bool INSIDE> DEVICE void backward_steps(Gradients& q, const Params& p, const Vec (&x)[STEP], const Vec (&dy)[STEP],
                                                   const Line& dx, i64 b, i64 c, i64 i0, i64 begin, i64 end) {
     elem* out = (elem*)dx.at + (i0 - PAST) * dx.step;
+    Vec before[STEP];
+    if (p.add) {
+#pragma unroll
+        for (int j = 0; j < STEP; j++) {
+            const i64 s = i0 + j - PAST;
+            if (INSIDE || (s >= begin && s < end)) before[j] = *(const Vec*)(out + (i64)j * dx.step);
+        }
+    }
 #pragma unroll
     for (int j = 0; j < STEP; j++) {
         const i64 i = i0 + j, s = i - PAST;
@@ -162,9 +188,15 @@ template <bool INSIDE> DEVICE void backward_steps(Gradients& q, const Params& p,
                 v[e] += q.w[k][e] * q.g[PAST + j - k][e];
             }
         }
-        if (INSIDE || (s >= begin && s < end)) store_row(out + (i64)j * dx.step, v);
-        else if (s < 0 && begin == 0 && p.dinitial != 0)
+        if (INSIDE || (s >= begin && s < end)) {
+            if (p.add) {
+#pragma unroll
+                for (int e = 0; e < VEC; e++) v[e] += to_float(before[j].e[e]);
+            }
+            store_row(out + (i64)j * dx.step, v);
+        } else if (s < 0 && begin == 0 && p.dinitial != 0) {
             store_row(p.dinitial + (b * PAST + (p.reverse ? -1 - s : s + PAST)) * p.channels + c, v);
+        }
     }
 #pragma unroll
     for (int k = 0; k < PAST; k++)
@@ -174,17 +206,22 @@ template <bool INSIDE> DEVICE void backward_steps(Gradients& q, const Params& p,
             q.g[k][e] = q.g[STEP + k][e];
         }
 }
-DEVICE void given_rows(Vec (&raw)[STEP], const Params& p, const Line& dy, i64 i0) {
-#pragma unroll
-    for (int j = 0; j < STEP; j++) raw[j] = i0 + j < p.length ? *(const Vec*)(dy.at + (i0 + j) * dy.step) : zero_row();
-}
-KERNEL BOUNDS(128, BACKWARD_BLOCKS) conv_backward(const Params p) {
-    const i64 id = (i64)blockIdx.x * blockDim.x + threadIdx.x, groups = p.channels / VEC;
+
+KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) conv_backward(const Params p) {
+    SHARED_FLOATS(shared);
+    Vec *ring_x = (Vec*)shared + threadIdx.x, *ring_dy = ring_x + AHEAD * THREADS;
+    const i64 id = (i64)blockIdx.x * THREADS + threadIdx.x, groups = p.channels / VEC;
     const i64 c = id % groups * VEC, r = id / groups, b = r / p.runs, begin = r % p.runs * p.run;
     if (b >= p.batch) return;
     const i64 end = begin + p.run < p.length ? begin + p.run : p.length;
     const Line x = line(p, p.x, p.x_b, p.x_t, b, c), dy = line(p, p.dy, p.dy_b, p.dy_t, b, c);
-    const Line dx = line(p, p.dx, p.length * p.channels, p.channels, b, c);
+    const Line dx = line(p, p.dx, p.dx_b, p.dx_t, b, c);
+#pragma unroll
+    for (int s = 0; s < AHEAD; s += STEP) {
+        fetch(ring_x, s, x, begin + s, p.length);
+        fetch(ring_dy, s, dy, begin + s, p.length);
+        end_batch();
+    }
     Gradients q;
 #pragma unroll
     for (int e = 0; e < VEC; e++) {
@@ -201,35 +238,20 @@ KERNEL BOUNDS(128, BACKWARD_BLOCKS) conv_backward(const Params p) {
 #pragma unroll
     for (int k = 0; k < PAST; k++) widen(q.row[k], input_row(p, x, b, c, begin - PAST + k));
     // The first PAST steps give dx of the run before; those after the end only complete this run's dx.
-    Vec rx[STEP], rd[STEP];
-    i64 i0 = begin;
-    const i64 first = begin + (PAST + STEP - 1) / STEP * STEP;
-    for (; i0 < first && i0 < end + PAST; i0 += STEP) {
-        input_rows<false>(rx, p, x, b, c, i0);
-        given_rows(rd, p, dy, i0);
-        backward_steps<false>(q, p, rx, rd, dx, b, c, i0, begin, end);
-    }
-    if (i0 + STEP <= end) {
-        input_rows<true>(rx, p, x, b, c, i0);
-        input_rows<true>(rd, p, dy, b, c, i0);
-    }
-    for (; i0 + STEP <= end; i0 += STEP) {
-        Vec nx[STEP], nd[STEP];
-        if (i0 + 2 * STEP <= end) {
-            input_rows<true>(nx, p, x, b, c, i0 + STEP);
-            input_rows<true>(nd, p, dy, b, c, i0 + STEP);
+    int slot = 0;
+    for (i64 i0 = begin; i0 < end + PAST; i0 += STEP) {
+        Vec rx[STEP], rd[STEP];
+        wait_batches<AHEAD / STEP - 1>();
+        take(rx, ring_x, slot);
+        take(rd, ring_dy, slot);
+        if (i0 + AHEAD < end + PAST) {
+            fetch(ring_x, slot, x, i0 + AHEAD, p.length);
+            fetch(ring_dy, slot, dy, i0 + AHEAD, p.length);
         }
-        backward_steps<true>(q, p, rx, rd, dx, b, c, i0, begin, end);
-#pragma unroll
-        for (int j = 0; j < STEP; j++) {
-            rx[j] = nx[j];
-            rd[j] = nd[j];
-        }
-    }
-    for (; i0 < end + PAST; i0 += STEP) {
-        input_rows<false>(rx, p, x, b, c, i0);
-        given_rows(rd, p, dy, i0);
-        backward_steps<false>(q, p, rx, rd, dx, b, c, i0, begin, end);
+        end_batch();
+        slot = slot + STEP == AHEAD ? 0 : slot + STEP;
+        if (i0 >= begin + PAST && i0 + STEP <= end) backward_steps<true>(q, p, rx, rd, dx, b, c, i0, begin, end);
+        else backward_steps<false>(q, p, rx, rd, dx, b, c, i0, begin, end);
     }
     float* out = p.partial + r * (WIDTH + 1) * p.channels + c;
 #pragma unroll

@@ -15,6 +15,8 @@ THREADS = 128
 VECTOR = 2
 """Channels a thread: two measured best (more warps in flight), also where 16-byte accesses would be possible."""
 FORWARD_RUN, BACKWARD_RUN = 128, 256
+AHEAD = 16
+"""Rows on their way, a thread and tensor (conv.cu)."""
 
 
 def unavailable(request: Request | None = None) -> str | None:
@@ -108,25 +110,38 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | No
     p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, FORWARD_RUN)
     p.runs = math.ceil(x.shape[1] / p.run)
     module = device.module(_defines(x, weight.shape[1], vector))
-    module.launch("conv_forward", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, 0, p)
+    ring = AHEAD * THREADS * vector * x.element_size()
+    module.launch("conv_forward", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
     return y
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, silu: bool, reverse: bool):
-    """Gradients of x, weight, bias, initial (empty for what is absent)."""
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    silu: bool,
+    reverse: bool,
+    into: Tensor | None = None,
+    add: bool = False,
+):
+    """Gradients of x, weight, bias, initial (empty for what is absent). `into` (like x, channels adjacent) receives that of
+    x, added to what is there with `add`."""
     device = _device(x)
     x, dy, weight = _rows(x), _rows(dy), weight.contiguous()
     bias, initial = (None if t is None else t.contiguous() for t in (bias, initial))
     channels, width = weight.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
     dweight = torch.empty_like(weight)
     dbias = torch.empty(0 if bias is None else channels, dtype=torch.float32, device=x.device)
     dinitial = torch.empty((0,) if initial is None else initial.shape, dtype=x.dtype, device=x.device)
-    vector = _vector(VECTOR, x, dy, initial)
+    vector = _vector(VECTOR, x, dy, dx, initial)
     groups = channels // vector
     p = _arguments(x, weight, bias, initial, silu, reverse)
     p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)
-    p.dx, p.dweight = dx.data_ptr(), dweight.data_ptr()
+    p.dx, p.dx_b, p.dx_t, p.add = dx.data_ptr(), dx.stride(0), dx.stride(1), int(add)
+    p.dweight = dweight.data_ptr()
     p.dbias = 0 if bias is None else dbias.data_ptr()
     p.dinitial = 0 if initial is None or initial.numel() == 0 else dinitial.data_ptr()
     p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, BACKWARD_RUN)
@@ -134,7 +149,8 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial
     partial = torch.empty(p.batch * p.runs * (width + 1) * channels, dtype=torch.float32, device=x.device)
     p.partial = partial.data_ptr()
     module = device.module(_defines(x, width, vector))
-    module.launch("conv_backward", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, 0, p)
+    ring = 2 * AHEAD * THREADS * vector * x.element_size()
+    module.launch("conv_backward", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
     module.launch("conv_reduce", math.ceil((width + 1) * channels / 32), 1024, 4096, p)
     return dx, dweight, dbias, dinitial
 

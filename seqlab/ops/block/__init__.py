@@ -1,0 +1,84 @@
+"""A whole Mamba block as one operator, where that is faster and smaller: norm, projections, convolution, scan, residual sum.
+
+The definition, and what runs everywhere else, is the chain of separate operators in seqlab/backbones/mamba.py; tests hold
+the two together, outputs and every gradient. What it keeps and recomputes is in cuda.py beside this file.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from seqlab.ops import dispatch
+from seqlab.ops.block.parameters import Direction
+
+__all__ = ["Direction", "compute_dtype", "mamba_block", "unavailable"]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products of x run in: autocast's choice, else x's own dtype."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def unavailable(x: Tensor, d_inner: int, d_state: int, mask: Tensor | None) -> str | None:
+    """Why x (b l d_model) must go through the separate operators; None if the fused block can take it."""
+    if not x.is_cuda:
+        return "the fused block runs on NVIDIA GPUs"
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses the separate operators itself"
+    if mask is not None:
+        return "masks go through the separate operators"
+    if x.numel() == 0:
+        return "nothing to compute"
+    if os.environ.get(dispatch.ENVIRONMENT) not in (None, "", "auto", "cuda"):
+        return f"{dispatch.ENVIRONMENT} asks for another back end"
+    from seqlab.ops.block import norm
+    from seqlab.ops.causal_conv1d import cuda as conv
+    from seqlab.ops.selective_scan import cuda as scan
+
+    dtype = compute_dtype(x)
+    if x.dtype not in (torch.float32, dtype):
+        return f"the residual stream is {x.dtype} beside {dtype}"
+    if x.shape[2] > norm.WIDEST or d_state > scan.GROUP:
+        return f"it takes d_model up to {norm.WIDEST} and d_state up to {scan.GROUP}"
+    request = dispatch.Request("cuda", dtype, d_inner)
+    return scan.unavailable(request) or conv.unavailable(request)
+
+
+def mamba_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    epsilon: float,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    directions: tuple[Direction, ...],
+    reverse: tuple[bool, ...] = (False,),
+    residual: bool = True,
+    conv_state: Tensor | None = None,
+    ssm_state: Tensor | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x + mixer(rms_norm(x)), or without residual the mixer's output alone.
+
+    Args:
+        x: (b l d_model), float32, or the dtype that matrix products run in.
+        norm_weight: (d_model). in_weight: (2d d_model). out_weight: (d_model d). Biases or None.
+        directions: parameters of each direction; all read one projection of the input, and one projection takes the sum of
+            their outputs (tied projections).
+        reverse: for every direction, whether it runs right to left.
+        conv_state, ssm_state: (b w-1 d), (b d n): what came before, one direction.
+        return_state: also the states that continue the sequence.
+
+    Returns:
+        out (b l d_model), conv state, ssm state (None unless asked for). Differentiable in all tensors.
+    """
+    from seqlab.ops.block import cuda
+
+    tensors = (x, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias)
+    tensors += tuple(t for direction in directions for t in direction)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    spec = cuda.Spec(epsilon, tuple(reverse), residual, compute_dtype(x), return_state, keep)
+    return cuda.Block.apply(spec, *tensors)

@@ -1,0 +1,217 @@
+"""One Mamba block on NVIDIA GPUs, norm to residual sum, with a backward pass written by hand.
+
+    s = rms_norm(x);  (u | z) = s W_in;  for each direction:  c = silu(conv(u)),  (r | B | C) = c W_x,
+    delta = r W_dt,  y = scan(c, delta, B, C, z);  out = x + (sum of y) W_out
+
+Kept for the backward pass: x, the sum of y, (r | B | C), and the scan's states every few hundred steps. s, (u | z), c and
+delta are made again. Gradients of both directions meet in one (du | dz), which goes through W_in once. Two dozen (b l d)
+tensors of the same block written as separate operators become five kept or passing at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqlab.ops import nvrtc
+from seqlab.ops.block import norm
+from seqlab.ops.block.parameters import Direction
+from seqlab.ops.causal_conv1d import cuda as conv
+from seqlab.ops.selective_scan import cuda as scan
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is not a tensor."""
+
+    epsilon: float
+    reverse: tuple[bool, ...]  # one entry a direction
+    residual: bool  # add x to the result
+    dtype: torch.dtype  # of matrix products and (b l d) tensors: bfloat16 or float32
+    return_state: bool  # also the states that continue the sequence (one direction)
+    keep: bool  # for the backward pass
+
+
+def _half(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return w if w is None else w.detach().to(dtype)
+
+
+def _single(w: Tensor | None) -> Tensor | None:
+    return w if w is None else w.detach().float().contiguous()
+
+
+def weight_gradient(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b in float32, a (rows m), b (rows n): a long sum into a small matrix, cut so that it fills the GPU. The order of
+    the sum depends on the shapes alone."""
+    rows = a.shape[0]
+    if not a.is_cuda:
+        return a.float().t() @ b.float()
+    parts = max(1, min(64, rows // 2048))
+    each = rows // parts
+    whole = parts * each
+    first, second = a[:whole].unflatten(0, (parts, each)).transpose(1, 2), b[:whole].unflatten(0, (parts, each))
+    out = _bmm(first, second).sum(0)
+    return out if whole == rows else out.addmm_(a[whole:].float().t(), b[whole:].float())
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype == torch.float32:
+        return torch.bmm(a, b)
+    try:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    except TypeError:  # torch before 2.8
+        return torch.bmm(a, b).float()
+
+
+def _conv_state(u: Tensor, width: int, before: Tensor | None) -> Tensor:
+    """The last w-1 inputs, those of `before` (b w-1 d; None: zeros) included."""
+    keep = min(width - 1, u.shape[1])
+    if before is None:
+        before = u.new_zeros(u.shape[0], width - 1, u.shape[2])
+    return torch.cat((before, u[:, u.shape[1] - keep :]), 1)[:, keep:]
+
+
+def _forward(spec: Spec, x, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias, *rest):
+    """(out, conv state, ssm state, kept tensors)."""
+    dtype = spec.dtype
+    conv_state, ssm_state = _half(conv_state, dtype), _single(ssm_state)
+    normed = norm.forward(x, _single(norm_weight), spec.epsilon, dtype)
+    xz = F.linear(normed, _half(in_weight, dtype), _half(in_bias, dtype))
+    del normed
+    u, z = xz.chunk(2, -1)
+    total, kept, after = None, [], (None, None)
+    segment = scan.segment_length(*u.shape) if spec.keep else 0
+    for i, reverse in enumerate(spec.reverse):
+        p = Direction(*rest[7 * i : 7 * i + 7])
+        c = conv.forward(u, _single(p.conv_weight), _single(p.conv_bias), conv_state, True, reverse)
+        dbl = F.linear(c, _half(p.x_weight, dtype))
+        rank, states = p.dt_weight.shape[1], p.A_log.shape[1]
+        r, B, C = dbl.split([rank, states, states], -1)
+        delta = F.linear(r, _half(p.dt_weight, dtype))
+        y, final, snapshots = scan.forward(
+            c, delta, -torch.exp(_single(p.A_log)), B, C, _single(p.D), z, _single(p.dt_bias), ssm_state, None, True,
+            reverse, segment,
+        )  # fmt: skip
+        del c, delta
+        total = y if total is None else total.add_(y)
+        if spec.keep:
+            kept += [dbl, snapshots]
+        if spec.return_state:
+            after = (_conv_state(u, p.conv_weight.shape[1], conv_state), final)
+        del dbl, r, B, C, y
+    del xz, u, z
+    out = F.linear(total, _half(out_weight, dtype), _half(out_bias, dtype))
+    if spec.residual:
+        out = torch.add(x, out)
+    return out, *after, [total, *kept] if spec.keep else []
+
+
+def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
+    """Gradients of the tensors given to `_forward`, in their order; None for what is absent."""
+    x, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias, *rest = tensors
+    dtype, (batch, length, _) = spec.dtype, x.shape
+    conv_state, ssm_state = _half(conv_state, dtype), _single(ssm_state)
+    total, *kept = kept
+    d_inner = out_weight.shape[1]
+    dout = dout.contiguous()
+    half = dout.to(dtype).flatten(0, 1)  # (rows d_model)
+    dy = (half @ _half(out_weight, dtype)).unflatten(0, (batch, length))
+    d_out_weight = weight_gradient(half, total.flatten(0, 1))
+    d_out_bias = None if out_bias is None else half.sum(0, dtype=torch.float32)
+    del half, total
+    normed = norm.forward(x, _single(norm_weight), spec.epsilon, dtype)
+    w_in = _half(in_weight, dtype)
+    xz = F.linear(normed, w_in, _half(in_bias, dtype))
+    u, z = xz.chunk(2, -1)
+    dxz = torch.empty_like(xz)
+    du, dz = dxz.chunk(2, -1)
+    d_conv_state = d_ssm_state = None
+    grads = []
+    for i, reverse in enumerate(spec.reverse):
+        p, dbl, snapshots = Direction(*rest[7 * i : 7 * i + 7]), kept[2 * i], kept[2 * i + 1]
+        rank, states = p.dt_weight.shape[1], p.A_log.shape[1]
+        conv_weight, conv_bias, A = _single(p.conv_weight), _single(p.conv_bias), -torch.exp(_single(p.A_log))
+        w_dt, w_x = _half(p.dt_weight, dtype), _half(p.x_weight, dtype)
+        r, B, C = dbl.split([rank, states, states], -1)
+        c = conv.forward(u, conv_weight, conv_bias, conv_state, True, reverse)
+        delta = F.linear(r, w_dt)
+        dc, ddelta, dA, dB, dC, dD, dz_here, d_dt_bias, d_ssm_state = scan.backward(
+            dy, dssm, c, delta, A, B, C, _single(p.D), z, _single(p.dt_bias), ssm_state, None, snapshots, True, reverse,
+            scan.segment_length(*u.shape),
+        )  # fmt: skip
+        del delta
+        dz.copy_(dz_here) if i == 0 else dz.add_(dz_here)
+        del dz_here
+        ddelta = ddelta.flatten(0, 1)
+        ddbl = torch.cat(((ddelta @ w_dt).unflatten(0, (batch, length)), dB, dC), -1).flatten(0, 1)
+        d_dt_weight = weight_gradient(ddelta, r.flatten(0, 1))
+        del ddelta, dB, dC
+        d_x_weight = weight_gradient(ddbl, c.flatten(0, 1))
+        del c
+        dc.view(-1, d_inner).addmm_(ddbl, w_x)
+        del ddbl
+        _, d_conv_weight, d_conv_bias, d_conv_state = conv.backward(
+            dc, u, conv_weight, conv_bias, conv_state, True, reverse, into=du, add=i > 0
+        )
+        del dc
+        grads += [
+            d_conv_weight, None if p.conv_bias is None else d_conv_bias, d_x_weight, d_dt_weight, d_dt_bias, dA * A, dD,
+        ]  # fmt: skip
+    del dy, xz, u, z
+    if dconv is not None:
+        width = rest[0].shape[1]
+        here = min(width - 1, length)
+        du[:, length - here :] += dconv[:, width - 1 - here :]
+        if conv_state is not None:  # shorter than the window: part of the old state is in the new one
+            d_conv_state[:, here:] += dconv[:, : width - 1 - here]
+    rows = dxz.flatten(0, 1)
+    d_in_weight = weight_gradient(rows, normed.flatten(0, 1))
+    d_in_bias = None if in_bias is None else rows.sum(0, dtype=torch.float32)
+    del normed
+    d_normed = (rows @ w_in).view(x.shape)
+    del dxz, du, dz, rows
+    dx, d_norm_weight = norm.backward(d_normed, x, _single(norm_weight), spec.epsilon, dout if spec.residual else None)
+    return [
+        dx, None if conv_state is None else d_conv_state, None if ssm_state is None else d_ssm_state, d_norm_weight,
+        d_in_weight, d_in_bias, d_out_weight, d_out_bias, *grads,
+    ]  # fmt: skip
+
+
+def _apart(function, spec: Spec, x: Tensor, *rest):
+    """function(spec, x, *rest) on x's device, without autocast: every dtype is chosen here."""
+    with torch.autocast(x.device.type, enabled=False):
+        if not x.is_cuda:
+            return function(spec, x, *rest)
+        return nvrtc.on_device(lambda _, *given: function(spec, x, *given), x, *rest)
+
+
+class Block(torch.autograd.Function):
+    """Block.apply(spec, x, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias, *directions) ->
+    (out, conv_state, ssm_state); the states are None unless the spec asks for them.
+
+    x (b l d_model) in float32 or the spec's dtype; out like x with `residual`, else in the spec's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, spec, x, *rest):
+        x = x.contiguous()
+        out, conv_state, ssm_state, kept = _apart(_forward, spec, x, *rest)
+        ctx.spec, ctx.count = spec, 1 + len(rest)
+        ctx.save_for_backward(x, *rest, *kept)
+        ctx.set_materialize_grads(False)
+        return out, conv_state, ssm_state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dconv, dssm):
+        saved = ctx.saved_tensors  # once: under checkpointing every look recomputes
+        tensors, kept, x = saved[: ctx.count], saved[ctx.count :], saved[0]
+        if dout is None:
+            dout = torch.zeros(x.shape, dtype=x.dtype if ctx.spec.residual else ctx.spec.dtype, device=x.device)
+
+        def run(spec, _, *given):
+            return _backward(spec, *given)
+
+        grads = _apart(run, ctx.spec, x, tensors, kept, dout, dconv, dssm)
+        return None, *(None if t is None else g.to(t.dtype) for t, g in zip(tensors, grads, strict=True))

@@ -1,0 +1,80 @@
+"""RMSNorm on NVIDIA GPUs: the kernels of norm.cu. Reference and path of every other device: torch's own rms_norm.
+
+The gradient is added to that of the residual stream in the same pass, and nothing is kept for the backward pass.
+Deterministic.
+"""
+
+import math
+import struct
+
+import torch
+from torch import Tensor
+
+from seqlab.ops import nvrtc
+
+SOURCE = "block/norm.cu"
+KERNELS = ("norm_forward", "norm_backward", "norm_reduce")
+WIDEST = 4096
+"""Channels a warp can hold in registers."""
+BLOCKS = 16
+"""Blocks of four warps a multiprocessor: a full one."""
+
+
+class _Device:
+    """Compiles and launches for one GPU. The tests put an emulator in its place."""
+
+    def __init__(self, index: int):
+        self.index = index
+        self.multiprocessors = nvrtc.multiprocessors(index)
+
+    def module(self, defines: tuple[tuple[str, int], ...]) -> nvrtc.Module:
+        return nvrtc.module(SOURCE, defines, self.index)
+
+
+_devices: dict[int, _Device] = {}
+
+
+def _device(x: Tensor):
+    found = _devices.get(x.device.index)
+    if found is None:
+        found = _devices[x.device.index] = _Device(x.device.index)
+    return found
+
+
+def _prepare(x: Tensor, dtype: torch.dtype, weight: Tensor, epsilon: float):
+    device, channels = _device(x), x.shape[-1]
+    defines = (
+        ("CHANNELS", channels),
+        ("VEC", 1 if channels % 4 else 4),
+        ("BF16", int(dtype == torch.bfloat16)),
+        ("WIDE", int(x.dtype == torch.float32)),
+        ("PAIRED", 0),
+    )
+    p = nvrtc.params_type(SOURCE)()
+    p.x, p.weight = x.data_ptr(), weight.data_ptr()
+    p.rows = x.numel() // channels
+    blocks = min(math.ceil(p.rows / 4), BLOCKS * device.multiprocessors)
+    p.warps = 4 * blocks
+    p.epsilon = struct.unpack("<I", struct.pack("<f", epsilon))[0]
+    return device.module(defines), p, blocks
+
+
+def forward(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    """x (... d), contiguous, normalised over d: `dtype` is x's, or bfloat16 beside float32. weight (d) float32."""
+    module, p, blocks = _prepare(x, dtype, weight, epsilon)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    p.y = y.data_ptr()
+    module.launch("norm_forward", blocks, 128, 0, p)
+    return y
+
+
+def backward(dy: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradient of x, to which `residual` (like x) is added if given, and of the weight (float32)."""
+    module, p, blocks = _prepare(x, dy.dtype, weight, epsilon)
+    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+    partial = torch.empty(p.warps * x.shape[-1], dtype=torch.float32, device=x.device)
+    p.dy, p.residual = dy.data_ptr(), 0 if residual is None else residual.data_ptr()
+    p.dx, p.dweight, p.partial = dx.data_ptr(), dweight.data_ptr(), partial.data_ptr()
+    module.launch("norm_backward", blocks, 128, 0, p)
+    module.launch("norm_reduce", math.ceil(x.shape[-1] / 32), 1024, 4096, p)
+    return dx, dweight

@@ -1,0 +1,180 @@
+"""The fused block, its kernels run on the processor (emulate.py), against the separate operators in float64."""
+
+import copy
+
+import emulate
+import pytest
+import torch
+
+from seqlab.backbones.bidirectional import BidirectionalMamba
+from seqlab.backbones.mamba import BackboneConfig, Mamba, MixerState
+from seqlab.ops.block import cuda as fused
+from seqlab.ops.block import norm
+from seqlab.ops.causal_conv1d import cuda as conv
+from seqlab.ops.selective_scan import cuda as scan
+
+pytestmark = pytest.mark.skipif(emulate.COMPILER is None, reason="g++ is not installed; it compiles the emulated kernels")
+FLOAT, HALF = torch.float32, torch.bfloat16
+TOLERANCE = {FLOAT: 5e-6, HALF: 2e-2}
+
+
+def relative(a, r):
+    error = float((a.detach().double() - r.detach().double()).norm() / (r.detach().double().norm() + 1e-30))
+    return float("inf") if error != error else error
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    for module in (conv, scan, norm):
+        device = emulate.Device(module.SOURCE, module.KERNELS, 2, 2)
+        monkeypatch.setattr(module, "_device", lambda x, device=device: device)
+
+
+@pytest.mark.parametrize("channels", (8, 256, 260, 7))
+@pytest.mark.parametrize("wide,dtype", ((FLOAT, FLOAT), (FLOAT, HALF), (HALF, HALF)))
+@pytest.mark.parametrize("residual", (False, True))
+def test_norm(emulated, channels, wide, dtype, residual):
+    torch.manual_seed(channels)
+    x, weight = torch.randn(3, 11, channels).to(wide), torch.randn(channels)
+    dy = torch.randn(3, 11, channels).to(dtype)
+    more = torch.randn(3, 11, channels).to(wide) if residual else None
+    y = norm.forward(x, weight, 1e-5, dtype)
+    dx, dweight = norm.backward(dy, x, weight, 1e-5, more)
+    assert y.dtype == dtype and dx.dtype == wide and dweight.dtype == FLOAT
+    x64, w64 = x.double().requires_grad_(), weight.double().requires_grad_()
+    y64 = torch.nn.functional.rms_norm(x64, (channels,), w64, 1e-5)
+    y64.backward(dy.double())
+    expected = x64.grad if more is None else x64.grad + more.double()
+    limit = {FLOAT: 1e-6, HALF: 3e-3}
+    assert relative(y, y64) < limit[dtype]
+    assert relative(dx, expected) < limit[wide]
+    assert relative(dweight, w64.grad) < 1e-6
+
+
+def blocks(direction, dtype=FLOAT, **options):
+    """A block in float64 and the same in float32, with weights that are not special."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 12, "d_state": 3, "dt_rank": 2, **options}
+    config = BackboneConfig(n_layer=1, direction=direction, **sizes)
+    exact = (Mamba if direction == "causal" else BidirectionalMamba)(config).layers[0]
+    with torch.no_grad():
+        for p in exact.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return copy.deepcopy(exact), exact.double()
+
+
+def both(direction, dtype, length, state, return_state, device="cpu", **options):
+    """(error, name) of outputs and every gradient of the fused block against the definition."""
+    ours, exact = blocks(direction, **options)
+    ours, config = ours.to(device), ours.mixer.config
+    x = torch.randn(2, length, config.d_model)
+    inputs = [x]
+    if state:
+        inputs += [torch.randn(2, config.d_conv - 1, config.d_inner), torch.randn(2, config.d_inner, config.d_state)]
+    doubles = [t.double().requires_grad_() for t in inputs]
+    inputs = [t.to(device).requires_grad_() for t in inputs]
+    with torch.autocast(device, HALF, enabled=dtype == HALF):
+        y, after = ours._fused(inputs[0], MixerState(*inputs[1:]) if state else None, return_state)
+    y64, after64 = exact(doubles[0], MixerState(*doubles[1:]) if state else None, None, return_state)
+    outputs, true = [y, *(after or ())], [y64, *(after64 or ())]
+    seeds = [torch.randn(t.shape, dtype=torch.float64) for t in true]
+    torch.autograd.backward(outputs, [s.to(o) for s, o in zip(seeds, outputs)])
+    torch.autograd.backward(true, seeds)
+    pairs = [("output", *p) for p in zip(outputs, true, strict=True)]
+    pairs += [("input", a.grad, r.grad) for a, r in zip(inputs, doubles, strict=True)]
+    named = dict(exact.named_parameters())
+    pairs += [(n, p.grad, named[n].grad) for n, p in ours.named_parameters()]
+    assert all(a.shape == r.shape for _, a, r in pairs)
+    return [(relative(a.cpu(), r), name) for name, a, r in pairs]
+
+
+@pytest.mark.parametrize("length", (1, 2, 3, 7, 65))
+@pytest.mark.parametrize("state", (False, True))
+@pytest.mark.parametrize("return_state", (False, True))
+def test_causal_block_with_states(emulated, length, state, return_state):
+    assert max(both("causal", FLOAT, length, state, return_state))[0] < TOLERANCE[FLOAT]
+
+
+@pytest.mark.parametrize("length", (1, 3, 65))
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+def test_bidirectional_block(emulated, length, dtype):
+    assert max(both("bidirectional", dtype, length, False, False))[0] < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("options", ({"bias": True}, {"conv_bias": False}, {"d_conv": 1}, {"d_conv": 2}), ids=str)
+def test_options_of_the_config(emulated, options):
+    assert max(both("causal", FLOAT, 20, True, True, **options))[0] < TOLERANCE[FLOAT]
+
+
+def test_half_precision_with_states(emulated):
+    assert max(both("causal", HALF, 65, True, True))[0] < TOLERANCE[HALF]
+
+
+def test_comparison_notices_a_wrong_answer(emulated, monkeypatch):
+    right = fused._backward
+    monkeypatch.setattr(fused, "_backward", lambda *a: [g if g is None else g * 1.001 for g in right(*a)])
+    assert max(both("causal", FLOAT, 20, True, True))[0] > TOLERANCE[FLOAT]
+
+
+def test_dropout_acts_on_the_branch_alone(emulated):
+    ours, _ = blocks("causal", dropout=0.5)
+    x = torch.randn(1, 30, 12)
+    torch.manual_seed(1)
+    y, _ = ours._fused(x, None, False)
+    torch.manual_seed(1)
+    expected = x + ours.dropout(ours.mixer(ours.norm(x), None, None, False)[0])
+    assert relative(y, expected) < TOLERANCE[FLOAT]
+
+
+def test_checkpointing_and_frozen_weights(emulated):
+    ours, _ = blocks("bidirectional")
+    x = torch.randn(1, 30, 12, requires_grad=True)
+    ours.mixer.mamba_fwd.D.requires_grad_(False)
+    plain = torch.autograd.grad(ours._fused(x, None, False)[0].square().sum(), x)
+    kept = torch.utils.checkpoint.checkpoint(ours._fused, x, None, False, use_reentrant=False)[0]
+    assert torch.equal(torch.autograd.grad(kept.square().sum(), x)[0], plain[0])
+
+
+def test_nothing_is_kept_without_gradients(emulated):
+    ours, _ = blocks("causal")
+    x = torch.randn(1, 30, 12)
+    with torch.no_grad():
+        quiet = ours._fused(x, None, True)
+    assert quiet[0].grad_fn is None and torch.equal(quiet[0], ours._fused(x, None, True)[0])
+
+
+def test_same_bits_on_every_run(emulated):
+    def run():
+        ours, _ = blocks("bidirectional")
+        x = torch.linspace(-1, 1, 2 * 65 * 12).reshape(2, 65, 12)
+        y = ours._fused(x, None, False)[0]
+        y.square().sum().backward()
+        return [y, *(p.grad for p in ours.parameters())]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("direction,state", (("causal", True), ("causal", False), ("bidirectional", False)))
+@pytest.mark.parametrize("length", (1, 3, 65, 3000))
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+@pytest.mark.parametrize("sizes", ({}, {"d_model": 64, "d_state": 16, "dt_rank": None}), ids=str)
+def test_block_on_a_gpu(direction, state, length, dtype, sizes):
+    errors = both(direction, dtype, length, state, state, "cuda", **sizes)
+    assert max(errors)[0] < 4 * TOLERANCE[dtype], max(errors)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+def test_model_takes_the_fused_block_on_a_gpu(monkeypatch):
+    ours = BidirectionalMamba(BackboneConfig(d_model=16, n_layer=2, direction="bidirectional")).cuda()
+    x = torch.randn(1, 50, 16, device="cuda")
+    calls = []
+    right = fused.Block.apply
+    monkeypatch.setattr(fused.Block, "apply", lambda *a: calls.append(1) or right(*a))
+    y, _ = ours(x)
+    assert len(calls) == 2
+    for layer in ours.layers:
+        layer.fuse = False
+    assert relative(y, ours(x)[0]) < 1e-5 and len(calls) == 2
