@@ -154,6 +154,25 @@ def test_same_bits_on_every_run(emulated):
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
+def check_weight_gradient(device, dtype):
+    wide = torch.randn(6001, 20, device=device).to(dtype)  # two parts, one row left over, strided
+    a, b = wide[:, 3:8], torch.randn(6001, 6, device=device).to(dtype)
+    found = fused.weight_gradient(a, b)
+    assert found.dtype == FLOAT and relative(found, a.double().t() @ b.double()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+def test_weight_gradient_in_parts(dtype):
+    check_weight_gradient("cpu", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+def test_weight_gradient_on_a_gpu(dtype):
+    check_weight_gradient("cuda", dtype)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("direction,state", (("causal", True), ("causal", False), ("bidirectional", False)))
