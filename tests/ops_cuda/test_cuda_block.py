@@ -192,6 +192,8 @@ def test_model_takes_the_fused_block_on_a_gpu(monkeypatch):
     calls = []
     right = fused.Block.apply
     monkeypatch.setattr(fused.Block, "apply", lambda *a: calls.append(1) or right(*a))
+    for layer in ours.layers:
+        layer.fuse = True
     y, _ = ours(x)
     assert len(calls) == 2
     for layer in ours.layers:
