@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from seqlab.errors import UserError
-from seqlab.processes import is_main_process, is_torchrun
+from seqlab.processes import is_main_process, launched
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -191,10 +191,12 @@ def lay_over(cls: type, data: dict, options: dict, overrides: list[str], source:
     return from_dict(cls, data, source)
 
 
-def train_options(*, context=None, seed=None, devices=None, precision=None, max_steps=None, max_minutes=None) -> dict:
+def train_options(
+    *, context=None, seed=None, devices=None, precision=None, max_steps=None, max_minutes=None, context_parallel=None
+) -> dict:
     """The command-line options that every `seqlab train` has, as a nested dictionary of what was given."""
-    if is_torchrun():
-        devices = int(os.environ["WORLD_SIZE"])
+    if (started := launched()) is not None:
+        devices = started.world_size
     names = {"float32": "float32", "fp32": "float32", "32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "auto": "auto"}
     if precision is not None:
         if precision in ("fp16", "float16", "16", "half"):
@@ -207,6 +209,7 @@ def train_options(*, context=None, seed=None, devices=None, precision=None, max_
     train = {
         "seed": seed,
         "devices": devices,
+        "context_parallel": context_parallel,
         "precision": None if precision is None else names[precision],
         "max_steps": max_steps,
         "max_minutes": max_minutes,
@@ -272,8 +275,8 @@ def new_run_directory(name: str, out: Optional[Path]) -> Path:
         return out
     if "SEQLAB_RUN_DIR" in os.environ and not is_main_process():
         return Path(os.environ["SEQLAB_RUN_DIR"])  # an extra process of a run on several devices
-    if is_torchrun():
-        raise UserError("torchrun: give --out DIR, so that all processes agree on the run directory")
+    if launched():
+        raise UserError("torchrun or srun: give --out DIR, so that all processes agree on the run directory")
     run_dir = default_run_dir(Path(name).stem)
     os.environ["SEQLAB_RUN_DIR"] = str(run_dir)
     return run_dir
@@ -417,6 +420,9 @@ def train_dna(
     context: Annotated[Optional[str], typer.Option("--context", help="Window length in bases.")] = None,
     seed: Annotated[Optional[int], typer.Option("--seed")] = None,
     devices: Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")] = None,
+    context_parallel: Annotated[
+        Optional[int], typer.Option("--context-parallel", help="Devices that share a window, each with a piece of it.")
+    ] = None,
     precision: Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")] = None,
     max_steps: Annotated[Optional[int], typer.Option("--max-steps")] = None,
     max_minutes: Annotated[Optional[float], typer.Option("--max-minutes")] = None,
@@ -433,8 +439,9 @@ def train_dna(
     Example:  seqlab train dna --fasta ecoli.fa.gz --max-minutes 10
     """
     options = dict(
-        context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes
-    )
+        context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes,
+        context_parallel=context_parallel,
+    )  # fmt: skip
     from tasks import dna, runs
 
     with contextlib.ExitStack() as undo:

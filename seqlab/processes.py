@@ -1,13 +1,38 @@
 """Which process this is when a run has several; from the environment alone, so that it costs no import."""
 
 import os
+from typing import NamedTuple
+
+
+class Launched(NamedTuple):
+    """How many processes a launcher has started, one a device."""
+
+    per_node: int
+    nodes: int
+
+    @property
+    def world_size(self) -> int:
+        return self.per_node * self.nodes
+
+
+def launched() -> Launched | None:
+    """What torchrun or Slurm's srun has started this process as part of; None: nothing but this process yet."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # first, because srun may have started torchrun
+        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        return Launched(per_node, int(os.environ["WORLD_SIZE"]) // per_node)
+    if is_srun():
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return Launched(int(os.environ["SLURM_NTASKS"]) // nodes, nodes)
+    return None
+
+
+def is_srun() -> bool:
+    """Started by srun as one of several tasks (the rule of Lightning, which then takes ranks and addresses from Slurm)."""
+    return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def is_main_process() -> bool:
     """False in the extra processes that a run on several devices starts."""
+    if "RANK" not in os.environ and is_srun():
+        return int(os.environ["SLURM_PROCID"]) == 0
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
-
-
-def is_torchrun() -> bool:
-    """Started by torchrun, one process a device: it has decided how many there are (WORLD_SIZE)."""
-    return "TORCHELASTIC_RUN_ID" in os.environ

@@ -102,17 +102,24 @@ class DnaConfig:
                 f"data.context: {self.data.context} is more than train.tokens_per_step {self.train.tokens_per_step}; "
                 "raise train.tokens_per_step to at least the context"
             )
-        if (self.train.tokens_per_step // self.data.context) % self.train.devices:
+        sharing = self.train.context_parallel
+        if (self.train.tokens_per_step // self.data.context) % (self.train.devices // sharing):
             raise ValueError(
                 f"train.devices: {self.train.tokens_per_step // self.data.context} windows a step cannot be shared "
-                f"evenly by {self.train.devices} devices; change train.tokens_per_step"
+                f"evenly by {self.train.devices} devices"
+                + (f", {sharing} to a window" if sharing > 1 else "")
+                + "; change train.tokens_per_step"
             )
+        shortest = self.data.length_warmup_start or self.data.context
+        if sharing > shortest:
+            raise ValueError(f"train.context_parallel: {sharing} devices cannot share a window of {shortest} bases")
 
 
 class LanguageModeling:
     """The task that `seqlab.training` trains; see seqlab/training/task.py for the protocol."""
 
     metric = "bits per base"
+    positionwise = True
 
     def __init__(self, config: DnaConfig, store: TokenStore):
         self.config, self.store = config, store

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import json
 import logging
-import os
 import platform
 import subprocess
 import warnings
@@ -18,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import seqlab
 from seqlab.config import dump_yaml
 from seqlab.errors import UserError
-from seqlab.processes import is_torchrun
+from seqlab.processes import launched
 from seqlab.training.callbacks import Clock, History, ProgressBar, Validation
 from seqlab.training.checkpoint import AtomicCheckpointIO, load_model, write_json
 from seqlab.training.module import TrainConfig, TrainingModule
@@ -64,14 +63,15 @@ def fit(
     history = History(run_dir / "metrics.csv", clock, train.log_every)
     validation = Validation(run_dir, dump_yaml(task.resolved_config()), train, history)
     bar = ProgressBar(clock, history, validation, train, task.metric)
+    started = launched()
     precision = train.precision
     if precision == "auto":
         precision = "bfloat16" if accelerator == "gpu" else "float32"
     trainer = lightning.Trainer(
         accelerator=accelerator,
-        devices=int(os.environ["LOCAL_WORLD_SIZE"]) if is_torchrun() else train.devices,
-        strategy="ddp" if train.devices > 1 or is_torchrun() else "auto",
-        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
+        devices=started.per_node if started else train.devices,
+        strategy="ddp" if train.devices > 1 or started else "auto",
+        num_nodes=started.nodes if started else 1,
         precision={"float32": "32-true", "bfloat16": "bf16-mixed"}[precision],
         max_steps=train.max_steps,
         callbacks=[clock, history, validation, bar],
@@ -132,7 +132,7 @@ def resolve_accelerator(train: TrainConfig) -> str:
         accelerator = "gpu" if present else "cpu"
     if accelerator == "gpu" and not present:
         raise UserError("train.accelerator=gpu, but torch sees no GPU here; use cpu, or run `seqlab doctor` for the reason")
-    if accelerator == "gpu" and train.devices > present and not is_torchrun():
+    if accelerator == "gpu" and train.devices > present and not launched():
         raise UserError(f"--devices {train.devices}, but torch sees {present} GPU(s) here; use --devices {present}")
     return accelerator
 

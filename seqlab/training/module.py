@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from seqlab.errors import UserError
 from seqlab.training.optim import OptimConfig, learning_rate, make_optimizer
+from seqlab.training.place import Place
 from seqlab.training.task import Batch, Task
 
 
@@ -34,15 +35,24 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
+    context_parallel: int = 1  # devices that share a sequence, each with a piece of it; divides devices
     checkpoint_blocks: bool = False  # recompute blocks in the backward pass: less memory, one more forward
     compile: bool = False
     ema_decay: float = 0.0  # above 0: an exponential moving average of the weights is validated and kept
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "tokens_per_step", "validate_every", "validation_tokens", "log_every", "devices"):
+        counts = ("max_steps", "tokens_per_step", "validate_every", "validation_tokens", "log_every", "devices")
+        for name in (*counts, "context_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be 1 or more, got {getattr(self, name)}")
+        if self.devices % self.context_parallel:
+            raise ValueError(
+                f"context_parallel: {self.context_parallel} does not divide devices {self.devices}; start a multiple of "
+                f"{self.context_parallel} processes (--devices, or torchrun --nproc-per-node)"
+            )
+        if self.compile and self.context_parallel > 1:
+            raise ValueError("compile: not together with context_parallel; set one of them to its default")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise ValueError(f"micro_batch_tokens: must be 1 or more, or null, got {self.micro_batch_tokens}")
         if self.max_minutes is not None and not self.max_minutes > 0:
@@ -72,13 +82,14 @@ class DivergedError(UserError):
 
 
 class _StepBatches(IterableDataset):
-    def __init__(self, task: Task, start: int, rank: int, world_size: int):
-        self.task, self.start, self.rank, self.world_size = task, start, rank, world_size
+    def __init__(self, task: Task, start: int, place: Place):
+        self.task, self.start, self.place = task, start, place
 
     def __iter__(self):
         step = self.start
         while True:
-            yield self.task.train_batches(step, self.rank, self.world_size)
+            batches = self.task.train_batches(step, self.place.data_rank, self.place.data_size)
+            yield [self.place.piece(batch) for batch in batches]
             step += 1
 
 
@@ -97,6 +108,18 @@ class TrainingModule(lightning.LightningModule):
         self.progress_share = lambda: 0.0  # set by the Clock callback, which knows the time
 
     @property
+    def place(self) -> Place:
+        """Which part of a step's data this process works on."""
+        return Place(self.global_rank, self.trainer.world_size, self.train_config.context_parallel)
+
+    def setup(self, stage: str) -> None:
+        if self.train_config.context_parallel > 1:
+            from seqlab.training.parallel import share_sequences
+
+            models = [self.model] if self.ema is None else [self.model, self.ema.module]
+            share_sequences(self.task, models, self.place, self.trainer.strategy.root_device.type)
+
+    @property
     def evaluated_model(self) -> nn.Module:
         """The weights that are validated and kept: the average if there is one."""
         return self.model if self.ema is None else self.ema.module
@@ -105,7 +128,7 @@ class TrainingModule(lightning.LightningModule):
         return make_optimizer(self.model, self.optim_config)
 
     def train_dataloader(self) -> DataLoader:
-        source = _StepBatches(self.task, self.global_step, self.global_rank, self.trainer.world_size)
+        source = _StepBatches(self.task, self.global_step, self.place)
         return DataLoader(source, batch_size=None)
 
     def training_step(self, batches: list[Batch], batch_idx: int) -> dict:
@@ -116,9 +139,10 @@ class TrainingModule(lightning.LightningModule):
         lr = learning_rate(self.optim_config, self.progress_share())
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total = sum(self.task.weight(batch) for batch in batches)
-        total = self.trainer.strategy.reduce(torch.tensor(float(total), device=self.device), reduce_op="sum")
-        total = total.clamp(min=1.0)
+        sums = [float(sum(count(batch) for batch in batches)) for count in (self.task.weight, self.task.tokens)]
+        sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        total, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        total = total.float().clamp(min=1.0)
         loss_sum = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
@@ -136,8 +160,7 @@ class TrainingModule(lightning.LightningModule):
         optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
-        tokens = world * sum(self.task.tokens(batch) for batch in batches)
-        return {"loss": mean, "lr": lr, "grad_norm": norm, "tokens": tokens}
+        return {"loss": mean, "lr": lr, "grad_norm": norm, "tokens": int(tokens)}
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -147,8 +170,8 @@ class TrainingModule(lightning.LightningModule):
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         with self.trainer.precision_plugin.forward_context():
-            for batch in self.task.validation_batches(self.global_rank, self.trainer.world_size):
-                batch = {key: value.to(self.device) for key, value in batch.items()}
+            for batch in self.task.validation_batches(self.place.data_rank, self.place.data_size):
+                batch = {key: value.to(self.device) for key, value in self.place.piece(batch).items()}
                 sums += torch.stack(self.task.loss(model, batch)).double()
         model.train(was_training)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
@@ -169,7 +192,7 @@ class TrainingModule(lightning.LightningModule):
 
             return hook
 
-        bad = batches[0]
+        bad = None
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             for name, parameter in self.model.named_parameters():
                 if not torch.isfinite(parameter).all():
@@ -178,9 +201,8 @@ class TrainingModule(lightning.LightningModule):
             hooks = [m.register_forward_hook(watch(name)) for name, m in self.model.named_modules() if name]
             for batch in batches:
                 loss_sum, _ = self.task.loss(self.model, batch)
-                if where or not torch.isfinite(loss_sum):
-                    bad = batch
-                    break
+                if bad is None and (where or not torch.isfinite(loss_sum)):
+                    bad = batch  # and on through the others: ranks that share a sequence must run the same batches
             for hook in hooks:
                 hook.remove()
         if where is None:
@@ -188,7 +210,7 @@ class TrainingModule(lightning.LightningModule):
             where = f"the gradient of {names[-1]}" if names else "the loss"
         return (
             f"step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}: first not finite in {where}; "
-            f"batch: {self.task.describe(bad)}; lr was {lr:.2g}: try --set optim.lr={self.optim_config.lr / 4:.2g}. "
+            f"batch: {self.task.describe(batches[0] if bad is None else bad)}; lr was {lr:.2g}: try --set optim.lr={self.optim_config.lr / 4:.2g}. "
             "The last good checkpoint is kept."
         )
 

@@ -31,7 +31,8 @@ from seqlab.backbones.mamba import Mamba, MambaMixer
 from seqlab.backbones.strand import ReverseComplementEquivariant
 from seqlab.errors import UserError
 from seqlab.model import language_model
-from seqlab.training.task import Batch
+from seqlab.training.place import Place
+from seqlab.training.task import Task
 
 CHUNK_ELEMENTS = 1 << 22
 """b x steps x d x n of one round of a summary: bounds its memory."""
@@ -66,11 +67,11 @@ class Ranks:
 
     def all_gather(self, x: Tensor) -> Tensor:
         """(...) -> (k ...), in the order of the ranks."""
-        gathered = x.new_empty(self.size * x.numel())
-        dist.all_gather_into_tensor(gathered, x.flatten(), group=self.group)
+        gathered = x.new_empty(self.size, *x.shape)
+        dist.all_gather(list(gathered), x.contiguous(), group=self.group)
         self.traffic.collectives += 1
         self.traffic.bytes += x.nbytes
-        return gathered.view(self.size, *x.shape)
+        return gathered
 
     def rows(self, batch: int) -> Iterator[tuple[slice, bool]]:
         """(rows of the batch, whether their pieces lie on the ranks from right to left)."""
@@ -302,41 +303,36 @@ def decayed_sum(
     return total
 
 
-# ------------------------------------------------------------------------------------------------ models and batches
+# ------------------------------------------------------------------------------------------------------------ models
 
 
-def make_mesh(device_type: str, context_parallel: int) -> DeviceMesh:
-    """All ranks as a mesh (data, context); the ranks of a sequence are neighbours, so they share a host if they can."""
-    world = dist.get_world_size()
-    if world % context_parallel:
-        raise UserError(
-            f"--context-parallel {context_parallel}: does not divide the {world} processes of this run; "
-            f"start a multiple of {context_parallel}"
-        )
-    return init_device_mesh(
-        device_type, (world // context_parallel, context_parallel), mesh_dim_names=("data", "context")
-    )
-
-
-def share_sequences(model: nn.Module, group: dist.ProcessGroup) -> Ranks:
-    """Make every mixer of `model` run over the ranks of `group`, each of which is then to be fed its piece.
+def share_sequences(task: Task, models: list[nn.Module], place: Place, device_type: str) -> DeviceMesh:
+    """Make the models run over the ranks of a mesh (data, context), each rank of which is then fed its piece.
 
     Raises:
-        UserError: the model has parts that mix positions in other ways.
+        UserError: the task's loss or a model mixes positions in a way that cannot be cut.
     """
+    if not getattr(task, "positionwise", False):
+        raise UserError(
+            f"--context-parallel: {type(task).__name__} needs whole sequences for its loss, so they cannot be shared; "
+            "use --devices alone"
+        )
+    mesh = init_device_mesh(device_type, (place.data_size, place.context), mesh_dim_names=("data", "context"))
+    for model in models:
+        share_mixers(model, mesh.get_group("context"))
+    return mesh
+
+
+def share_mixers(model: nn.Module, group: dist.ProcessGroup) -> Ranks:
+    """Make every mixer of `model` run over the ranks of `group`. UserError if other parts of it mix positions too."""
     backbone = getattr(language_model(model), "backbone", None)
     if type(backbone) not in (Mamba, BidirectionalMamba):
         raise UserError(
             f"--context-parallel: {type(backbone or model).__name__} mixes positions outside its Mamba blocks, so a sequence "
-            "cannot be cut; use a plain causal or bidirectional backbone, or --devices without --context-parallel"
+            "cannot be cut; use a plain causal or bidirectional backbone, or --devices alone"
         )
     ranks = Ranks(group, two_strands=isinstance(model, ReverseComplementEquivariant))
     for module in model.modules():
         if isinstance(module, MambaMixer):
             module.ranks = ranks
     return ranks
-
-
-def cut(batch: Batch, rank: int, size: int) -> Batch:
-    """A rank's piece of a batch: tensors (b l ...) are cut along l into `size` pieces, as even as they can be."""
-    return {key: x.tensor_split(size, dim=1)[rank].contiguous() if x.dim() > 1 else x for key, x in batch.items()}

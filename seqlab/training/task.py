@@ -18,6 +18,10 @@ class Task(Protocol):
     #: name and unit of the number that validation reports and early stopping minimises, for example "bits per base"
     metric: str
 
+    #: whether a batch may be cut along dimension 1 of its tensors (b l ...), the losses of the pieces adding up to that
+    #: of the whole, so that several ranks may share a sequence; a task that leaves this out cannot
+    positionwise: bool
+
     def build_model(self) -> nn.Module: ...
 
     def train_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:

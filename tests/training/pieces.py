@@ -11,7 +11,7 @@ import torch.distributed as dist
 from seqlab.backbones.bidirectional import BidirectionalMamba
 from seqlab.backbones.mamba import BackboneConfig, Mamba
 from seqlab.backbones.strand import ReverseComplementEquivariant
-from seqlab.training.parallel import share_sequences
+from seqlab.training.parallel import share_mixers
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def data(case: Case):
 def outcome(case: Case, start: int = 0, stop: int | None = None, group=None) -> dict:
     """Output, gradients and traffic of the positions start .. stop, alone or as a rank of `group`."""
     model = build(case)
-    ranks = None if group is None else share_sequences(model, group)
+    ranks = None if group is None else share_mixers(model, group)
     x, mask, weight = (t if t is None else t[:, start:stop] for t in data(case))
     x = x.clone().requires_grad_()
     y, _ = model(x, mask=mask)

@@ -17,6 +17,7 @@ class ToyConfig:
 
 class ToyTask:
     metric = "bits per symbol"
+    positionwise = True
 
     def __init__(
         self,
