@@ -171,8 +171,9 @@ class LanguageModeling:
         for i in range(0, len(tokens), rows):
             part = slice(i, i + rows)
             # the masks of a row depend on the row alone, not on how rows are dealt to ranks or micro-batches
-            rng = None if self.is_causal else self._rng(step, rank, i)
-            batch = self._batch(tokens[part], None if soft is None else soft[part], rng)
+            first = rank * len(tokens) + i
+            rngs = None if self.is_causal else [self._rng(step, first + row) for row in range(len(tokens[part]))]
+            batch = self._batch(tokens[part], None if soft is None else soft[part], rngs)
             batch["start"] = torch.from_numpy(windows["start"][part])
             batches.append(batch)
         return batches
@@ -180,14 +181,16 @@ class LanguageModeling:
     def _rng(self, *parts: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=step_seed(self.config.train.seed, *parts)))
 
-    def _batch(self, tokens: np.ndarray, soft: np.ndarray | None, rng: np.random.Generator | None) -> Batch:
-        """ids, target, weight, each (b l); a causal model's target is the next base, else the masked one."""
+    def _batch(self, tokens: np.ndarray, soft: np.ndarray | None, rngs: list[np.random.Generator] | None) -> Batch:
+        """ids, target, weight, each (b l); a causal model's target is the next base, else the masked one, with masks from
+        a generator for each row."""
         if self.is_causal:
             ids, target = tokens[:, :-1], tokens[:, 1:]
             soft = None if soft is None else soft[:, 1:]
             weight = is_base(target)
         else:
-            ids, chosen = mask_tokens(tokens, self.config.masking, rng)
+            masked = [mask_tokens(row, self.config.masking, rng) for row, rng in zip(tokens, rngs, strict=True)]
+            ids, chosen = (np.stack(parts) for parts in zip(*masked))
             target = tokens
             weight = chosen & is_base(target)
         weight = weight.astype(np.float32)

@@ -99,6 +99,13 @@ def fit(
             f"--set train.micro_batch_tokens={max(1, train.tokens_per_step // 4)} or a smaller --context; "
             "the last checkpoint is kept, --resume goes on from it"
         ) from None
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        raise UserError(
+            f"lost contact with the other processes of this run at step {trainer.global_step}: one of them has ended, and "
+            f"says why if it could; the last checkpoint is kept, go on with --resume --out {run_dir}"
+        ) from error
     finally:
         bar.stop()
     if interrupted and trainer.global_step > 0:
@@ -113,6 +120,11 @@ def fit(
         tokens_per_second=history.tokens / max(clock.elapsed, 1e-9),
         ended=ended,
     )
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed, which is how a process learns that another one is gone."""
+    return isinstance(error, torch.distributed.DistError) or any(name in str(error) for name in ("gloo", "Gloo", "NCCL"))
 
 
 def keep_freed_memory() -> None:

@@ -126,6 +126,15 @@ def test_micro_batches_hold_the_same_rows(store):
     assert torch.equal(torch.cat([p["ids"] for p in parts]), whole[0]["ids"])
 
 
+@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+def test_rows_and_their_masks_are_the_same_for_any_number_of_ranks(store, direction):
+    task = LanguageModeling(config(model__direction=direction), store)
+    whole = task.train_batches(5, 0, 1)[0]
+    shared = [task.train_batches(5, rank, 4)[0] for rank in range(4)]
+    for key in whole:
+        assert torch.equal(torch.cat([part[key] for part in shared]), whole[key]), key
+
+
 def test_length_warmup_doubles_the_context_with_the_tokens_held(store):
     run = config(data__context=256, data__length_warmup_start=64, data__length_warmup=0.5, train__tokens_per_step=512)
     task = LanguageModeling(run, store)

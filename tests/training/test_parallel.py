@@ -8,6 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from seqlab.errors import UserError
+from seqlab.training.callbacks import read_history
+from seqlab.training.module import TrainConfig
+from seqlab.training.parallel import share_mixers, share_sequences
+from seqlab.training.place import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -85,3 +92,98 @@ def test_bytes_sent_do_not_depend_on_the_length(outcomes, size):
             assert outcomes[rank][size, name]["traffic"] == expected
         both_ways = outcomes[rank][size, "bidirectional"]["traffic"]
         assert both_ways == tuple(2 * n for n in expected)
+
+
+# -- the trainer ---------------------------------------------------------------------------------------------------
+SCRIPT = """
+import sys
+sys.path[:0] = [%r, %r]
+from pathlib import Path
+from toy import ToyTask
+from seqlab.training.fit import fit
+from seqlab.training.module import TrainConfig
+from seqlab.training.optim import OptimConfig
+
+def main(run, devices, context_parallel, stop_before_step=None, resume=False):
+    c = TrainConfig(
+        max_steps=10, validate_every=4, log_every=1, accelerator="cpu", ema_decay=0.5, devices=devices,
+        context_parallel=context_parallel,
+    )
+    task = ToyTask(c, dropout=0.0, uneven=True, micro_rows=3, stop_before_step=stop_before_step)
+    fit(task, OptimConfig(lr=1e-2), c, Path(run), resume=resume)
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else None)
+""" % (str(ROOT), str(Path(__file__).parent))
+
+
+def weights(run, which="last"):
+    return load_file(run / "checkpoints" / which / "model.safetensors")
+
+
+def test_two_ranks_train_as_one_and_one_goes_on_where_they_stopped(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        from train import main
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("train", None)
+    main(tmp_path / "whole", 1, 1)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "train.py"), str(tmp_path / "shared"), "2", "2", "7"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0 and "pulled the plug" in done.stderr, done.stderr[-2000:]
+    main(tmp_path / "shared", 1, 1, resume=True)
+    for which in ("last", "best"):
+        one, other = weights(tmp_path / "whole", which), weights(tmp_path / "shared", which)
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5, msg=name)
+    columns = ("step", "tokens", "loss", "valid", "grad_norm")
+    rows = [read_history(tmp_path / run / "metrics.csv") for run in ("whole", "shared")]
+    assert len(rows[0]) == len(rows[1])
+    for one, other in zip(*rows):
+        for column in columns:
+            assert one[column] == pytest.approx(other[column], rel=1e-4, nan_ok=True), column
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"devices": 6, "context_parallel": 4}, "context_parallel: 4 does not divide devices 6"),
+        ({"context_parallel": 0}, "context_parallel: must be 1 or more"),
+        ({"devices": 2, "context_parallel": 2, "compile": True}, "compile: not together with context_parallel"),
+    ],
+)
+def test_impossible_combinations_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**options)
+
+
+def test_tasks_and_models_that_cannot_be_cut_are_refused():
+    class WholeSequences:
+        pass
+
+    with pytest.raises(UserError, match="WholeSequences needs whole sequences"):
+        share_sequences(WholeSequences(), [], Place(0, 2, 2), "cpu")
+
+    class OtherBackbone(torch.nn.Module):
+        backbone = torch.nn.Identity()
+
+    with pytest.raises(UserError, match="Identity mixes positions outside its Mamba blocks"):
+        share_mixers(OtherBackbone(), None)
+
+
+def test_a_batch_is_cut_along_its_positions():
+    batch = {"ids": torch.arange(20).view(2, 10), "start": torch.tensor([5, 6])}
+    places = [Place(rank, 6, 3) for rank in range(6)]
+    assert [(p.data_rank, p.data_size) for p in places] == [(0, 2)] * 3 + [(1, 2)] * 3
+    pieces = [p.piece(batch) for p in places[:3]]
+    assert torch.equal(torch.cat([p["ids"] for p in pieces], 1), batch["ids"])
+    assert [p["ids"].shape[1] for p in pieces] == [4, 3, 3]
+    assert all(torch.equal(p["start"], batch["start"]) for p in pieces)
+    assert Place(0, 2).piece(batch) is batch
