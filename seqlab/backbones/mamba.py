@@ -255,6 +255,8 @@ class Block(nn.Module):
         mixer, config = self.mixer, self.mixer.config
         if block.unavailable(x, config.d_inner, config.d_state, mask) is not None or not mixer.directions():
             return False
+        if any(m.ranks is not None for m in mixer.directions()):
+            return False
         first = mixer.directions()[0]  # an adapter in the place of a projection must be called
         return all(type(m) is nn.Linear for m in (first.in_proj, first.out_proj, first.x_proj, first.dt_proj))
 

@@ -31,11 +31,9 @@ from seqlab.backbones.mamba import Mamba, MambaMixer
 from seqlab.backbones.strand import ReverseComplementEquivariant
 from seqlab.errors import UserError
 from seqlab.model import language_model
+from seqlab.ops.selective_scan.ends import piece_ends
 from seqlab.training.place import Place
 from seqlab.training.task import Task
-
-CHUNK_ELEMENTS = 1 << 22
-"""b x steps x d x n of one round of a summary: bounds its memory."""
 
 
 @dataclass
@@ -113,10 +111,9 @@ class Ranks:
         reverse: bool = False,
     ) -> Tensor:
         """`seqlab.ops.selective_scan` of the whole sequence, u (b l d) and the result being this rank's piece."""
-        steps = Steps(delta.detach(), delta_bias, delta_softplus, mask, u.dtype)
         with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
-            ends = decayed_sum(u, B, steps, A, leftward=not reverse, scaled=True)
-            gathered = self.all_gather(torch.cat((ends, steps.sum().unsqueeze(-1)), -1))  # (k b d n+1)
+            ends, steps = piece_ends(u, B, delta, A, delta_bias, delta_softplus, mask, reverse)
+            gathered = self.all_gather(torch.cat((ends, steps.unsqueeze(-1)), -1))  # (k b d n+1)
             sums = gathered[..., -1]
             entering = self.carried(gathered[..., :-1], sums, A, reverse)
         y, left = ops.selective_scan(
@@ -226,81 +223,12 @@ class _StateGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         delta, A, C, z, delta_bias, mask, sums = ctx.saved_tensors
-        steps = Steps(delta, delta_bias, ctx.delta_softplus, mask, dy.dtype)
         with torch.autocast(dy.device.type, enabled=False):
-            wanted = decayed_sum(dy, C, steps, A, leftward=ctx.reverse, gate=z)
+            wanted, _ = piece_ends(
+                dy, C, delta, A, delta_bias, ctx.delta_softplus, mask, ctx.reverse, gate=z, adjoint=True
+            )
             dleft = ctx.ranks.carried(ctx.ranks.all_gather(wanted), sums, A, not ctx.reverse)
         return dy, dleft, *[None] * 10
-
-
-class Steps:
-    """The steps delta' of a piece, a stretch at a time; 0 where masked."""
-
-    def __init__(self, delta: Tensor, bias: Tensor | None, softplus: bool, mask: Tensor | None, data: torch.dtype):
-        self.delta, self.bias, self.softplus, self.mask, self.data = delta, bias, softplus, mask, data
-        self.state = torch.float64 if data == torch.float64 else torch.float32
-
-    def at(self, part: slice) -> Tensor:
-        """(b part d) in the state's type, from a delta rounded to the data's as the scan does."""
-        step = self.delta[:, part].to(self.data).to(self.state)
-        if self.bias is not None:
-            step = step + self.bias.to(self.state)
-        if self.softplus:
-            step = F.softplus(step)
-        return step if self.mask is None else torch.where(self.mask[:, part].unsqueeze(-1), step, 0.0)
-
-    def sum(self) -> Tensor:
-        """(b d)"""
-        batch, length, channels = self.delta.shape
-        total = self.delta.new_zeros(batch, channels, dtype=self.state)
-        stretch = max(1, CHUNK_ELEMENTS // max(1, batch * channels))
-        for start in range(0, length, stretch):
-            total += self.at(slice(start, start + stretch)).sum(1)
-        return total
-
-
-def decayed_sum(
-    x: Tensor, vector: Tensor, steps: Steps, A: Tensor, *, leftward: bool, scaled: bool = False, gate: Tensor | None = None
-) -> Tensor:
-    """What a piece adds to a state that passes it: x (b l d), vector (b l n) -> (b d n).
-
-    The walk starts at the end where the sum is wanted, leftward from the right one or rightward from the left one:
-
-        scaled:   sum_t exp(A (steps between t and the end)) delta'_t x_t vector_t        the state left behind, x = u
-        else:     sum_t exp(A (steps between, t's own too)) x_t silu(gate_t) vector_t      its adjoint, x = dy
-
-    The weight of a step only falls as the walk goes on (delta' >= 0, A < 0), so it ends where every weight has become
-    0 in the state's precision: a long piece costs no more than the model's memory does.
-    """
-    batch, length, channels = x.shape
-    states, kind = A.shape[1], steps.state
-    total = x.new_zeros(batch, channels, states, dtype=kind)
-    passed = x.new_zeros(batch, channels, dtype=kind)
-    stretch = max(1, CHUNK_ELEMENTS // max(1, batch * channels * states))
-    forgotten = torch.log(torch.tensor(torch.finfo(kind).tiny, dtype=kind)).item()
-    for start in range(0, length, stretch):
-        stop = min(start + stretch, length)
-        part = slice(length - stop, length - start) if leftward else slice(start, stop)
-        step = steps.at(part)
-        value = x[:, part].to(steps.data).to(kind)
-        if gate is not None:
-            value = value * F.silu(gate[:, part].to(steps.data).to(kind))
-        weight = vector[:, part].to(steps.data).to(kind)
-        if steps.mask is not None:  # anything may stand at masked positions
-            real = steps.mask[:, part].unsqueeze(-1)
-            value, weight = torch.where(real, value, 0.0), torch.where(real, weight, 0.0)
-        if scaled:
-            value = value * step
-        if leftward:
-            step, value, weight = step.flip(1), value.flip(1), weight.flip(1)
-        through = torch.cat((passed.unsqueeze(1), step), 1).cumsum(1)  # (b part+1 d): the sum before each step, and after all
-        between = through[:, :-1] if scaled else through[:, 1:]
-        decay = torch.exp(between.unsqueeze(-1) * A)  # (b part d n)
-        total += torch.einsum("btdn,btd,btn->bdn", decay, value, weight)
-        passed = through[:, -1]
-        if stop < length and (passed.unsqueeze(-1) * A).amax().item() < forgotten:
-            break
-    return total
 
 
 # ------------------------------------------------------------------------------------------------------------ models

@@ -8,6 +8,7 @@ from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.causal_conv1d import reference as conv_reference
 from seqlab.ops.selective_scan import cuda as scan
 from seqlab.ops.selective_scan import reference
+from seqlab.ops.selective_scan.ends import torch_piece_ends
 
 pytestmark = pytest.mark.skipif(emulate.COMPILER is None, reason="g++ is not installed; it compiles the emulated kernels")
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -122,3 +123,33 @@ def test_convolution(monkeypatch, length, reverse, width, channels, dtype, silu,
     y64.backward(dy.double())
     pairs = [(y, y64.detach())] + [(g, None if t is None else t.grad) for g, t in zip(grads, exact, strict=True)]
     assert worst(pairs) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("adjoint", (False, True))
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("case", ({}, {"masked": True}, {"decay": 0.01}, {"decay": 300.0, "masked": True}), ids=str)
+def test_what_a_piece_does_to_a_state(monkeypatch, case, reverse, adjoint):
+    """The chunk summaries, over all chunks, against the definition's final state and its gradient."""
+    device = emulate.Device(scan.SOURCE, scan.KERNELS, 2, 2)
+    monkeypatch.setattr(scan, "_device", lambda x: device)
+    torch.manual_seed(1)
+    batch, length, channels, states = 2, 200, 6, 3
+    u, delta, z, dy = (torch.randn(batch, length, channels) for _ in range(4))
+    B, C = (torch.randn(batch, length, states) for _ in range(2))
+    A, bias = -torch.rand(channels, states) * case.get("decay", 1.0) - 1e-4, torch.randn(channels).abs() * 0.1
+    mask = torch.rand(batch, length) > 0.3 if "masked" in case else None
+    exact = [t.double() for t in (u, delta, A, B, C)]
+    start = torch.zeros(batch, channels, states, dtype=torch.float64, requires_grad=True)
+    y, final = reference.run(*exact, None, z.double(), bias.double(), True, start, mask, reverse, True)
+    (wanted,) = torch.autograd.grad(y, start, dy.double(), retain_graph=True)
+    step = torch.nn.functional.softplus(exact[1] + bias.double())
+    steps = (step if mask is None else torch.where(mask[..., None], step, 0.0)).sum(1)
+    if mask is not None:
+        for t in (u, delta, z, dy, B, C):
+            t[~mask] = float("nan")
+    arguments = (dy, C, delta, A, bias, mask, True, reverse, z, True) if adjoint else (u, B, delta, A, bias, mask, True, reverse)
+    for run in (scan.piece_ends, torch_piece_ends):
+        ends, sums = run(*arguments)
+        assert worst([(ends, wanted if adjoint else final.detach())]) < TOLERANCE[FLOAT], run
+        # the sum may stop short, where nothing is left of any state
+        assert worst([(torch.exp(sums[..., None] * A), torch.exp(steps[..., None] * exact[2]))]) < 1e-4 or "decay" in case

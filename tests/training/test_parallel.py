@@ -18,7 +18,7 @@ from seqlab.training.place import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
-from pieces import CASES, outcome  # noqa: E402
+from pieces import CASES, build, outcome  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -187,3 +187,13 @@ def test_a_batch_is_cut_along_its_positions():
     assert [p["ids"].shape[1] for p in pieces] == [4, 3, 3]
     assert all(torch.equal(p["start"], batch["start"]) for p in pieces)
     assert Place(0, 2).piece(batch) is batch
+
+
+def test_a_shared_block_is_never_fused(monkeypatch):
+    """The fused block computes a whole mixer at once and knows nothing of other ranks."""
+    monkeypatch.setattr("seqlab.backbones.mamba.block.unavailable", lambda *arguments: None)
+    model = build(CASES[0])
+    layer, x = model.backbone.layers[0], torch.zeros(1, 4, 6)
+    assert layer._fusible(x, None)
+    layer.mixer.ranks = object()
+    assert not layer._fusible(x, None)

@@ -184,6 +184,7 @@ def _arguments(u, delta, At, B, C, D, z, bias, initial, mask, softplus: bool, re
 def _set_plan(p, cut: Plan, all_segments: int) -> None:
     p.chunk, p.chunks, p.segment, p.all_segments = cut.chunk, cut.chunks, cut.segment, all_segments
     p.channel_blocks, p.items = cut.channel_blocks, p.batch * cut.chunks * cut.channel_blocks
+    p.summed = cut.chunks - 1
 
 
 def _float(x: Tensor | None) -> Tensor | None:
@@ -318,6 +319,43 @@ def _backward_launches(p, device, defines, segment: int, targets: tuple[int, int
         p.y, p.du = targets
         blocks = min(8 * device.multiprocessors, math.ceil(batch * length * n / 256))
         module.launch("reduce_blocks", blocks, 256, 0, p)
+
+
+def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, gate=None, adjoint: bool = False):
+    """(b d n), (b d): ends.py says what; by the first pass of the scan or of its backward pass, over all chunks."""
+    device = _device(x)
+    batch, length, channels = x.shape
+    if A.shape[1] > GROUP:
+        groups = [slice(first, first + GROUP) for first in range(0, A.shape[1], GROUP)]
+        parts = [
+            piece_ends(x, vector[..., g], delta, A[:, g], bias, mask, softplus, reverse, gate, adjoint) for g in groups
+        ]
+        return torch.cat([ends for ends, _ in parts], -1), parts[0][1]
+    n = A.shape[1]
+    x, vector, delta = (_rows(t) for t in (x, vector, delta))
+    gate = None if gate is None else _rows(gate)
+    At, bias = A.t().contiguous(), _float(bias)
+    mask = None if mask is None else mask.contiguous()
+    kernel = "adjoint_ends" if adjoint else "scan_ends"
+    warps = _most_warps(kernel, n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit)
+    threads = plan(1, 1, channels, 1, warps, 1)
+    module = device.module(_defines(x, n, threads.warps, _paired(x, delta, gate)))
+    shared = _shared_bytes(kernel, n, threads.warps)
+    slots = module.resident(kernel, threads.threads, shared) * device.multiprocessors
+    cut = plan(batch, length, channels, slots, warps, segment_length(batch, length, channels))
+    p = _arguments(x, delta, At, vector, vector, None, gate, bias, None, mask, softplus, reverse)
+    p.dy, p.dy_b, p.dy_t = x.data_ptr(), x.stride(0), x.stride(1)
+    _set_plan(p, cut, 0)
+    p.summed = cut.chunks
+    ends = torch.empty((batch, cut.chunks, n, channels), dtype=torch.float32, device=x.device)
+    sums = torch.empty((batch, cut.chunks, channels), dtype=torch.float32, device=x.device)
+    p.ends, p.sums = ends.data_ptr(), sums.data_ptr()
+    module.launch(kernel, p.items, cut.threads, shared, p)
+    if not adjoint:  # the state leaves at the last chunk, its gradient at the first
+        ends, sums = ends.flip(1), sums.flip(1)
+    between = torch.cat((torch.zeros_like(sums[:, :1]), sums[:, :-1]), 1).cumsum(1)  # from a chunk to the piece's end
+    decayed = (between.unsqueeze(2) * At).exp_().mul_(ends)  # (b chunks n d)
+    return decayed.sum(1).transpose(1, 2), sums.sum(1)
 
 
 # ------------------------------------------------------------------------------------------------------ operators

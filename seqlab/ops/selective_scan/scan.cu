@@ -61,6 +61,7 @@ struct Params {
     float *scratch;                                // checkpoints of the blocks in flight
     i64 u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t;
     i64 batch, length, channels, chunk, chunks, segment, all_segments, channel_blocks, items;
+    i64 summed;            // chunks that *_ends sum up: all but the last one walked to, or all
     i64 all_states, add;   // STATES, or more when they are taken in groups; add to what earlier groups left
     i64 softplus, reverse;
 };
@@ -261,8 +262,8 @@ template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
     SHARED_FLOATS(shared);
     float* tile = shared;                                             // (STATES, ROW)
     float2* sums = (float2*)(shared + STATES * ROW) + (threadIdx.x / 32) * STATES * 32 + threadIdx.x % 32;
-    Place q = place(p, blockIdx.x, p.chunks - 1);
-    if (ADJOINT) q.k += 1;
+    Place q = place(p, blockIdx.x, p.summed);
+    if (ADJOINT) q.k += p.chunks - p.summed;
     const i64 begin = q.k * p.chunk, end = begin + p.chunk < p.length ? begin + p.chunk : p.length;
     const int stages = (int)((end - begin + STAGE - 1) / STAGE);
     const Line delta = line(p, p.delta, p.delta_b, p.delta_t, q.b, q.cc);

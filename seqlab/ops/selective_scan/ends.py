@@ -1,0 +1,101 @@
+"""What a piece of a sequence does to a state that passes it, without computing its outputs.
+
+Where a sequence is cut, the state on the far side of a piece is exp(A s) h + e: h enters, s (b d) is the sum of the
+piece's steps delta', and e (b d n) is what the piece adds:
+
+    e = sum_t exp(A (steps between t and the piece's end)) delta'_t u_t B_t
+
+The gradient of the state that entered is exp(A s) g + a of the gradient g of the state that left and the outputs' share
+
+    a = sum_t exp(A (steps from the start to t, t's own too)) dy_t silu(z_t) C_t
+
+Combining the two numbers of every piece gives the exact states at all cuts without running one piece after the other.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqlab.ops import dispatch
+from seqlab.ops.selective_scan import cuda
+
+ELEMENTS = 1 << 22
+"""b x steps x d x n of one round of the torch version: bounds its memory."""
+
+
+def piece_ends(
+    x: Tensor,
+    vector: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    mask: Tensor | None = None,
+    reverse: bool = False,
+    *,
+    gate: Tensor | None = None,
+    adjoint: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What a piece adds to a state, or (adjoint) what its outputs ask of the state that entered; and the sum of its steps.
+
+    Args:
+        x: u (b l d); adjoint: dy.
+        vector: B (b l n); adjoint: C.
+        delta, A, delta_bias, delta_softplus, mask, reverse: those of `selective_scan`, as is `gate`, its z (adjoint only).
+
+    Returns:
+        (b d n), (b d), float32, or float64 for float64 data. Not differentiable. With softplus (steps >= 0) and A < 0 the
+        sum ends where nothing is left of a state in its precision: a long piece costs no more than the memory is long. The
+        sum of steps may then be short of the rest, which no longer changes anything.
+    """
+    data, state = x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32
+    x, vector, delta = x.detach(), vector.detach().to(data), delta.detach().to(data)
+    A, delta_bias = A.detach().to(state), None if delta_bias is None else delta_bias.detach().to(state)
+    gate = None if gate is None else gate.detach().to(data)
+    run = cuda.piece_ends if _by_kernels(x, A) else torch_piece_ends
+    return run(x, vector, delta, A, delta_bias, mask, delta_softplus, reverse, gate, adjoint)
+
+
+def _by_kernels(x: Tensor, A: Tensor) -> bool:
+    if not x.is_cuda or x.numel() == 0 or os.environ.get(dispatch.ENVIRONMENT) not in (None, "", "auto", "cuda"):
+        return False
+    return cuda.unavailable(dispatch.Request("cuda", x.dtype, A.shape[0], d_state=A.shape[1])) is None
+
+
+@torch.no_grad()
+def torch_piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, gate=None, adjoint: bool = False):
+    """The same in plain torch, on any device."""
+    batch, length, channels = x.shape
+    total = A.new_zeros(batch, channels, A.shape[1])
+    passed = A.new_zeros(batch, channels)
+    rightward = adjoint != reverse  # the walk starts where the sum is wanted
+    stretch = max(1, ELEMENTS // max(1, batch * A.numel()))
+    forgotten = torch.log(torch.tensor(torch.finfo(A.dtype).tiny, dtype=torch.float64)).item()
+    for start in range(0, length, stretch):
+        stop = min(start + stretch, length)
+        part = slice(start, stop) if rightward else slice(length - stop, length - start)
+        step = delta[:, part].to(A.dtype)
+        if bias is not None:
+            step = step + bias
+        if softplus:
+            step = F.softplus(step)
+        value, weight = x[:, part].to(A.dtype), vector[:, part].to(A.dtype)
+        if adjoint and gate is not None:
+            value = value * F.silu(gate[:, part].to(A.dtype))
+        if mask is not None:  # anything may stand at masked positions
+            real = mask[:, part].unsqueeze(-1)
+            step, value, weight = (torch.where(real, t, 0.0) for t in (step, value, weight))
+        if not rightward:
+            step, value, weight = step.flip(1), value.flip(1), weight.flip(1)
+        through = torch.cat((passed.unsqueeze(1), step), 1).cumsum(1)  # (b part+1 d): before each step, and after all
+        if adjoint:
+            between = through[:, 1:]
+        else:
+            between, value = through[:, :-1], value * step
+        total += torch.einsum("btdn,btd,btn->bdn", torch.exp(between.unsqueeze(-1) * A), value, weight)
+        passed = through[:, -1]
+        if softplus and stop < length and (passed.unsqueeze(-1) * A).amax().item() < forgotten:
+            break
+    return total, passed
