@@ -17,6 +17,7 @@ NATIVE_MASK = True
 CHUNK_MAX = 256
 GROUPS_MAX = 16  # shares of dB and dC that are kept apart and then added in order
 PARTIAL_BYTES = 4 << 20  # room for those shares: decides the length of a backward segment
+SMALLEST = 1e-20  # a step this small decays nothing: exp(A 1e-20) is 1
 WORTH = 1 << 18  # steps x channels x states that are worth another thread
 
 
@@ -46,6 +47,33 @@ def run(
         u, delta, A, B, C, D, z, delta_bias, initial_state, mask, delta_softplus, reverse, save
     )
     return y, final_state
+
+
+def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, gate=None, adjoint: bool = False):
+    """(b d n), (b d): ends.py says what; by a forward scan, whose last state it is.
+
+    The adjoint is H = a_0 H_0 with H_t = C_t g_t + a_{t+1} H_{t+1}: a scan the other way round, whose step at t is that of
+    its predecessor t+1 and whose u is g / step, for the scan multiplies u by its step. A step below SMALLEST decays
+    nothing, so that SMALLEST may stand for it in both places.
+    """
+    step = delta.to(A.dtype)
+    if bias is not None:
+        step = step + bias
+    if softplus:
+        step = torch.nn.functional.softplus(step)
+    x, vector = x.to(A.dtype), vector.to(A.dtype)
+    if adjoint and gate is not None:
+        x = x * torch.nn.functional.silu(gate.to(A.dtype))
+    if mask is not None:
+        step, x, vector = (torch.where(mask.unsqueeze(-1), t, 0.0) for t in (step, x, vector))
+    sums, first = step.sum(1), step[:, -1 if reverse else 0]
+    if adjoint:
+        none = torch.zeros_like(step[:, :1])
+        step = torch.cat((none, step[:, :-1]) if reverse else (step[:, 1:], none), 1)
+        step = torch.where(step.abs() < SMALLEST, SMALLEST, step)
+        x = x / step
+    _, end, _ = _forward(x, step, A, vector, vector, None, None, None, None, None, False, reverse != adjoint, False)
+    return (torch.exp(first.unsqueeze(-1) * A) * end if adjoint else end), sums
 
 
 # ------------------------------------------------------------------------------------------ the operator, for torch

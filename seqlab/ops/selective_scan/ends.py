@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlab.ops import dispatch
-from seqlab.ops.selective_scan import cuda
+from seqlab.ops.selective_scan import cpu, cuda
 
 ELEMENTS = 1 << 22
 """b x steps x d x n of one round of the torch version: bounds its memory."""
@@ -54,14 +54,13 @@ def piece_ends(
     x, vector, delta = x.detach(), vector.detach().to(data), delta.detach().to(data)
     A, delta_bias = A.detach().to(state), None if delta_bias is None else delta_bias.detach().to(state)
     gate = None if gate is None else gate.detach().to(data)
-    run = cuda.piece_ends if _by_kernels(x, A) else torch_piece_ends
+    run = torch_piece_ends
+    request = dispatch.Request(x.device.type, x.dtype, A.shape[0], d_state=A.shape[1])
+    for name, backend in (("cuda", cuda), ("cpu", cpu)):
+        wanted = os.environ.get(dispatch.ENVIRONMENT) in (None, "", "auto", name)
+        if wanted and x.numel() and x.device.type == name and backend.unavailable(request) is None:
+            run = backend.piece_ends
     return run(x, vector, delta, A, delta_bias, mask, delta_softplus, reverse, gate, adjoint)
-
-
-def _by_kernels(x: Tensor, A: Tensor) -> bool:
-    if not x.is_cuda or x.numel() == 0 or os.environ.get(dispatch.ENVIRONMENT) not in (None, "", "auto", "cuda"):
-        return False
-    return cuda.unavailable(dispatch.Request("cuda", x.dtype, A.shape[0], d_state=A.shape[1])) is None
 
 
 @torch.no_grad()
