@@ -314,6 +314,74 @@ class WindowSampler:
         return result
 
 
+class CoveringSampler:
+    """Training windows of a split of recordings, short ones included: a pure function of (seed, step), the same for any
+    number of ranks. Where `WindowSampler` draws windows of one length, these cover every token of every interval.
+
+        interval  |................................|        2 1/2 contexts: three windows
+        epoch 0   [context ][context ][ rest ]
+        epoch 1   [ rest ][context ][context ]              the cuts are shifted anew in each epoch
+        short     [.....]                                   an interval shorter than the context: one window, whole
+
+    Every epoch visits all windows once, in a new order. Windows never leave their interval.
+
+    A step holds `rows` windows: as many as make `tokens_per_step` tokens on average, a multiple of `world_size`; rank 0
+    gets the first rows / world_size of them.
+
+    Raises UserError if the split is empty.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        split: str,
+        context: int,
+        tokens_per_step: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if context < 1 or tokens_per_step < 1:
+            raise ValueError(f"context {context} and tokens_per_step {tokens_per_step} must be 1 or more")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in 0 .. world_size - 1, got rank {rank} of {world_size}")
+        intervals = store.intervals(split)
+        if not len(intervals):
+            raise UserError(f"{store.directory}: the {split} split is empty; prepare the dataset with one")
+        self.store, self.context, self.seed, self.rank, self.world_size = store, context, seed, rank, world_size
+        self._begin = intervals[:, 0]
+        self._length = intervals[:, 1] - intervals[:, 0]
+        self._count = -(-self._length // context)
+        self._first = np.cumsum(self._count) - self._count  # number of each interval's first window
+        self.windows = int(self._count.sum())  # in an epoch
+        rows = round(tokens_per_step * self.windows / int(self._length.sum()) / world_size)
+        self.rows = max(1, rows) * world_size
+
+    def epoch(self, step: int) -> float:
+        """How many times the split has been visited once when `step` begins."""
+        return step * self.rows / self.windows
+
+    def bounds(self, step: int) -> np.ndarray:
+        """Of this rank's rows of a step: (start, end, start of the interval), (b 3) int64 in global coordinates."""
+        rows = self.rows // self.world_size
+        number = step * self.rows + self.rank * rows + np.arange(rows, dtype=np.int64)
+        epoch, number = np.divmod(number, self.windows)
+        bounds = np.empty((rows, 3), np.int64)
+        for e in np.unique(epoch):
+            key = _mix(_mix(np.uint64(self.seed % 2**64)) ^ np.uint64(e))
+            window = _permute(number[epoch == e].astype(np.uint64), self.windows, key).astype(np.int64)
+            i = np.searchsorted(self._first, window, side="right") - 1
+            slack = self._count[i] * self.context - self._length[i]
+            shift = (_hash(i, key, 1) % (slack + 1).astype(np.uint64)).astype(np.int64)
+            shift[self._count[i] == 1] = 0
+            start = (window - self._first[i]) * self.context - shift
+            end = np.minimum(start + self.context, self._length[i])
+            begin = self._begin[i]
+            bounds[epoch == e] = np.stack([begin + np.maximum(start, 0), begin + end, begin], axis=1)
+        return bounds
+
+
 def eval_windows(store: TokenStore, split: str, context: int, *, extra: int = 0) -> Iterator[tuple[int, int]]:
     """Windows (start, end), global coordinates, that score every base of a split once, in order.
 
