@@ -570,6 +570,148 @@ def _print_evaluation(evaluation) -> None:
 
 
 # -- audio: prep, train, generate -----------------------------------------------------------------------------------
+@command(prep_app, "audio")
+def prep_audio(
+    sources: Annotated[list[Path], typer.Argument(help="Sound files, or directories to search for them.")],
+    out: Annotated[Path, typer.Option("--out", help="Dataset directory to write.")],
+    sample_rate: Annotated[int, typer.Option("--sample-rate", help="Samples a second of the dataset.")] = 16000,
+    quantizer: Annotated[
+        str, typer.Option("--quantizer", help="mulaw-256, linear-256, sashimi-mulaw or sashimi-linear.")
+    ] = "mulaw-256",
+    scale: Annotated[str, typer.Option("--scale", help="One factor for all samples; `peak`: the loudest becomes 1.")] = "1",
+    label_from: Annotated[Optional[str], typer.Option("--label-from", help="folder or name: classes from there.")] = None,
+    label_pattern: Annotated[
+        Optional[str], typer.Option("--label-pattern", help="Regular expression; its groups are the label in a name.")
+    ] = None,
+    valid: Annotated[Optional[list[str]], typer.Option("--valid", help="Pattern of files to validate on.")] = None,
+    test: Annotated[Optional[list[str]], typer.Option("--test", help="Pattern of files to test on: '*_[0-4].wav'.")] = None,
+    share: Annotated[Optional[float], typer.Option("--share", help="Of each of the two default splits; 0.1.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out files that cannot be used, and list them.")] = False,
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Prepare recordings once: mono, one sample rate, one scale, 8 bits a sample, splits, manifest.
+
+    Example:  seqlab prep audio recordings/ --sample-rate 16000 --out data/speech
+    """
+    from data_prep.audio import prepare_audio
+
+    try:
+        factor = scale if scale == "peak" else float(scale)
+    except ValueError:
+        raise UserError(f"--scale {scale}: must be a number above 0, or peak") from None
+    bar, update = progress_bar("preparing", "MB", 1e6)
+    with bar:
+        dataset = prepare_audio(
+            sources,
+            out,
+            sample_rate=sample_rate,
+            quantizer=quantizer,
+            scale=factor,
+            label_from=label_from,
+            label_pattern=label_pattern,
+            valid=valid or [],
+            test=test or [],
+            share=share,
+            skip_bad=skip_bad,
+            overwrite=overwrite,
+            progress=update,
+        )
+    manifest = json.loads((dataset / "manifest.json").read_text())
+
+    def human() -> None:
+        _print_audio_manifest(manifest, dataset)
+        note(f"Next:  {program()} train audio --data {dataset}")
+
+    keys = ("total", "sample_rate", "scale", "labels", "clipped", "silent", "skipped")
+    emit(json_out, {"dataset": str(dataset), **{k: manifest[k] for k in keys}}, human=human)
+
+
+def _print_audio_manifest(manifest: dict, dataset: Path) -> None:
+    rate, total = manifest["sample_rate"], manifest["total"]
+
+    def row(name: str, samples: int) -> list[str]:
+        return [name, f"{samples / rate:,.1f}", f"{samples:,}", f"{100 * samples / total:.2f} %"]
+
+    rows = [row(f"split {name}", sum(e - s for _, s, e in part)) for name, part in manifest["splits"].items()]
+    rows += [row("silent (below -60 dB)", manifest["silent"]), row("clipped", manifest["clipped"])]
+    title = f"{dataset}: {len(manifest['sequences']):,} recordings at {rate:,} Hz, {manifest['tokenizer']}"
+    print_table(title, ["", "seconds", "samples", "share"], rows)
+    note(f"Scale: {manifest['scale']:.4g}. Splits: {manifest['split_rule']}")
+    if manifest["labels"]:
+        shown = ", ".join(manifest["labels"][:12]) + (" ..." if len(manifest["labels"]) > 12 else "")
+        note(f"{len(manifest['labels'])} classes: {shown}")
+    if manifest["skipped"]:
+        first = manifest["skipped"][0]
+        note(f"Left out {len(manifest['skipped'])} files, listed in the manifest; the first: {first['path']}: {first['reason']}")
+
+
+@command(train_app, "audio")
+def train_audio(
+    data: Annotated[Optional[Path], typer.Option("--data", help="Dataset directory from `seqlab prep audio`.")] = None,
+    config: Annotated[str, typer.Option("--config", help="Preset or YAML file.")] = "audio_fsdd",
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")] = False,
+    init: Annotated[Optional[Path], typer.Option("--init", help="Start from the weights of this run.")] = None,
+    context: Annotated[Optional[str], typer.Option("--context", help="Window length in samples.")] = None,
+    seed: Annotated[Optional[int], typer.Option("--seed")] = None,
+    devices: Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")] = None,
+    precision: Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")] = None,
+    max_steps: Annotated[Optional[int], typer.Option("--max-steps")] = None,
+    max_minutes: Annotated[Optional[float], typer.Option("--max-minutes")] = None,
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Train a model of the next sample on recordings, and evaluate it beside simpler predictors.
+
+    Example:  seqlab train audio --data data/speech --max-minutes 10
+    """
+    options = dict(
+        context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes
+    )
+    from tasks import audio, runs
+
+    with contextlib.ExitStack() as undo:
+        checkpoint = None
+        if resume:
+            refused = {"--init": init, "--config": None if config == "audio_fsdd" else config}
+            run_dir, dataset, settings = resumed_run(audio.Config, audio.NAME, out, data, set_, options, refused)
+        else:
+            if data is None:
+                raise UserError(f"--data: missing; prepare recordings first: {program()} prep audio DIR --out data/mine")
+            checkpoint = None if init is None else runs.find_checkpoint(init)
+            settings = load_config(audio.Config, config, set_ or [], train_options(**options))
+            run_dir, dataset = new_run_directory(config, out), data
+            if is_main_process():
+                in_use = [path for path in (data, checkpoint) if path is not None]
+                undo.enter_context(fresh_directory(run_dir, overwrite, in_use))
+        from seqlab.training.fit import resolve_accelerator
+
+        accelerator, model = resolve_accelerator(settings.train), settings.model
+        kind = f"U-Net with pools of {list(model.pool)}," if model.architecture == "unet" else "Mamba,"
+        note(
+            f"{run_dir}: {kind} {model.n_layer} blocks{' a stage' if model.architecture == 'unet' else ''} of d_model "
+            f"{model.d_model}, context {settings.data.context:,} samples, on the {accelerator.upper()}; Ctrl-C saves and stops"
+        )
+        result = audio.train(settings, dataset, run_dir, init=checkpoint, resume=resume)
+    if not is_main_process():
+        return
+    note_training_result(result, run_dir, "audio", "bits per sample")
+    evaluation = _evaluate_audio(runs.load_run(run_dir), dataset, dataset, "test", (), "auto")
+    report_path = audio.write_report(run_dir, evaluation)
+    from seqlab import report
+
+    def human() -> None:
+        _print_audio_evaluation(evaluation)
+        note(f"Report with plots: {report_path}")
+        note(f"Next:  {program()} generate audio {run_dir} --seconds 2 --num 8 --out samples/")
+
+    emit(
+        json_out,
+        {"run": str(run_dir), "result": result.__dict__, "evaluation": report.audio_evaluation_dict(evaluation)},
+        human=human,
+    )
 
 
 # -- plan -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from seqlab.training.fit import FitResult, read_run_facts, write_run_facts
 from seqlab.training.fit import fit as fit_task
 from seqlab.training.task import Task
 
-MODULES = {"dna": "tasks.dna"}
+MODULES = {"audio": "tasks.audio", "dna": "tasks.dna"}
 """Task name -> module. A task's imports (plots, baselines) are paid by its own commands only."""
 
 
