@@ -714,6 +714,46 @@ def train_audio(
     )
 
 
+def _evaluate_audio(run, dataset: Path, training: Path, split: str, contexts: tuple[int, ...], device: str):
+    from seqlab.dataset import TokenStore
+    from tasks import audio
+
+    bar, update = progress_bar("evaluating", "k samples", 1e3)
+    with bar:
+        return audio.evaluate_run(
+            run,
+            TokenStore.open(dataset),
+            TokenStore.open(training),
+            split=split,
+            contexts=contexts,
+            device=device,
+            progress=update,
+        )
+
+
+def _print_audio_evaluation(evaluation) -> None:
+    from seqlab import report
+
+    header, rows = report.audio_evaluation_rows(evaluation)
+    title = f"{evaluation.samples:,} samples of {evaluation.recordings:,} recordings, {evaluation.split} split"
+    print_table(title, header, rows)
+    note(report.audio_verdict(evaluation))
+
+
+def _eval_audio(loaded, run: Path, data, training: Path, split: str, contexts, device: str, out, json_out) -> None:
+    from seqlab import report
+    from tasks import audio
+
+    evaluation = _evaluate_audio(loaded, data or training, training, split, contexts, device)
+    report_path = audio.write_report(loaded.directory, evaluation, "evaluation-other" if data else "evaluation", out)
+
+    def human() -> None:
+        _print_audio_evaluation(evaluation)
+        note(f"Report with plots: {report_path}")
+
+    emit(json_out, {"run": str(run), **report.audio_evaluation_dict(evaluation)}, human=human)
+
+
 # -- plan -----------------------------------------------------------------------------------------------------------
 
 
@@ -808,6 +848,11 @@ def eval_(
         raise UserError(f"{run}: no run.json beside the checkpoint, so its training split is unknown; give the run directory")
     training = Path(loaded.facts["dataset"])
     contexts = tuple(parse_context(c, "--context") for c in context or [])
+    if loaded.task == "audio":
+        if fasta:
+            raise UserError("--fasta: a run of `train audio` is evaluated on a dataset of `seqlab prep audio`; give --data")
+        _eval_audio(loaded, run, data, training, split or "test", contexts, device, out, json_out)
+        return
     with tempfile.TemporaryDirectory(prefix="seqlab-") as temporary:
         dataset, other = training, bool(fasta or data)
         if fasta:

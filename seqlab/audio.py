@@ -235,6 +235,22 @@ class Resampler:
         return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 
+def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
+    """Play `factor` times as fast (and as high): float32 (n,) -> (round(n / factor),), by a windowed sinc of 32 taps whose
+    phase is rounded to 1/512 sample. For augmentation; `Resampler` is the exact one."""
+    taps, phases = 32, 512
+    position = np.arange(max(1, round(len(samples) / factor))) * factor
+    whole = np.floor(position).astype(np.int64)
+    offset = np.arange(taps) - taps // 2 + 1
+    time = offset - np.arange(phases)[:, None] / phases
+    cutoff = min(1.0, 1.0 / factor) * 0.98
+    table = cutoff * np.sinc(cutoff * time) * np.cos(np.clip(time / (taps // 2), -1, 1) * np.pi / 2) ** 2
+    padded = np.pad(np.asarray(samples, np.float32), taps)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, taps)[whole + taps + offset[0]]
+    phase = ((position - whole) * phases).astype(np.int64)
+    return np.einsum("it,it->i", windows, table.astype(np.float32)[phase])
+
+
 # -- writing -------------------------------------------------------------------------------------------------------
 class WavFile:
     """A mono 16-bit WAV file that can be played while it grows: after every write its header is true.

@@ -169,3 +169,76 @@ def plot_history(rows: list[dict[str, float]], metric: str, path: Path, baseline
     axes.set_ylabel(metric)
     axes.legend(frameon=False, fontsize=8)
     return save_figure(figure, path)
+
+
+# -- audio ---------------------------------------------------------------------------------------------------------
+def audio_evaluation_rows(evaluation: Any) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table that `eval` prints for sound: the model by context length, then the predictors."""
+
+    def row(name, score):
+        return [name, f"{score.bits:.4f}", f"{score.nats:.4f}"]
+
+    rows = []
+    for context, score in evaluation.contexts.items():
+        note = " (trained)" if context == evaluation.trained_context else ""
+        rows.append(row(f"context {context:,}, {_seconds(context / evaluation.sample_rate)}{note}", score))
+    if evaluation.with_class is not None:
+        rows.append(row(f"context {max(evaluation.contexts):,}, class given", evaluation.with_class))
+    best = evaluation.best_baseline[0]
+    rows += [row(name + (" (best)" if name == best else ""), score) for name, score in evaluation.baselines.items()]
+    return ["model", "bits/sample", "nats"], rows
+
+
+def audio_verdict(evaluation: Any) -> str:
+    context, score = evaluation.best
+    name, baseline = evaluation.best_baseline
+    where = f"{evaluation.samples:,} samples ({_seconds(evaluation.samples / evaluation.sample_rate)}) of the {evaluation.split} split"
+    if score.bits < baseline.bits:
+        return (
+            f"The model needs {score.bits:.4f} bits per sample at context {context:,}, {baseline.bits - score.bits:.4f} fewer "
+            f"than the best simple predictor ({name}, {baseline.bits:.4f}) on the same {where}."
+        )
+    return (
+        f"The predictor `{name}` wins: {baseline.bits:.4f} bits per sample against {score.bits:.4f} for the model at context "
+        f"{context:,}, on the same {where}."
+    )
+
+
+def audio_evaluation_dict(evaluation: Any) -> dict:
+    """Plain values for --json."""
+
+    def plain(score):
+        return None if score is None else {"bits_per_sample": score.bits, "nats_per_sample": score.nats, "samples": score.samples}
+
+    return {
+        "split": evaluation.split,
+        "samples": evaluation.samples,
+        "recordings": evaluation.recordings,
+        "sample_rate": evaluation.sample_rate,
+        "trained_context": evaluation.trained_context,
+        "contexts": {str(c): plain(s) for c, s in evaluation.contexts.items()},
+        "with_class": plain(evaluation.with_class),
+        "baselines": {name: plain(s) for name, s in evaluation.baselines.items()},
+    }
+
+
+def plot_audio_evaluation(evaluation: Any, path: Path) -> Path:
+    """Bits per sample against context length, with the predictors as levels."""
+    figure, axes = new_figure()
+    contexts, bits = list(evaluation.contexts), [s.bits for s in evaluation.contexts.values()]
+    axes.plot(contexts, bits, "o-", color=MODEL, linewidth=2, markersize=5, label="model", zorder=3)
+    styles = iter(("-", "--", "-.", ":"))
+    for name, score in sorted(evaluation.baselines.items(), key=lambda item: item[1].bits):
+        axes.axhline(score.bits, color=BASELINE, linewidth=1.2, linestyle=next(styles, ":"), label=f"{name}: {score.bits:.2f}")
+    if evaluation.trained_context in evaluation.contexts:
+        axes.axvline(evaluation.trained_context, color=FAINT, linewidth=1, zorder=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(f"context length (samples at {evaluation.sample_rate:,} Hz)")
+    axes.set_ylabel("bits per sample")
+    axes.set_title(f"{evaluation.samples:,} samples of the {evaluation.split} split", fontsize=10, color=INK)
+    axes.legend(frameon=False, fontsize=8)
+    return save_figure(figure, path)
+
+
+def _seconds(value: float) -> str:
+    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:,.1f} s"

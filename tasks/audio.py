@@ -18,7 +18,7 @@ so that one model gives both the conditional and the unconditional likelihood; e
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,13 +27,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from seqlab import report
+from seqlab.audio import change_speed
 from seqlab.dataset import CoveringSampler, TokenStore
 from seqlab.errors import UserError
 from seqlab.heads.language import weighted_cross_entropy
 from seqlab.model import ModelConfig
 from seqlab.model import build_model as build_language_model
+from seqlab.predictors import AdaptivePredictor, CodeMarkov
 from seqlab.tokenizers.waveform import QUANTIZERS
-from seqlab.training.fit import FitResult
+from seqlab.training.callbacks import read_history
+from seqlab.training.checkpoint import write_json, write_text
+from seqlab.training.fit import FitResult, read_run_facts
 from seqlab.training.module import TrainConfig, step_seed
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Batch
@@ -67,13 +72,20 @@ class DataConfig:
     context: int = 8192
     classes: Literal["auto", "none"] = "auto"  # auto: condition on the dataset's labels, if it has any
     class_dropout: float = 0.2  # share of training windows shown as of the class "unknown"
-    input_noise: float = 0.0  # standard deviation, in codes, of noise on the inputs (not the targets): a regulariser
+    # augmentation, for small datasets: every training window is played louder or softer, faster or slower, and quantized anew
+    gain_db: float = 0.0  # up to so much louder or softer
+    speed: float = 0.0  # up to this share faster or slower
+    input_noise: float = 0.0  # standard deviation, in codes, of noise on the inputs (not the targets)
 
     def __post_init__(self) -> None:
         if self.context < 2:
             raise ValueError(f"context: must be 2 or more, got {self.context}")
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"class_dropout: must lie in [0, 1], got {self.class_dropout}")
+        if not 0 <= self.gain_db <= 40:
+            raise ValueError(f"gain_db: must lie in 0 .. 40, got {self.gain_db}")
+        if not 0 <= self.speed <= 0.5:
+            raise ValueError(f"speed: must lie in 0 .. 0.5, got {self.speed}")
         if not 0 <= self.input_noise < 64:
             raise ValueError(f"input_noise: in codes, must lie in [0, 64), got {self.input_noise}")
 
@@ -124,9 +136,7 @@ class AudioModeling:
         self.config, self.store = resolve(config, store), store
         self._samplers: dict[tuple[int, int], CoveringSampler] = {}
         self._sampler(0, 1)  # fails now, not at the first step, if the split is empty
-        known = {label: i for i, label in enumerate(self.config.sound.labels)}
-        labels = [known.get(s.get("label"), self.config.sound.unknown) for s in store.manifest["sequences"]]
-        self.class_of = np.array(labels, np.int64)
+        self.class_of = class_indices(store, self.config.sound.labels)
         self.zero = QUANTIZERS[self.config.sound.quantizer].zero
 
     def build_model(self) -> nn.Module:
@@ -157,7 +167,7 @@ class AudioModeling:
         hidden = rng.random(len(bounds)) < self.config.data.class_dropout
         batches = []
         for rows in group_by_length(bounds[:, 1] - bounds[:, 0], self.config.train.micro_batch_tokens):
-            batch = self.batch(bounds[rows], hidden[rows])
+            batch = self.batch(bounds[rows], hidden[rows], self._augmenter(rng))
             if self.config.data.input_noise:
                 noise = np.rint(rng.normal(0, self.config.data.input_noise, batch["ids"].shape)).astype(np.int16)
                 noisy = np.clip(batch["ids"].numpy().astype(np.int16) + noise, 0, VOCAB - 1)
@@ -165,21 +175,27 @@ class AudioModeling:
             batches.append(batch)
         return batches
 
-    def batch(self, bounds: np.ndarray, hidden: np.ndarray | None = None) -> Batch:
+    def _augmenter(self, rng: np.random.Generator):
+        """Codes of a window -> codes of the window as another recording level and speed would have given them; or None."""
+        data, quantizer = self.config.data, QUANTIZERS[self.config.sound.quantizer]
+        if not data.gain_db and not data.speed:
+            return None
+        edges = np.clip(quantizer.edges(), -1, 1).astype(np.float32)
+
+        def augment(codes: np.ndarray) -> np.ndarray:
+            # a random amplitude that has the code, so that the new codes have no gaps
+            samples = edges[codes] + rng.random(len(codes), dtype=np.float32) * (edges[1:] - edges[:-1])[codes]
+            samples *= np.float32(10 ** (rng.uniform(-data.gain_db, data.gain_db) / 20))
+            if data.speed:
+                samples = change_speed(samples, 1 + rng.uniform(-data.speed, data.speed))
+            return quantizer.encode(samples)
+
+        return augment
+
+    def batch(self, bounds: np.ndarray, hidden: np.ndarray | None = None, augment=None) -> Batch:
         """Windows (start, end, start of the interval), (b 3) -> ids, target, weight (b l), start (b,) and, with classes,
         classes (b,): "unknown" where `hidden` (None: everywhere)."""
-        longest = int((bounds[:, 1] - bounds[:, 0]).max())
-        target = np.full((len(bounds), longest), self.zero, np.uint8)
-        ids = target.copy()
-        weight = np.zeros(target.shape, np.float32)
-        tokens = self.store.tokens
-        for row, (start, end, begin) in enumerate(bounds.tolist()):
-            n = end - start
-            target[row, :n] = tokens[start:end]
-            ids[row, 1:n] = target[row, : n - 1]
-            if start > begin:
-                ids[row, 0] = tokens[start - 1]
-            weight[row, :n] = 1
+        ids, target, weight = read_windows(self.store, bounds, self.zero, augment)
         batch = {
             "ids": torch.from_numpy(ids),
             "target": torch.from_numpy(target),
@@ -189,8 +205,7 @@ class AudioModeling:
         if self.config.model.n_classes:
             classes = np.full(len(bounds), self.config.sound.unknown, np.int64)
             if hidden is not None:
-                sequence = np.searchsorted(self.store.offsets, bounds[:, 0], side="right") - 1
-                classes = np.where(hidden, classes, self.class_of[sequence])
+                classes = np.where(hidden, classes, self.class_of[sequence_of(self.store, bounds)])
             batch["classes"] = torch.from_numpy(classes)
         return batch
 
@@ -252,6 +267,12 @@ def train(
     return runs.train(task, run_dir, dataset, store.hash, init=init, resume=resume)
 
 
+def class_indices(store: TokenStore, labels: tuple[str, ...]) -> np.ndarray:
+    """(sequences,) the class of each recording; one past the labels where it has none of them."""
+    known = {label: i for i, label in enumerate(labels)}
+    return np.array([known.get(s.get("label"), len(labels)) for s in store.manifest["sequences"]], np.int64)
+
+
 # -- windows -------------------------------------------------------------------------------------------------------
 def spans_of(store: TokenStore, split: str, context: int) -> np.ndarray:
     """Every token of a split once, in windows of at most `context`: (k 3) start, end, start of the interval."""
@@ -261,6 +282,31 @@ def spans_of(store: TokenStore, split: str, context: int) -> np.ndarray:
         for at in range(start, end, context)
     ]
     return np.array(rows, np.int64).reshape(-1, 3)
+
+
+def sequence_of(store: TokenStore, bounds: np.ndarray) -> np.ndarray:
+    """Index of the recording in which each window lies."""
+    return np.searchsorted(store.offsets, bounds[:, 0], side="right") - 1
+
+
+def read_windows(
+    store: TokenStore, bounds: np.ndarray, zero: int, augment: Callable[[np.ndarray], np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Windows (start, end, start of the interval), (b 3) -> ids uint8, target uint8, weight float32, each (b l), padded on
+    the right: ids are the targets one sample late. `augment` turns the codes of a window into others."""
+    rows = []
+    for start, end, begin in bounds.tolist():
+        codes = store.tokens[max(begin, start - 1) : end]
+        codes = codes if augment is None else augment(codes)
+        rows.append(codes if start > begin else np.concatenate([np.full(1, zero, np.uint8), codes]))
+    longest = max(map(len, rows)) - 1
+    ids = np.full((len(rows), longest), zero, np.uint8)
+    target = ids.copy()
+    weight = np.zeros(ids.shape, np.float32)
+    for i, codes in enumerate(rows):
+        n = len(codes) - 1
+        ids[i, :n], target[i, :n], weight[i, :n] = codes[:-1], codes[1:], 1
+    return ids, target, weight
 
 
 def thin_spans(spans: np.ndarray, keep_tokens: int | None) -> np.ndarray:
@@ -283,3 +329,201 @@ def group_by_length(lengths: np.ndarray, budget: int | None) -> list[np.ndarray]
         groups.append(order[:rows])
         order = order[rows:]
     return groups
+
+
+# -- evaluation ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Score:
+    """Mean over one set of samples."""
+
+    bits: float
+    samples: int
+
+    @property
+    def nats(self) -> float:
+        return self.bits * math.log(2)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of an audio model by context length, with the predictors of seqlab/predictors.py on the same samples."""
+
+    split: str
+    contexts: dict[int, Score]
+    baselines: dict[str, Score]
+    samples: int
+    recordings: int
+    sample_rate: int
+    trained_context: int
+    with_class: Score | None = None  # at the longest context, each recording's class given; None: no classes
+
+    @property
+    def best(self) -> tuple[int, Score]:
+        return min(self.contexts.items(), key=lambda item: item[1].bits)
+
+    @property
+    def best_baseline(self) -> tuple[str, Score]:
+        return min(self.baselines.items(), key=lambda item: item[1].bits)
+
+
+def default_contexts(trained: int, longest: int, limit: int) -> list[int]:
+    """16, 64, 256, ..., the trained context and the longest that the split holds."""
+    top = min(longest, limit)
+    contexts = {c for c in (16 * 4**i for i in range(14)) if c <= top} | {min(trained, top)}
+    if top > 1.25 * max(contexts):
+        contexts.add(top)
+    return sorted(contexts)
+
+
+def evaluate_run(
+    run: runs.LoadedRun,
+    store: TokenStore,
+    training: TokenStore,
+    *,
+    split: str = "test",
+    contexts: Iterable[int] = (),
+    device: str = "auto",
+    progress=None,
+) -> Evaluation:
+    """Score a run on a split at each context length, and the predictors, fitted on `training`, on the same samples.
+
+    The split is cut into spans of the longest context; each shorter context cuts those further, so every context length
+    predicts the same samples: each from those before it in its window, from a state of zero. `progress(done, total)` is
+    called with samples.
+    """
+    config: AudioConfig = run.config
+    if store.kind != "audio":
+        raise UserError(f"{store.directory}: is a dataset of {store.kind}; give one that `seqlab prep audio` wrote")
+    own = (config.sound.sample_rate, config.sound.quantizer)
+    theirs = (store.manifest["sample_rate"], store.manifest["tokenizer"])
+    if own != theirs:
+        raise UserError(
+            f"{store.directory}: {theirs[0]:,} Hz, {theirs[1]}, but the run was trained on {own[0]:,} Hz, {own[1]}; prepare it "
+            f"again with --sample-rate {own[0]} --quantizer {own[1]} --scale {config.sound.scale:.6g}"
+        )
+    intervals = store.intervals(split)
+    if not len(intervals):
+        raise UserError(f"the dataset has no {split} split; choose --split train, valid or test, or prepare it with one")
+    longest = int((intervals[:, 1] - intervals[:, 0]).max())
+    contexts = sorted(set(contexts or config.eval.contexts))
+    if not contexts:
+        contexts = default_contexts(config.data.context, longest, config.eval.max_context)
+    if contexts[-1] > longest:
+        raise UserError(f"--context {contexts[-1]}: the longest stretch of the {split} split holds {longest:,} samples")
+    spans = thin_spans(spans_of(store, split, contexts[-1]), config.eval.max_samples)
+    samples = int((spans[:, 1] - spans[:, 0]).sum())
+    scorer = Scorer(run.model, config, store, device)
+    labels = config.sound.labels
+    classes = class_indices(store, labels)
+    is_labelled = bool(labels) and bool((classes < len(labels)).all())
+    done, total = 0, samples * (len(contexts) + is_labelled)
+
+    def mean_bits(context: int, class_of: np.ndarray | None) -> Score:
+        nonlocal done
+        bits = 0.0
+        for nats, count in scorer.run(spans, context, class_of):
+            bits += nats / math.log(2)
+            done += count
+            if progress is not None:
+                progress(done, total)
+        return Score(bits / samples, samples)
+
+    scores = {context: mean_bits(context, None) for context in contexts}
+    with_class = mean_bits(contexts[-1], classes) if is_labelled else None
+    return Evaluation(
+        split=split,
+        contexts=scores,
+        baselines={name: Score(float(bits.mean()), len(bits)) for name, bits in baseline_bits(store, training, spans)},
+        samples=samples,
+        recordings=len(np.unique(sequence_of(store, spans))),
+        sample_rate=config.sound.sample_rate,
+        trained_context=config.data.context,
+        with_class=with_class,
+    )
+
+
+def baseline_bits(store: TokenStore, training: TokenStore, spans: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, bits of every sample) of each predictor."""
+    where = [tuple(row) for row in spans.tolist()]
+    for order, bits in CodeMarkov.fit(training).score(store, where).items():
+        yield "unigram" if order == 0 else f"Markov order {order}", bits
+    model = AdaptivePredictor.fit(training)
+    yield f"adaptive linear, order {model.settings.order}", model.score(store, where)
+
+
+class Scorer:
+    """Runs a model over spans in windows of one context."""
+
+    def __init__(self, model: nn.Module, config: AudioConfig, store: TokenStore, device: str = "auto"):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model, self.config, self.store = model.to(device).eval(), config, store
+        self.device = torch.device(device)
+        precision = config.train.precision
+        self.bf16 = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
+        self.zero = QUANTIZERS[config.sound.quantizer].zero
+        # tokens of one forward pass: about 50 (b l d_inner) float32 tensors' worth of 1 GB (CPU) or 20 GB (GPU)
+        budget = (1 if self.device.type == "cpu" else 20) * 2**30
+        self.tokens_at_once = max(1024, budget // (50 * 4 * config.model.d_inner))
+
+    @torch.inference_mode()
+    def run(self, spans: np.ndarray, context: int, class_of: np.ndarray | None = None) -> Iterator[tuple[float, int]]:
+        """(sum of nats, samples) of one batch after the other; `class_of` (sequences,): None for "unknown"."""
+        rows = [
+            (at, min(at + context, end), begin) for start, end, begin in spans.tolist() for at in range(start, end, context)
+        ]
+        # a window inside a recording reads the sample before it, so what `read_windows` needs is the recording's start
+        windows = np.array(rows, np.int64).reshape(-1, 3)
+        for group in group_by_length(windows[:, 1] - windows[:, 0], self.tokens_at_once):
+            bounds = windows[group]
+            yield self._nats(bounds, class_of), int((bounds[:, 1] - bounds[:, 0]).sum())
+
+    def _nats(self, bounds: np.ndarray, class_of: np.ndarray | None) -> float:
+        ids, target, weight = (torch.from_numpy(a).to(self.device) for a in read_windows(self.store, bounds, self.zero))
+        kwargs = {}
+        if self.config.model.n_classes:
+            classes = np.full(len(bounds), self.config.sound.unknown, np.int64)
+            if class_of is not None:
+                classes = class_of[sequence_of(self.store, bounds)]
+            kwargs["classes"] = torch.from_numpy(classes).to(self.device)
+        state, total = None, 0.0
+        step = max(1, self.tokens_at_once // len(ids))
+        for at in range(0, ids.shape[1], step):
+            part = slice(at, at + step)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                logits, state = self.model(ids[:, part], state, return_state=at + step < ids.shape[1], **kwargs)
+            loss, _ = weighted_cross_entropy(logits.float(), target[:, part], weight[:, part])
+            total += loss.double().item()
+        return total
+
+
+def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation", out: Path | None = None) -> Path:
+    """Plots, `{name}.json` and report.md of a run, in the run or in `out`; returns the report's path."""
+    target = Path(out or run_dir)
+    plots = target / "plots"
+    report.plot_audio_evaluation(evaluation, plots / f"{name}.png")
+    write_json(target / f"{name}.json", report.audio_evaluation_dict(evaluation))
+    header, rows = report.audio_evaluation_rows(evaluation)
+    facts = read_run_facts(run_dir)
+    result = facts.get("result", {})
+    lines = [f"# {Path(run_dir).name}", "", report.audio_verdict(evaluation), "", report.markdown_table(header, rows), ""]
+    lines += [
+        "Every row scores the same samples. Unigram, Markov and adaptive linear predictors are fitted on the training split.",
+        "",
+        f"![bits per sample by context](plots/{name}.png)",
+        "",
+    ]
+    metrics = Path(run_dir) / "metrics.csv"
+    if metrics.is_file():
+        best, score = evaluation.best_baseline
+        report.plot_history(read_history(metrics), "bits per sample", plots / "training.png", (f"{best}, test", score.bits))
+        lines += ["![training](plots/training.png)", ""]
+    if result:
+        lines += [
+            f"{facts.get('parameters', 0):,} parameters, {result['tokens']:,} samples in {result['minutes']:.1f} minutes "
+            f"({result['tokens_per_second']:,.0f} samples/s) on {facts.get('machine')}; best at step {result['best_step']:,} "
+            f"of {result['steps']:,}; seqlab {facts.get('seqlab')} ({facts.get('git')}), torch {facts.get('torch')}.",
+            "",
+        ]
+    write_text(target / "report.md", "\n".join(lines))
+    return target / "report.md"
