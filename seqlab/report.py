@@ -240,5 +240,45 @@ def plot_audio_evaluation(evaluation: Any, path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def plot_contact_sheet(samples: Sequence[tuple[str, Any]], sample_rate: int, path: Path) -> Path:
+    """Waveform above spectrogram of every (title, samples float32 (n,)), four in a row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    columns = min(4, max(1, len(samples)))
+    rows = -(-len(samples) // columns)
+    figure, axes = plt.subplots(
+        2 * rows,
+        columns,
+        figsize=(3.0 * columns, 1.75 * rows + 0.3),
+        dpi=80,
+        layout="constrained",
+        squeeze=False,
+        gridspec_kw={"height_ratios": [1, 1.6] * rows},
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, (title, wave) in enumerate(samples):
+        top, bottom = axes[2 * (i // columns), i % columns], axes[2 * (i // columns) + 1, i % columns]
+        seconds = len(wave) / sample_rate
+        bins = min(len(wave), 400)
+        edges = np.linspace(0, len(wave), bins + 1).astype(int)[:-1]
+        low, high = np.minimum.reduceat(wave, edges), np.maximum.reduceat(wave, edges)
+        top.fill_between(edges / sample_rate, low, high, color=MODEL, linewidth=0.4)
+        top.set(xlim=(0, seconds), ylim=(-1, 1))
+        top.set_title(title, fontsize=7, color=INK, pad=2)
+        size = 256
+        padded = np.pad(wave, (size // 2, size // 2 + max(0, size - len(wave))))
+        hop = max(64, len(wave) // 300)
+        frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop] * np.hanning(size)
+        level = 20 * np.log10(np.abs(np.fft.rfft(frames)).T + 1e-4)
+        extent = (0, seconds, 0, sample_rate / 2)
+        bottom.imshow(level, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=-55, vmax=30, interpolation="nearest")
+    return save_figure(figure, path)
+
+
 def _seconds(value: float) -> str:
     return f"{1000 * value:.0f} ms" if value < 1 else f"{value:,.1f} s"
