@@ -31,6 +31,8 @@ train_app = typer.Typer(no_args_is_help=True, help="Train a model.")
 app.add_typer(prep_app, name="prep")
 bench_app = typer.Typer(no_args_is_help=True, help="This machine's numbers, beside whatever peers are installed.")
 app.add_typer(train_app, name="train")
+generate_app = typer.Typer(no_args_is_help=True, help="Make sequences with a trained model.")
+app.add_typer(generate_app, name="generate")
 app.add_typer(bench_app, name="bench")
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -127,7 +129,7 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     Console(highlight=False).print(table)
 
 
-def progress_bar(title: str, unit: str, scale: float = 1.0):
+def progress_bar(title: str, unit: str, scale: float = 1.0, suffix: str = "/s"):
     """(context manager, update(done, total)): a bar with rate and remaining time; silent when not on a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -146,7 +148,7 @@ def progress_bar(title: str, unit: str, scale: float = 1.0):
 
     def update(done: float, total: float | None) -> None:
         speed = bar.tasks[0].speed
-        rate = f"{speed / scale:,.1f} {unit}/s" if speed else ""
+        rate = f"{speed / scale:,.1f} {unit}{suffix}" if speed else ""
         bar.update(task, completed=done, total=total, rate=rate)
 
     return bar, update
@@ -752,6 +754,126 @@ def _eval_audio(loaded, run: Path, data, training: Path, split: str, contexts, d
         note(f"Report with plots: {report_path}")
 
     emit(json_out, {"run": str(run), **report.audio_evaluation_dict(evaluation)}, human=human)
+
+
+@command(generate_app, "audio")
+def generate_audio(
+    run: Annotated[Optional[Path], typer.Argument(help="Run directory or checkpoint; with --resume it is known.")] = None,
+    out: Annotated[str, typer.Option("--out", help="Folder for the WAV files; - for raw PCM on standard output.")] = "samples",
+    seconds: Annotated[float, typer.Option("--seconds", help="Length of each sample, without the prompt.")] = 10.0,
+    num: Annotated[int, typer.Option("--num", help="How many samples.")] = 1,
+    prompt: Annotated[Optional[Path], typer.Option("--prompt", help="A recording to continue.")] = None,
+    prompt_start: Annotated[float, typer.Option("--prompt-start", help="Second at which the prompt begins.")] = 0.0,
+    prompt_seconds: Annotated[Optional[float], typer.Option("--prompt-seconds", help="Length of the prompt.")] = None,
+    with_prompt: Annotated[bool, typer.Option("--with-prompt", help="Write the prompt before its continuation.")] = False,
+    class_: Annotated[
+        Optional[list[str]], typer.Option("--class", help="Class to make; repeated: in turn; `all`: every one in turn.")
+    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", help="1: as learned; 0: always the likeliest.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many likeliest codes; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest codes of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    rank: Annotated[Optional[int], typer.Option("--rank", help="Make so many and keep the --num likeliest.")] = None,
+    runaway: Annotated[str, typer.Option("--runaway", help="What has run away: mark it, or resample it.")] = "mark",
+    batch: Annotated[int, typer.Option("--batch", help="Samples made side by side.")] = 256,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished generation in --out.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", help="Back end of the decoder; auto: the fastest.")] = "auto",
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Make sound with a trained model: WAV files that grow while you listen, likelihoods, a contact sheet.
+
+    Example:  seqlab generate audio runs/digits --seconds 1 --num 20 --class all --out digits/
+    """
+    from tasks import audio, audio_generation, runs
+
+    device = resolve_device(device)
+    to_stdout = out == "-"
+    if to_stdout and (num != 1 or rank is not None or resume or json_out == "-"):
+        raise UserError("--out -: one sample goes to standard output; leave out --num, --rank, --resume and --json -")
+    folder = Path(out)
+    if resume:
+        audio_generation.load_state(folder)
+        checkpoint, settings = audio_generation.load_settings(folder)
+        checkpoint = run or checkpoint
+    else:
+        if run is None:
+            raise UserError("which run? give the directory that `seqlab train audio` wrote")
+        checkpoint = run
+        settings = audio_generation.Settings(
+            seconds=seconds,
+            num=num,
+            prompt=None if prompt is None else str(prompt.resolve()),
+            prompt_start=prompt_start,
+            prompt_seconds=prompt_seconds,
+            with_prompt=with_prompt,
+            classes=tuple(class_ or ()),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            candidates=rank,
+            runaway=runaway,
+            batch=batch,
+        )
+    loaded = runs.load_run(checkpoint, task=audio.NAME)
+    if settings.classes == ("all",):
+        import dataclasses
+
+        if not loaded.config.sound.labels:
+            raise UserError("--class all: this run was trained without classes; prepare data with --label-from")
+        settings = dataclasses.replace(settings, classes=loaded.config.sound.labels)
+    bar, update = progress_bar("generating", "x real time", suffix="")
+    try:
+        generator = audio_generation.Generator(loaded, settings, device, backend, update)
+    except RuntimeError as error:  # the back end cannot run this, and says why
+        raise UserError(str(error)) from None
+    if not to_stdout and not resume:
+        _check_sample_folder(folder, overwrite)
+    with bar:
+        if to_stdout:
+            outcome = generator.to_pcm(audio_generation.write_to_stdout)
+        else:
+            outcome = generator.to_folder(folder, resume)
+    if not outcome.finished:
+        note(f"Stopped after {outcome.seconds_of_sound:.1f} s of sound; saved. Go on with:  "
+             f"{program()} generate audio --resume --out {folder}")  # fmt: skip
+        raise typer.Exit(130)
+    sound = f"{outcome.seconds_of_sound:,.1f} s of sound in {outcome.wall_seconds:,.1f} s"
+    speed = f"{outcome.real_time_factor:,.1f} x real time in all ({outcome.backend} decoder on {device})"
+    if to_stdout:
+        note(f"{sound}: {speed}. Played with:  aplay -f S16_LE -c 1 -r {outcome.sample_rate}")
+        return
+
+    def human() -> None:
+        rows = [
+            [row["file"], row["class"] or "-", f"{row['log_likelihood']:,.0f}", f"{row['bits_per_sample']:.3f}",
+             ", ".join(f"{name} from {at:.1f} s" for name, at in row["marks"].items()) or "-"]
+            for row in outcome.rows
+        ]  # fmt: skip
+        print_table(f"{folder}: {len(rows)} samples", ["file", "class", "log-likelihood", "bits/sample", "ran away"], rows)
+        note(f"{sound}: {speed}. Contact sheet: {folder / 'contact_sheet.png'}")
+
+    emit(json_out, json.loads((folder / "generation.json").read_text()), human=human)
+
+
+def _check_sample_folder(folder: Path, overwrite: bool) -> None:
+    """UserError unless samples may be written to `folder`; removes those of an earlier call with --overwrite."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another --out")
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        hint = "; go on with --resume" if (folder / ".state.pt").exists() else ""
+        raise UserError(f"{folder}: already holds something{hint}; choose another --out, or add --overwrite")
+    if not (folder / "generation.json").is_file():
+        raise UserError(f"{folder}: was not written by `seqlab generate`, so --overwrite leaves it alone; choose another --out")
+    for pattern in ("sample-*.wav", "samples.csv", "generation.json", "contact_sheet.png", ".state.pt"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 # -- plan -----------------------------------------------------------------------------------------------------------

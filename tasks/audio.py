@@ -46,6 +46,7 @@ from tasks import runs
 
 NAME = "audio"
 VOCAB = 256
+SILENCE_WEIGHT = 0.05  # of a sample of `data.end_silence`
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class DataConfig:
     context: int = 8192
     classes: Literal["auto", "none"] = "auto"  # auto: condition on the dataset's labels, if it has any
     class_dropout: float = 0.2  # share of training windows shown as of the class "unknown"
+    # seconds of silence that are taught to follow the end of a recording, with little weight: without them a model of short
+    # recordings has never heard one end, and what it makes beyond their length is anybody's guess
+    end_silence: float = 0.0
     # augmentation, for small datasets: every training window is played louder or softer, faster or slower, and quantized anew
     gain_db: float = 0.0  # up to so much louder or softer
     speed: float = 0.0  # up to this share faster or slower
@@ -82,6 +86,8 @@ class DataConfig:
             raise ValueError(f"context: must be 2 or more, got {self.context}")
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"class_dropout: must lie in [0, 1], got {self.class_dropout}")
+        if not 0 <= self.end_silence <= 60:
+            raise ValueError(f"end_silence: in seconds, must lie in 0 .. 60, got {self.end_silence}")
         if not 0 <= self.gain_db <= 40:
             raise ValueError(f"gain_db: must lie in 0 .. 40, got {self.gain_db}")
         if not 0 <= self.speed <= 0.5:
@@ -138,6 +144,8 @@ class AudioModeling:
         self._sampler(0, 1)  # fails now, not at the first step, if the split is empty
         self.class_of = class_indices(store, self.config.sound.labels)
         self.zero = QUANTIZERS[self.config.sound.quantizer].zero
+        self.end_silence = round(self.config.data.end_silence * self.config.sound.sample_rate)
+        self._ends = store.offsets + store.lengths  # of the recordings, in increasing order
 
     def build_model(self) -> nn.Module:
         return build_model(self.config)
@@ -167,7 +175,7 @@ class AudioModeling:
         hidden = rng.random(len(bounds)) < self.config.data.class_dropout
         batches = []
         for rows in group_by_length(bounds[:, 1] - bounds[:, 0], self.config.train.micro_batch_tokens):
-            batch = self.batch(bounds[rows], hidden[rows], self._augmenter(rng))
+            batch = self.batch(bounds[rows], hidden[rows], self._augmenter(rng), self.end_silence)
             if self.config.data.input_noise:
                 noise = np.rint(rng.normal(0, self.config.data.input_noise, batch["ids"].shape)).astype(np.int16)
                 noisy = np.clip(batch["ids"].numpy().astype(np.int16) + noise, 0, VOCAB - 1)
@@ -192,10 +200,12 @@ class AudioModeling:
 
         return augment
 
-    def batch(self, bounds: np.ndarray, hidden: np.ndarray | None = None, augment=None) -> Batch:
+    def batch(self, bounds: np.ndarray, hidden: np.ndarray | None = None, augment=None, end_silence: int = 0) -> Batch:
         """Windows (start, end, start of the interval), (b 3) -> ids, target, weight (b l), start (b,) and, with classes,
         classes (b,): "unknown" where `hidden` (None: everywhere)."""
-        ids, target, weight = read_windows(self.store, bounds, self.zero, augment)
+        is_end = self._ends[np.searchsorted(self._ends, bounds[:, 1])] == bounds[:, 1]
+        silence = np.where(is_end, end_silence, 0)
+        ids, target, weight = read_windows(self.store, bounds, self.zero, augment, silence)
         batch = {
             "ids": torch.from_numpy(ids),
             "target": torch.from_numpy(target),
@@ -227,7 +237,7 @@ class AudioModeling:
         return batch["weight"].sum().item()
 
     def tokens(self, batch: Batch) -> int:
-        return int(batch["weight"].sum().item())
+        return int((batch["weight"] == 1).sum())
 
     def metric_value(self, mean_loss: float) -> float:
         return mean_loss / math.log(2)
@@ -290,22 +300,31 @@ def sequence_of(store: TokenStore, bounds: np.ndarray) -> np.ndarray:
 
 
 def read_windows(
-    store: TokenStore, bounds: np.ndarray, zero: int, augment: Callable[[np.ndarray], np.ndarray] | None = None
+    store: TokenStore,
+    bounds: np.ndarray,
+    zero: int,
+    augment: Callable[[np.ndarray], np.ndarray] | None = None,
+    silence: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Windows (start, end, start of the interval), (b 3) -> ids uint8, target uint8, weight float32, each (b l), padded on
-    the right: ids are the targets one sample late. `augment` turns the codes of a window into others."""
+    the right with silence: ids are the targets one sample late. `augment` turns the codes of a window into others; the first
+    `silence` (b,) samples of padding weigh SILENCE_WEIGHT."""
+    silence = np.zeros(len(bounds), np.int64) if silence is None else silence
     rows = []
     for start, end, begin in bounds.tolist():
         codes = store.tokens[max(begin, start - 1) : end]
         codes = codes if augment is None else augment(codes)
         rows.append(codes if start > begin else np.concatenate([np.full(1, zero, np.uint8), codes]))
-    longest = max(map(len, rows)) - 1
+    longest = max(len(codes) - 1 + n for codes, n in zip(rows, silence.tolist()))
     ids = np.full((len(rows), longest), zero, np.uint8)
     target = ids.copy()
     weight = np.zeros(ids.shape, np.float32)
     for i, codes in enumerate(rows):
         n = len(codes) - 1
         ids[i, :n], target[i, :n], weight[i, :n] = codes[:-1], codes[1:], 1
+        if silence[i]:
+            ids[i, n] = codes[-1]
+            weight[i, n : n + silence[i]] = SILENCE_WEIGHT
     return ids, target, weight
 
 
