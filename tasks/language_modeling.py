@@ -225,8 +225,12 @@ class LanguageModeling:
     # -- loss ------------------------------------------------------------------------------------------------------
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits, _ = model(batch["ids"], return_state=False)
+        return self.piece_loss(logits, batch, 0, logits.shape[1])
+
+    def piece_loss(self, output: Tensor, batch: Batch, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        piece = slice(start, stop)
         return weighted_cross_entropy(
-            logits[..., FIRST_BASE : LAST_BASE + 1], base_index(batch["target"]), batch["weight"]
+            output[..., FIRST_BASE : LAST_BASE + 1], base_index(batch["target"][:, piece]), batch["weight"][:, piece]
         )
 
     def weight(self, batch: Batch) -> float:

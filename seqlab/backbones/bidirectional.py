@@ -7,7 +7,7 @@ operators run right to left themselves.
 
 from torch import Tensor, nn
 
-from seqlab.backbones.mamba import BackboneConfig, Mamba, MambaMixer
+from seqlab.backbones.mamba import BackboneConfig, Mamba, MambaMixer, MixerState
 
 
 class BidirectionalMixer(nn.Module):
@@ -39,6 +39,25 @@ class BidirectionalMixer(nn.Module):
         if tied and fwd.out_proj.bias is None:
             return fwd.out_proj(y + y_rev), None
         return fwd.out_proj(y) + rev.out_proj(y_rev), None
+
+    def direction(
+        self,
+        x: Tensor,
+        reverse: bool,
+        state: MixerState | None = None,
+        mask: Tensor | None = None,
+        return_state: bool = True,
+    ) -> tuple[Tensor, MixerState | None]:
+        """One direction alone, (b l d_model), which is causal in its own time: it can be fed in pieces, for `reverse`
+        from the right. `meet` of both is what `forward` gives."""
+        mixer = self.mamba_rev if reverse else self.mamba_fwd
+        u, z = mixer.in_proj(x).chunk(2, dim=-1)
+        y, state = mixer.scan(u, z, state, mask, reverse=reverse, return_state=return_state)
+        return mixer.out_proj(y), state
+
+    def meet(self, forwards: Tensor, backwards: Tensor) -> Tensor:
+        """The two directions' outputs put together, (b l d_model)."""
+        return forwards * backwards if self.config.combine == "multiply" else forwards + backwards
 
 
 class BidirectionalMamba(Mamba):

@@ -30,10 +30,18 @@ class ReverseComplementEquivariant(nn.Module):
     def forward(self, ids: Tensor, state: None = None, mask: Tensor | None = None, return_state: bool = False):
         if state is not None:
             raise ValueError("a reverse-complement equivariant model has no state: it reads the sequence both ways")
-        both = torch.cat([ids, self.complement[ids.long()].flip(1).to(ids.dtype)])  # (2b l)
-        both_mask = None if mask is None else torch.cat([mask, mask.flip(1)])
+        both, both_mask = self.both_strands(ids, mask)
         forward_strand, reverse_strand = self.model(both, mask=both_mask, return_state=False)[0].chunk(2)
-        return forward_strand + reverse_strand.flip(1)[..., self.complement], None
+        return self.combine_strands(forward_strand, reverse_strand), None
+
+    def both_strands(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """ids and mask (b l) -> (2b l): each sequence, then each one's reverse complement."""
+        both = torch.cat([ids, self.complement[ids.long()].flip(1).to(ids.dtype)])
+        return both, None if mask is None else torch.cat([mask, mask.flip(1)])
+
+    def combine_strands(self, forward_strand: Tensor, reverse_strand: Tensor) -> Tensor:
+        """Logits (b l vocab) of the two strands, each in its own frame -> those of the model."""
+        return forward_strand + reverse_strand.flip(1)[..., self.complement]
 
 
 def average_strands(model: nn.Module, complement: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class LanguageHead(nn.Module):
-    """(b l d_model) -> (b l vocab) float32 logits; the weight may be the embedding's (tied)."""
+    """(b l d_model) -> (b l vocab) logits in float32 (float64 for a float64 model); the weight may be the embedding's (tied)."""
 
     def __init__(self, d_model: int, vocab_size: int, tied_to: nn.Embedding | None = None):
         super().__init__()
@@ -17,7 +17,8 @@ class LanguageHead(nn.Module):
             self.weight = tied_to.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight).float()
+        logits = F.linear(x, self.weight)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,3 +45,13 @@ class Task(Protocol):
         """Where the batch comes from, for the message about a loss that is not a number."""
 
     def resolved_config(self) -> Any: ...
+
+    # Optional. A task whose loss is a sum over positions can be trained in pieces of a sequence, and so on sequences of
+    # any length (seqlab/training/memory.py), if it has this method and keeps to one convention: the model is fed
+    # batch["ids"] (b l ...), uncut along dimension 1, and, if there is one, batch["mask"] (b l), and nothing else; every
+    # tensor of a batch has its rows in dimension 0. Then
+    #
+    #     def piece_loss(self, output: Tensor, batch: Batch, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    #         """What `loss` sums over positions start .. stop, whose output (b stop-start ...) the model gave."""
+    #
+    # and `loss(model, batch)` is `piece_loss(model(batch["ids"])[0], batch, 0, l)`. See tasks/language_modeling.py.
