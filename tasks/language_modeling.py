@@ -115,24 +115,51 @@ class DnaConfig:
             raise ValueError(f"train.context_parallel: {sharing} devices cannot share a window of {shortest} bases")
 
 
-class LanguageModeling:
-    """The task that `seqlab.training` trains; see seqlab/training/task.py for the protocol."""
+class LanguageObjective:
+    """What is asked of a DNA language model: the model and its loss. No data: this much is enough to plan a run."""
 
     metric = "bits per base"
     positionwise = True
 
-    def __init__(self, config: DnaConfig, store: TokenStore):
-        self.config, self.store = config, store
+    def __init__(self, config: DnaConfig):
+        self.config = config
         self.is_causal = config.model.direction == "causal"
-        self._samplers: dict[tuple[int, int, int], WindowSampler] = {}
-        self.extra = 1 if self.is_causal else 0  # a causal window holds one base more: the last target
-        self._sampler(config.data.context, 0, 1)  # fails now, not at the first step, if no window fits
 
     def build_model(self) -> nn.Module:
         return build_dna_model(self.config.model)
 
     def resolved_config(self) -> DnaConfig:
         return self.config
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits, _ = model(batch["ids"], return_state=False)
+        return self.piece_loss(logits, batch, 0, logits.shape[1])
+
+    def piece_loss(self, output: Tensor, batch: Batch, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        piece = slice(start, stop)
+        return weighted_cross_entropy(
+            output[..., FIRST_BASE : LAST_BASE + 1], base_index(batch["target"][:, piece]), batch["weight"][:, piece]
+        )
+
+    def weight(self, batch: Batch) -> float:
+        return batch["weight"].sum().item()
+
+    def tokens(self, batch: Batch) -> int:
+        return batch["ids"].numel()
+
+    def metric_value(self, mean_loss: float) -> float:
+        return mean_loss / math.log(2)
+
+
+class LanguageModeling(LanguageObjective):
+    """The task that `seqlab.training` trains; see seqlab/training/task.py for the protocol."""
+
+    def __init__(self, config: DnaConfig, store: TokenStore):
+        super().__init__(config)
+        self.store = store
+        self._samplers: dict[tuple[int, int, int], WindowSampler] = {}
+        self.extra = 1 if self.is_causal else 0  # a causal window holds one base more: the last target
+        self._sampler(config.data.context, 0, 1)  # fails now, not at the first step, if no window fits
 
     # -- data ------------------------------------------------------------------------------------------------------
     def context_at(self, step: int) -> int:
@@ -222,26 +249,6 @@ class LanguageModeling:
                 starts = np.array([start for start, _ in chunk])
                 yield evaluation_mask_batch(tokens, starts, self.config.masking.rate)
 
-    # -- loss ------------------------------------------------------------------------------------------------------
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits, _ = model(batch["ids"], return_state=False)
-        return self.piece_loss(logits, batch, 0, logits.shape[1])
-
-    def piece_loss(self, output: Tensor, batch: Batch, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        piece = slice(start, stop)
-        return weighted_cross_entropy(
-            output[..., FIRST_BASE : LAST_BASE + 1], base_index(batch["target"][:, piece]), batch["weight"][:, piece]
-        )
-
-    def weight(self, batch: Batch) -> float:
-        return batch["weight"].sum().item()
-
-    def tokens(self, batch: Batch) -> int:
-        return batch["ids"].numel()
-
-    def metric_value(self, mean_loss: float) -> float:
-        return mean_loss / math.log(2)
-
     def describe(self, batch: Batch) -> str:
         starts = batch.get("start")
         if starts is None:
@@ -249,6 +256,16 @@ class LanguageModeling:
         places = [self.store.locate(int(start)) for start in starts[:3]]
         more = f" and {len(starts) - 3} more" if len(starts) > 3 else ""
         return "windows at " + ", ".join(f"{name}:{position}" for name, position in places) + more
+
+
+def example_batch(config: DnaConfig, rows: int, length: int) -> Batch:
+    """Random bases in a batch's clothes, for the planner and benchmarks."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(FIRST_BASE, LAST_BASE + 1, (rows, length), dtype=torch.uint8, generator=generator)
+    if config.model.direction == "causal":
+        return {"ids": tokens, "target": tokens.roll(-1, 1), "weight": torch.ones(rows, length)}
+    chosen = torch.rand(rows, length, generator=generator) < config.masking.rate
+    return {"ids": tokens.where(~chosen, nucleotide.MASK), "target": tokens, "weight": chosen.float()}
 
 
 def build_dna_model(config: ModelConfig) -> nn.Module:

@@ -251,6 +251,22 @@ class Block(nn.Module):
         y, state = self.mixer(self.norm(x), state, mask, return_state)
         return x + self.dropout(y), state
 
+    def direction(
+        self,
+        x: Tensor,
+        reverse: bool,
+        state: MixerState | None = None,
+        mask: Tensor | None = None,
+        return_state: bool = True,
+    ) -> tuple[Tensor, MixerState | None]:
+        """What one direction of a bidirectional mixer adds to x (b l d_model), before dropout, and its state: causal in its
+        own time, so that x can be fed in pieces, for `reverse` from the right."""
+        if self.fuse and self._fusible(x, mask):
+            mixers = (self.mixer.directions()[reverse],)
+            y, conv_state, ssm_state = self._mamba_block(x, mixers, (reverse,), False, state, return_state)
+            return y, MixerState(conv_state, ssm_state) if return_state else None
+        return self.mixer.direction(self.norm(x), reverse, state, mask, return_state)
+
     def _fusible(self, x: Tensor, mask: Tensor | None) -> bool:
         mixer, config = self.mixer, self.mixer.config
         if block.unavailable(x, config.d_inner, config.d_state, mask) is not None or not mixer.directions():
@@ -262,8 +278,15 @@ class Block(nn.Module):
 
     def _fused(self, x: Tensor, state: MixerState | None, return_state: bool):
         mixers = self.mixer.directions()
-        first, dropout = mixers[0], self.dropout.p > 0 and self.training
-        y, conv_state, ssm_state = block.mamba_block(
+        dropout = self.dropout.p > 0 and self.training
+        reverse = (False, True)[: len(mixers)]
+        y, conv_state, ssm_state = self._mamba_block(x, mixers, reverse, not dropout, state, return_state)
+        state = MixerState(conv_state, ssm_state) if return_state else None
+        return (x + self.dropout(y) if dropout else y), state
+
+    def _mamba_block(self, x: Tensor, mixers, reverse, residual: bool, state: MixerState | None, return_state: bool):
+        first = mixers[0]
+        return block.mamba_block(
             x,
             self.norm.weight,
             self.norm.eps,
@@ -283,14 +306,12 @@ class Block(nn.Module):
                 )
                 for m in mixers
             ),
-            (False, True)[: len(mixers)],
-            residual=not dropout,
+            reverse,
+            residual=residual,
             conv_state=None if state is None else state.conv,
             ssm_state=None if state is None else state.ssm,
             return_state=return_state,
         )
-        state = MixerState(conv_state, ssm_state) if return_state else None
-        return (x + self.dropout(y) if dropout else y), state
 
 
 class Mamba(nn.Module):

@@ -13,8 +13,64 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from seqlab.errors import UserError
+from seqlab.training import memory as modes
+from seqlab.training import planner
 from seqlab.training.checkpoint import save_model, write_text
+from seqlab.training.memory import Memory
 from seqlab.training.module import TrainConfig, TrainingModule
+
+
+class MemoryChoice(Callback):
+    """Before the first step: how gradients are computed, as configured or chosen by the planner. A resumed run keeps what it
+    had, so that it goes on to the same bits. Raises UserError when a step cannot fit."""
+
+    def __init__(self, train: TrainConfig):
+        self.train_config = train
+        self.memory: Memory | None = None
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: TrainingModule) -> None:
+        if self.memory is None or not self._allows(self.memory):
+            answer = None
+            if trainer.is_global_zero:
+                try:
+                    answer = self._choose(trainer, module)
+                except UserError as error:
+                    answer = error
+            answer = trainer.strategy.broadcast(answer)
+            if isinstance(answer, UserError):
+                raise answer
+            self.memory, line = answer
+            if trainer.is_global_zero:
+                print(line, file=sys.stderr, flush=True)
+        module.memory = self.memory
+        modes.prepare(self.memory, module.model)
+
+    def _allows(self, memory: Memory) -> bool:
+        """Whether the configuration, which a resumed run may change, leaves room for what the run had."""
+        train = self.train_config
+        mode = "block" if train.checkpoint_blocks else train.memory
+        return mode in ("auto", memory.mode) and train.chunk_tokens in (None, memory.chunk_tokens)
+
+    def _choose(self, trainer: lightning.Trainer, module: TrainingModule) -> tuple[Memory, str]:
+        train, task, place = self.train_config, module.task, module.place
+        # the last step is the largest: length warm-up is over
+        batches = [place.piece(b) for b in task.train_batches(train.max_steps - 1, place.data_rank, place.data_size)]
+        batch = max(batches, key=task.tokens)
+        if "ids" not in batch:
+            mode = "block" if train.checkpoint_blocks else "plain" if train.memory == "auto" else train.memory
+            return Memory(mode, train.chunk_tokens), f"memory: {mode}"
+        batch = {key: value.to(module.device) for key, value in batch.items()}
+        model = module.model
+        if place.context > 1:  # this process alone measures: with a model that waits for no other
+            model = task.build_model().to(module.device)
+        return planner.choose(model, task, batch, len(batches), train, trainer.precision == "bf16-mixed")
+
+    def state_dict(self) -> dict:
+        return {} if self.memory is None else {"mode": self.memory.mode, "chunk_tokens": self.memory.chunk_tokens}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.memory = Memory(**state) if state else None
 
 
 class Clock(Callback):

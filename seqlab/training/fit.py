@@ -18,8 +18,9 @@ import seqlab
 from seqlab.config import dump_yaml
 from seqlab.errors import UserError
 from seqlab.processes import launched
-from seqlab.training.callbacks import Clock, History, ProgressBar, Validation
+from seqlab.training.callbacks import Clock, History, MemoryChoice, ProgressBar, Validation
 from seqlab.training.checkpoint import AtomicCheckpointIO, load_model, write_json
+from seqlab.training.memory import MODES, unavailable
 from seqlab.training.module import TrainConfig, TrainingModule
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Task
@@ -74,7 +75,7 @@ def fit(
         num_nodes=started.nodes if started else 1,
         precision={"float32": "32-true", "bfloat16": "bf16-mixed"}[precision],
         max_steps=train.max_steps,
-        callbacks=[clock, history, validation, bar],
+        callbacks=[MemoryChoice(train), clock, history, validation, bar],
         logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,
@@ -93,13 +94,9 @@ def fit(
         interrupted = True
     except SystemExit:  # Lightning turns Ctrl-C into an exit on some strategies
         interrupted = True
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"out of GPU memory at step {trainer.global_step}; try --set train.checkpoint_blocks=true, "
-            f"--set train.micro_batch_tokens={max(1, train.tokens_per_step // 4)} or a smaller --context; "
-            "the last checkpoint is kept, --resume goes on from it"
-        ) from None
-    except RuntimeError as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if is_out_of_memory(error):
+            raise UserError(out_of_memory_advice(module, checkpoint, trainer.global_step)) from None
         if not lost_contact(error):
             raise
         raise UserError(
@@ -125,6 +122,26 @@ def fit(
 def lost_contact(error: RuntimeError) -> bool:
     """Whether a collective failed, which is how a process learns that another one is gone."""
     return isinstance(error, torch.distributed.DistError) or any(name in str(error) for name in ("gloo", "Gloo", "NCCL"))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def out_of_memory_advice(module: TrainingModule, checkpoint: Path, step: int) -> str:
+    """One line: what to change, and how to go on."""
+    memory, sparing = module.memory, None
+    for mode in MODES[MODES.index(memory.mode) + 1 :]:
+        if unavailable(mode, module.model, module.task, module.device) is None:
+            sparing = f"--set train.memory={mode}"
+            break
+    if sparing is None and memory.chunk_tokens is not None:
+        sparing = f"--set train.chunk_tokens={max(1, memory.chunk_tokens // 2)}"
+    elif sparing is None:
+        sparing = f"--set train.chunk_tokens={max(1, module.train_config.tokens_per_step // 4)}"
+    place = "GPU memory" if module.device.type == "cuda" else "memory"
+    how = "the last checkpoint is kept: add it to --resume" if checkpoint.is_file() else "nothing was saved yet: start again"
+    return f"out of {place} at step {step} with memory: {memory}; try {sparing}, or a smaller --context; {how}"
 
 
 def keep_freed_memory() -> None:

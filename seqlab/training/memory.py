@@ -29,6 +29,7 @@ What a task needs for this is in seqlab/training/task.py: `piece_loss`.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,19 +45,31 @@ from seqlab.training.task import Batch, Task
 
 Mode = Literal["plain", "block", "chunked", "layerwise", "offload"]
 MODES: tuple[Mode, ...] = ("plain", "block", "chunked", "layerwise", "offload")
+CUTTING: tuple[Mode, ...] = ("chunked", "layerwise", "offload")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """How the gradient of a batch is computed: a mode and, for those that cut sequences, the tokens of a piece."""
+    """How the gradient of a batch is computed.
+
+    chunk_tokens: the most tokens at work at once, over all rows: a batch of more is dealt out by rows, and the modes that
+        cut sequences cut a row that alone is longer. None: all of a batch (plain and block only).
+    """
 
     mode: Mode = "plain"
-    chunk_tokens: int = 65_536
+    chunk_tokens: int | None = None
 
     @property
-    def cuts(self) -> bool:
+    def is_divided(self) -> bool:
         """Whether backward is called many times a batch, on parts of it."""
-        return self.mode in ("chunked", "layerwise", "offload")
+        return self.chunk_tokens is not None
+
+    @property
+    def cuts_sequences(self) -> bool:
+        return self.mode in CUTTING
+
+    def __str__(self) -> str:
+        return self.mode + ("" if self.chunk_tokens is None else f", {self.chunk_tokens:,} tokens at a time")
 
 
 def unavailable(mode: Mode, model: nn.Module, task: Task, device: torch.device) -> str | None:
@@ -69,12 +82,12 @@ def unavailable(mode: Mode, model: nn.Module, task: Task, device: torch.device) 
         if any(hasattr(module, "checkpoint_blocks") for module in model.modules()):
             return None
         return "its backbone has no blocks to recompute"
+    if mode == "chunked":
+        if inner is not model or not getattr(backbone, "is_causal", False):
+            return "only a causal model can be run in pieces; this one sees the whole sequence at every position"
+        return None if hasattr(task, "piece_loss") or hasattr(task, "piece") else "the task cannot score pieces of a sequence"
     if not hasattr(task, "piece_loss"):
         return "the task's loss is not a sum over positions"
-    if mode == "chunked":
-        if inner is model and getattr(backbone, "is_causal", False):
-            return None
-        return "only a causal model can be run in pieces; this one sees the whole sequence at every position"
     if not all(hasattr(inner, name) for name in ("embedding", "dropout", "backbone", "lm_head")) or not all(
         isinstance(layer, Block) and isinstance(layer.mixer, BidirectionalMixer) for layer in getattr(backbone, "layers", [None])
     ):
@@ -102,10 +115,10 @@ def backward(
     """Add the gradient of `scale` times the batch's loss to the parameters' `.grad`; returns the loss, a sum over the
     batch's positions, detached, ().
 
-    `run_backward` is called in the modes that call backward once (plain, block). The others use autograd directly, many
+    `run_backward` is called if backward is called once (chunk_tokens None). Otherwise autograd is used directly, many
     times; with DDP around the model call `synchronise` afterwards.
     """
-    if not memory.cuts:
+    if not memory.is_divided:
         loss, _ = task.loss(model, batch)
         run_backward(loss * scale)
         return loss.detach()
@@ -117,14 +130,14 @@ def backward(
 def loss(memory: Memory, model: nn.Module, task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
     """`task.loss` without gradients, in no more memory than `backward` takes."""
     with torch.no_grad():
-        if not memory.cuts:
+        if not memory.is_divided:
             return task.loss(model, batch)
         with _no_cast_cache(), torch.random.fork_rng(_devices(batch)):
             return _cut(memory, model, task, batch, None, seed=0)
 
 
 def synchronise(model: nn.Module, run_backward: Callable[[Tensor], Any]) -> None:
-    """After `backward` in a mode that cuts: let DDP average the gradients that lie in `.grad`.
+    """After `backward` on divided batches: let DDP average the gradients that lie in `.grad`.
 
     DDP averages what has accumulated when a backward pass that it watches reaches a parameter; this one reaches every
     parameter and adds zero.
@@ -145,7 +158,7 @@ def _cut(
     for i in range(0, rows, together):
         part = {key: value[i : i + together] for key, value in batch.items()}
         _seed(seed, i)
-        if len(part["ids"]) * length <= memory.chunk_tokens:
+        if not memory.cuts_sequences or len(part["ids"]) * length <= memory.chunk_tokens:
             with torch.set_grad_enabled(scale is not None):
                 value, weight = task.loss(model, part)
             if scale is not None:
@@ -165,38 +178,42 @@ def pieces(rows: int, length: int, chunk_tokens: int) -> list[slice]:
 
 
 def _chunked(memory, model, task, batch, scale, seed) -> tuple[Tensor, Tensor]:
-    ids, mask = batch["ids"], batch.get("mask")
-    cuts = pieces(*ids.shape[:2], memory.chunk_tokens)
-
-    def run(i: int, state: Any, return_state: bool):
-        piece = cuts[i]
-        _seed(*seed, i)
-        return model(ids[:, piece], state, mask=None if mask is None else mask[:, piece], return_state=return_state)
-
-    def piece_loss(output: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        return task.piece_loss(output, batch, cuts[i].start, cuts[i].stop)
-
+    cuts = pieces(*batch["ids"].shape[:2], memory.chunk_tokens)
+    piece = getattr(task, "piece", None) or functools.partial(_piece, task)
     last = len(cuts) - 1
-    states, sums = [None], []
+
+    def run(i: int, state: Any):
+        _seed(*seed, i)
+        return piece(model, batch, cuts[i].start, cuts[i].stop, state, i < last)
+
+    state, states, sums = None, [], []
     with torch.no_grad():
         for i in range(last if scale is not None else last + 1):
-            output, state = run(i, states[i], i < last)
             states.append(state)
-            if scale is None:
-                sums.append(torch.stack(piece_loss(output, i)))
-                states[i] = None
+            value, weight, state = run(i, state)
+            sums.append(torch.stack([value, weight]))
     if scale is None:
         return tuple(torch.stack(sums).sum(0))
     gradients: list[Tensor | None] = []
     for i in range(last, -1, -1):
         with torch.enable_grad():
-            state, leaves = _leaves(states.pop())
-            output, after = run(i, state, i < last)
-            value, weight = piece_loss(output, i)
+            state, leaves = _leaves(state)
+            value, weight, after = run(i, state)
+        if i == last:
+            sums.append(torch.stack([value.detach(), weight.detach()]))
         _back([value * scale, *_tensors(after)], [None, *gradients])
         gradients = [leaf.grad for leaf in leaves]
-        sums.append(torch.stack([value.detach(), weight.detach()]))
+        state = states.pop() if states else None
     return tuple(torch.stack(sums).sum(0))
+
+
+def _piece(task: Task, model: nn.Module, batch: Batch, start: int, stop: int, state: Any, more: bool):
+    """`task.piece` of a task that has only `piece_loss`."""
+    mask = batch.get("mask")
+    output, state = model(
+        batch["ids"][:, start:stop], state, mask=None if mask is None else mask[:, start:stop], return_state=more
+    )
+    return *task.piece_loss(output, batch, start, stop), state
 
 
 def _layerwise(memory, model, task, batch, scale, seed) -> tuple[Tensor, Tensor]:
@@ -298,8 +315,8 @@ def _direction(layer: Block, mask: Tensor | None, cuts: list[slice]):
 
     def run(x: Tensor, i: int, reverse: bool, state, return_state: bool, whole: bool = True):
         piece = cuts[i]
-        return layer.mixer.direction(
-            layer.norm(x[:, piece] if whole else x),
+        return layer.direction(
+            x[:, piece] if whole else x,
             reverse,
             state,
             None if mask is None else mask[:, piece],
@@ -340,6 +357,24 @@ def _assemble(make: Callable[[int], Tensor], cuts: list[slice], length: int) -> 
             whole = torch.empty((part.shape[0], length, part.shape[2]), dtype=part.dtype, device=part.device)
         whole[:, piece] = part
     return whole
+
+
+def state_bytes(mode: Mode, model: nn.Module, task: Task, batch: Batch) -> int:
+    """Bytes of the states kept at one cut of one row."""
+    one = {key: value[:1] for key, value in batch.items()}
+    with torch.no_grad(), torch.random.fork_rng(_devices(batch)):
+        if mode == "chunked":
+            piece = getattr(task, "piece", None) or functools.partial(_piece, task)
+            states = piece(model, one, 0, 1, None, True)[2]
+        elif mode in CUTTING:
+            inner = _inner(model)
+            x = inner.embedding(one["ids"][:, :1].long())
+            x = torch.cat([x, x]) if inner is not model else x
+            layers = inner.backbone.layers
+            states = [layer.direction(x, reverse)[1] for layer in layers for reverse in (False, True)]
+        else:
+            return 0
+    return sum(t.numel() * t.element_size() for t in _tensors(states))
 
 
 # -- where block inputs are kept -------------------------------------------------------------------------------------

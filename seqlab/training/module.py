@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from seqlab.errors import UserError
+from seqlab.training import memory
+from seqlab.training.memory import CUTTING, Memory
 from seqlab.training.optim import OptimConfig, learning_rate, make_optimizer
 from seqlab.training.place import Place
 from seqlab.training.task import Batch, Task
@@ -27,7 +29,7 @@ class TrainConfig:
     max_steps: int = 10_000
     max_minutes: float | None = None
     tokens_per_step: int = 65_536  # held constant as context grows
-    micro_batch_tokens: int | None = None  # most tokens in one forward pass; null: all of a step
+    micro_batch_tokens: int | None = None  # most tokens of a batch made at once; null: all of a step
     validate_every: int = 200  # steps; a checkpoint is saved as often
     validation_tokens: int = 500_000
     patience: int = 0  # validations without an improvement before stopping; 0: never stop early
@@ -36,7 +38,9 @@ class TrainConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     context_parallel: int = 1  # devices that share a sequence, each with a piece of it; divides devices
-    checkpoint_blocks: bool = False  # recompute blocks in the backward pass: less memory, one more forward
+    memory: Literal["auto", "plain", "block", "chunked", "layerwise", "offload"] = "auto"  # docs/long-context.md
+    chunk_tokens: int | None = None  # most tokens at work at once; null: chosen with the memory mode
+    checkpoint_blocks: bool = False  # what memory: block was called
     compile: bool = False
     ema_decay: float = 0.0  # above 0: an exponential moving average of the weights is validated and kept
     seed: int = 0
@@ -51,10 +55,19 @@ class TrainConfig:
                 f"context_parallel: {self.context_parallel} does not divide devices {self.devices}; start a multiple of "
                 f"{self.context_parallel} processes (--devices, or torchrun --nproc-per-node)"
             )
+        if self.context_parallel > 1 and (self.memory in CUTTING or self.chunk_tokens is not None):
+            raise ValueError(
+                f"memory: {self.memory}, chunk_tokens: {self.chunk_tokens}: devices that share a sequence each hold one piece "
+                "of it and cut it no further; use memory: auto, plain or block without chunk_tokens, or more devices"
+            )
         if self.compile and self.context_parallel > 1:
             raise ValueError("compile: not together with context_parallel; set one of them to its default")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise ValueError(f"micro_batch_tokens: must be 1 or more, or null, got {self.micro_batch_tokens}")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens: must be 1 or more, or null, got {self.chunk_tokens}")
+        if self.checkpoint_blocks and self.memory not in ("auto", "block"):
+            raise ValueError(f"checkpoint_blocks: true is memory: block, got memory: {self.memory}; leave one of them out")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes: must be above 0, or null, got {self.max_minutes}")
         if self.patience < 0:
@@ -105,6 +118,7 @@ class TrainingModule(lightning.LightningModule):
         if train.ema_decay > 0:
             self.ema = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=_average(train.ema_decay))
             self.ema.requires_grad_(False)  # several ranks: DDP waits for a gradient of whatever asks for one
+        self.memory = Memory()  # set by the MemoryChoice callback
         self.progress_share = lambda: 0.0  # set by the Clock callback, which knows the time
 
     @property
@@ -145,12 +159,13 @@ class TrainingModule(lightning.LightningModule):
         total = total.float().clamp(min=1.0)
         loss_sum = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            with contextlib.nullcontext() if last or world == 1 else self.trainer.strategy.model.no_sync():
-                loss, _ = self.task.loss(self.model, batch)
+            reduces = i == len(batches) - 1 and not self.memory.is_divided
+            with contextlib.nullcontext() if reduces or world == 1 else self.trainer.strategy.model.no_sync():
                 # DDP averages over ranks; times world it is the sum, over the global weight it is the exact mean
-                self.manual_backward(loss * (world / total))
-            loss_sum += loss.detach()
+                scale = world / total
+                loss_sum += memory.backward(self.memory, self.model, self.task, batch, scale, self.manual_backward)
+        if self.memory.is_divided and world > 1:
+            memory.synchronise(self.model, self.manual_backward)
         clip = self.optim_config.clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         mean = self.trainer.strategy.reduce(loss_sum, reduce_op="sum") / total
@@ -172,7 +187,7 @@ class TrainingModule(lightning.LightningModule):
         with self.trainer.precision_plugin.forward_context():
             for batch in self.task.validation_batches(self.place.data_rank, self.place.data_size):
                 batch = {key: value.to(self.device) for key, value in self.place.piece(batch).items()}
-                sums += torch.stack(self.task.loss(model, batch)).double()
+                sums += torch.stack(memory.loss(self.memory, model, self.task, batch)).double()
         model.train(was_training)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         if sums[1] == 0:
@@ -200,7 +215,7 @@ class TrainingModule(lightning.LightningModule):
                     break
             hooks = [m.register_forward_hook(watch(name)) for name, m in self.model.named_modules() if name]
             for batch in batches:
-                loss_sum, _ = self.task.loss(self.model, batch)
+                loss_sum, _ = memory.loss(self.memory, self.model, self.task, batch)
                 if bad is None and (where or not torch.isfinite(loss_sum)):
                     bad = batch  # and on through the others: ranks that share a sequence must run the same batches
             for hook in hooks:

@@ -46,12 +46,20 @@ class Task(Protocol):
 
     def resolved_config(self) -> Any: ...
 
-    # Optional. A task whose loss is a sum over positions can be trained in pieces of a sequence, and so on sequences of
-    # any length (seqlab/training/memory.py), if it has this method and keeps to one convention: the model is fed
-    # batch["ids"] (b l ...), uncut along dimension 1, and, if there is one, batch["mask"] (b l), and nothing else; every
-    # tensor of a batch has its rows in dimension 0. Then
+    # Optional, for memory modes that work on a piece of the sequence at a time (seqlab/training/memory.py), and so for
+    # sequences of any length. One convention: batch["ids"] is (b l ...) and every tensor of a batch has its rows in
+    # dimension 0.
+    #
+    # A loss that is a sum over positions (see tasks/language_modeling.py). The model is fed batch["ids"] and, if there is
+    # one, batch["mask"] (b l), and nothing else; `loss(model, batch)` is `piece_loss(model(batch["ids"])[0], batch, 0, l)`.
     #
     #     def piece_loss(self, output: Tensor, batch: Batch, start: int, stop: int) -> tuple[Tensor, Tensor]:
     #         """What `loss` sums over positions start .. stop, whose output (b stop-start ...) the model gave."""
     #
-    # and `loss(model, batch)` is `piece_loss(model(batch["ids"])[0], batch, 0, l)`. See tasks/language_modeling.py.
+    # Anything else that a causal model computes from left to right, such as a class from features pooled on the way: the
+    # state is any nest of tensors, and holds all that later pieces need. The losses of the pieces add up to `loss`; a
+    # piece without one returns zeros, ().
+    #
+    #     def piece(self, model, batch, start: int, stop: int, state: Any, more: bool) -> tuple[Tensor, Tensor, Any]:
+    #         """Loss, weight and the state after positions start .. stop; `state` is None at the start of the sequence,
+    #         `more` False at its last piece."""

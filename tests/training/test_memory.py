@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqlab.heads.language import weighted_cross_entropy
-from seqlab.model import LanguageModel, ModelConfig, build_model
+from seqlab.model import ModelConfig, build_model
 from seqlab.training import memory
 from seqlab.training.memory import Memory
 
