@@ -101,6 +101,30 @@ def test_bidirectional_block(emulated, length, dtype):
     assert max(both("bidirectional", dtype, length, False, False))[0] < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("length", (1, 2, 65))
+@pytest.mark.parametrize("reverse", (False, True))
+def test_one_direction_in_pieces(emulated, monkeypatch, length, reverse):
+    """What the layer by layer memory mode runs: one direction of a bidirectional block, states going in and out."""
+    ours, exact = blocks("bidirectional")
+    monkeypatch.setattr(ours, "fuse", True)
+    monkeypatch.setattr(ours, "_fusible", lambda x, mask: True)
+    config = ours.mixer.config
+    inputs = [torch.randn(2, length, 12), torch.randn(2, 3, config.d_inner), torch.randn(2, config.d_inner, 3)]
+    doubles = [t.double().requires_grad_() for t in inputs]
+    inputs = [t.requires_grad_() for t in inputs]
+    y, after = ours.direction(inputs[0], reverse, MixerState(*inputs[1:]))
+    true, true_after = exact.direction(doubles[0], reverse, MixerState(*doubles[1:]))
+    outputs, expected = [y, *after], [true, *true_after]
+    seeds = [torch.randn(t.shape, dtype=torch.float64) for t in expected]
+    torch.autograd.backward(outputs, [s.float() for s in seeds])
+    torch.autograd.backward(expected, seeds)
+    pairs = [*zip(outputs, expected, strict=True), *((a.grad, r.grad) for a, r in zip(inputs, doubles, strict=True))]
+    named = dict(exact.named_parameters())
+    pairs += [(p.grad, named[n].grad) for n, p in ours.named_parameters() if p.grad is not None]
+    assert len(pairs) == 6 + 10
+    assert max(relative(a, r) for a, r in pairs) < TOLERANCE[FLOAT]
+
+
 @pytest.mark.parametrize("options", ({"bias": True}, {"conv_bias": False}, {"d_conv": 1}, {"d_conv": 2}), ids=str)
 def test_options_of_the_config(emulated, options):
     assert max(both("causal", FLOAT, 20, True, True, **options))[0] < TOLERANCE[FLOAT]

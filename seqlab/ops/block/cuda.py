@@ -64,11 +64,13 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a, b).float()
 
 
-def _conv_state(u: Tensor, width: int, before: Tensor | None) -> Tensor:
-    """The last w-1 inputs, those of `before` (b w-1 d; None: zeros) included."""
+def _conv_state(u: Tensor, width: int, before: Tensor | None, reverse: bool) -> Tensor:
+    """The last w-1 inputs (reverse: the first), those of `before` (b w-1 d; None: zeros) included, in sequence order."""
     keep = min(width - 1, u.shape[1])
     if before is None:
         before = u.new_zeros(u.shape[0], width - 1, u.shape[2])
+    if reverse:
+        return torch.cat((u[:, :keep], before), 1)[:, : width - 1]
     return torch.cat((before, u[:, u.shape[1] - keep :]), 1)[:, keep:]
 
 
@@ -98,7 +100,7 @@ def _forward(spec: Spec, x, conv_state, ssm_state, norm_weight, in_weight, in_bi
         if spec.keep:
             kept += [dbl, snapshots]
         if spec.return_state:
-            after = (_conv_state(u, p.conv_weight.shape[1], conv_state), final)
+            after = (_conv_state(u, p.conv_weight.shape[1], conv_state, reverse), final)
         del dbl, r, B, C, y
     del xz, u, z
     out = F.linear(total, _half(out_weight, dtype), _half(out_bias, dtype))
@@ -162,9 +164,15 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     if dconv is not None:
         width = rest[0].shape[1]
         here = min(width - 1, length)
-        du[:, length - here :] += dconv[:, width - 1 - here :]
-        if conv_state is not None:  # shorter than the window: part of the old state is in the new one
-            d_conv_state[:, here:] += dconv[:, : width - 1 - here]
+        # shorter than the window: part of the old state is in the new one
+        if spec.reverse[0]:
+            du[:, :here] += dconv[:, :here]
+            if conv_state is not None:
+                d_conv_state[:, : width - 1 - here] += dconv[:, here:]
+        else:
+            du[:, length - here :] += dconv[:, width - 1 - here :]
+            if conv_state is not None:
+                d_conv_state[:, here:] += dconv[:, : width - 1 - here]
     rows = dxz.flatten(0, 1)
     d_in_weight = weight_gradient(rows, normed.flatten(0, 1))
     d_in_bias = None if in_bias is None else rows.sum(0, dtype=torch.float32)
