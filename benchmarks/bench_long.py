@@ -1,12 +1,13 @@
 """Long sequences on one GPU: time and memory of a whole training step in every memory mode, and what the planner predicts.
 
-    python benchmarks/bench_long.py [--only parity,target,modes,planner] [--json FILE]
+    python benchmarks/bench_long.py [--only target,modes,sweep,planner] [--json FILE]
 
 parity   first, and nothing is timed if it fails: every mode's gradients against the plain ones, float32, every parameter
 target   bidirectional, d_model 256, 16 layers, 1 x 2^20, bfloat16, with AdamW: each mode, and a stack made of mamba_ssm's
          fused block with the same width, tied projections, flips and checkpointing, where mamba_ssm is installed;
          causal, the same size, 2^20 and 2^24 in one step
 modes    tokens/s and peak memory by length, 2^14 to 2^24, in every mode that fits
+sweep    the same step in pieces of 2^15 to 2^18 tokens
 planner  predicted and measured peak of ten models
 
 Median of the repeats after a warm-up step, CUDA events; peaks are the allocator's, weights and optimiser included. Tables,
@@ -29,12 +30,9 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seqlab.backbones.mamba import Block
-from seqlab.model import ModelConfig, build_model
-from seqlab.tokenizers import nucleotide
 from seqlab.training import memory as modes
 from seqlab.training import planner
 from seqlab.training.memory import Memory
-from seqlab.training.module import TrainConfig
 from tasks.language_modeling import DnaConfig, LanguageObjective, build_dna_model, example_batch
 
 GIB = 2**30
@@ -213,7 +211,7 @@ def ours(changes: dict, length: int, memory: Memory):
     return lambda: Ours(changes, 1, length).step(memory)
 
 
-def target(results: list, chunk: int, repeats: int, longest: int) -> None:
+def target(results: list, chunk: int, repeats: int, longest: int, peer: bool) -> None:
     size = 1 << 20
     for memory in (Memory(), Memory("block"), Memory("layerwise", chunk), Memory("offload", chunk)):
         attempt(f"bidirectional, {memory.mode}", size, ours(BOTH, size, memory), repeats, results)
@@ -221,7 +219,8 @@ def target(results: list, chunk: int, repeats: int, longest: int) -> None:
         import mamba_ssm  # noqa: F401
     except Exception as error:
         print(f"  mamba_ssm is not here ({error})")
-    else:
+        peer = False
+    if peer:
         attempt("bidirectional, mamba_ssm, blocks", size, lambda: peer_step(256, 16, size, True), min(repeats, 2), results)
         attempt("causal, mamba_ssm, blocks", size, lambda: peer_step(256, 16, size, False), min(repeats, 2), results)
     attempt("causal, plain", size, ours(CAUSAL, size, Memory()), repeats, results)
@@ -242,6 +241,14 @@ def by_length(results: list, chunk: int, powers: range) -> None:
                 repeats = 3 if power < 18 else 1
                 if attempt(f"{kind}, {name}", length, ours(changes, length, memory), repeats, results) is None:
                     break
+
+
+def sweep(results: list, repeats: int) -> None:
+    """How much the size of a piece matters."""
+    for power in (15, 16, 17, 18):
+        for kind, changes, mode in (("causal", CAUSAL, "chunked"), ("bidirectional", BOTH, "layerwise")):
+            memory = Memory(mode, 1 << power)
+            attempt(f"{kind}, {mode}, pieces of 2^{power}", 1 << 20, ours(changes, 1 << 20, memory), repeats, results)
 
 
 def planned(results: list, chunk: int) -> None:
@@ -270,26 +277,28 @@ def planned(results: list, chunk: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="parity,target,modes,planner")
+    parser.add_argument("--only", default="target,modes,sweep,planner")
     parser.add_argument("--chunk", type=int, default=1 << 17)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--longest", type=int, default=1 << 24, help="of the causal model under target")
     parser.add_argument("--powers", default="14,25", help="range of lengths under modes")
-    parser.add_argument("--separate", action="store_true", help="blocks as separate operators even where they can be fused")
+    parser.add_argument("--blocks", choices=("default", "fused", "separate"), default="default", help="Mamba blocks as one operator")
+    parser.add_argument("--no-peer", action="store_true", help="leave mamba_ssm out")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.separate:
-        Block.fuse = False
+    if options.blocks != "default":
+        Block.fuse = options.blocks == "fused"
     chosen = options.only.split(",")
     result = {"benchmark": "long", "device": torch.cuda.get_device_name(), "torch": torch.__version__, "fused": Block.fuse}
     print(f"{result['device']}, torch {result['torch']}, pieces of {options.chunk:,} tokens, fused blocks: {Block.fuse}", flush=True)
     for name, run in (
         ("parity", parity),
-        ("target", lambda r: target(r, options.chunk, options.repeats, options.longest)),
+        ("target", lambda r: target(r, options.chunk, options.repeats, options.longest, not options.no_peer)),
         ("modes", lambda r: by_length(r, options.chunk, range(*map(int, options.powers.split(","))))),
+        ("sweep", lambda r: sweep(r, options.repeats)),
         ("planner", lambda r: planned(r, options.chunk)),
     ):
-        if name in chosen or (name == "parity" and chosen):
+        if name in chosen or name == "parity":
             print(name, flush=True)
             run(result.setdefault(name, []))
     if options.json:

@@ -30,7 +30,7 @@ def from_dict(cls: type[T], data: Any, source: str = "config", path: str = "") -
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in data.items():
-        where = f"{path}.{key}" if path else str(key)
+        where = f"{path}.{_show(key)}" if path else _show(key)
         if key not in fields:
             raise UserError(f"{source}: {where}: unknown; {_nearest(str(key), fields)}")
         values[key] = _convert(hints[key], value, source, where)

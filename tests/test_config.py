@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cli import load_config, presets
@@ -128,6 +128,7 @@ keys = st.sampled_from(["model", "data", "train", "optim", "d_model", "context",
 
 
 @settings(max_examples=200, deadline=None)
+@example(data={"model": {"\n": None}})
 @given(data=st.dictionaries(keys, plain | st.dictionaries(keys, plain, max_size=3), max_size=3))
 def test_any_values_give_a_run_or_one_line(data):
     try:
