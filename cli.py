@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Optional
@@ -520,8 +521,6 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, check
 
 def _wait_for(path: Path, seconds: float = 3600) -> None:
     """Until the first process has prepared the data."""
-    import time
-
     deadline = time.monotonic() + seconds
     while not path.is_file():
         if time.monotonic() > deadline:
@@ -569,6 +568,243 @@ def _print_evaluation(evaluation) -> None:
 
 
 # -- species, labelled sequences: prep, train, predict --------------------------------------------------------------
+@command(prep_app, "species")
+def prep_species(
+    sources: Annotated[list[str], typer.Argument(help="NAME=FASTA pairs, or one TSV (species, file, split), or one folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Dataset directory to write.")],
+    valid: Annotated[Optional[list[str]], typer.Option("--valid", help="Sequence that validates in every species.")] = None,
+    test: Annotated[Optional[list[str]], typer.Option("--test", help="Sequence that tests in every species.")] = None,
+    block: Annotated[Optional[int], typer.Option("--block", help="Bases in a test block; windows are no longer.")] = None,
+    test_share: Annotated[float, typer.Option("--test-share", help="Share of each species in test blocks.")] = 0.1,
+    valid_share: Annotated[float, typer.Option("--valid-share", help="Share of each species that validates.")] = 0.1,
+    min_length: Annotated[int, typer.Option("--min-length", help="Leave out shorter sequences.")] = 1,
+    allow_duplicates: Annotated[bool, typer.Option("--allow-duplicates", help="Keep identical sequences across a split.")] = False,
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Prepare the genomes of several species once: one dataset, sequences or blocks of each held out.
+
+    Example:  seqlab prep species human=human.fa.gz chimp=chimp.fa.gz --out data/apes
+    """
+    from data_prep.species import close_relatives, find_sources, prepare_species
+
+    bar, update = progress_bar("preparing", "MB", 1e6)
+    with bar:
+        dataset = prepare_species(
+            find_sources(sources),
+            out,
+            valid=list(valid or []),
+            test=list(test or []),
+            block=block,
+            test_share=test_share,
+            valid_share=valid_share,
+            min_length=min_length,
+            allow_duplicates=allow_duplicates,
+            overwrite=overwrite,
+            progress=update,
+        )
+    manifest = json.loads((dataset / "manifest.json").read_text())
+
+    def human() -> None:
+        rows = [[name, *(f"{n:,}" for n in known.values())] for name, known in manifest["class_bases"].items()]
+        print_table(f"{dataset}: {len(rows)} species, bases A, C, G, T", ["species", "train", "valid", "test"], rows)
+        note(f"Splits: {manifest['split_rule']}")
+        relatives = list(close_relatives(manifest))
+        for mine, other, share in relatives[:10]:
+            note(f"Relatives: {100 * share:.0f} % of the test 32-mers of {mine} are in the training split of {other}.")
+        if manifest["duplicates"]:
+            note(f"Duplicates kept: {len(manifest['duplicates'])} pairs, first {' and '.join(manifest['duplicates'][0])}.")
+        note(f"Next:  {program()} train species --data {dataset} --context 4096")
+
+    keys = ("classes", "class_bases", "shared_kmers", "duplicates", "total")
+    emit(json_out, {"dataset": str(dataset), **{k: manifest[k] for k in keys}}, human=human)
+
+
+@command(train_app, "species")
+def train_species(
+    data: Annotated[Optional[Path], typer.Option("--data", help="Dataset directory from `seqlab prep species`.")] = None,
+    config: Annotated[Optional[str], typer.Option("--config", help="Preset or YAML file.")] = None,
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")] = False,
+    init: Annotated[Optional[Path], typer.Option("--init", help="Start from this run of train dna or train species.")] = None,
+    freeze: Annotated[bool, typer.Option("--freeze", help="Train the head alone; wants --init.")] = False,
+    context: Annotated[Optional[str], typer.Option("--context", help="Longest training window in bases.")] = None,
+    seed: Annotated[Optional[int], typer.Option("--seed")] = None,
+    devices: Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")] = None,
+    precision: Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")] = None,
+    max_steps: Annotated[Optional[int], typer.Option("--max-steps")] = None,
+    max_minutes: Annotated[Optional[float], typer.Option("--max-minutes")] = None,
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Train a species classifier and evaluate it at many lengths beside k-mer logistic regression and a small CNN.
+
+    Example:  seqlab train species --data data/apes --context 4096 --max-minutes 30
+    """
+    from seqlab.training.fit import resolve_accelerator
+    from tasks import runs, species
+
+    options = dict(
+        context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes
+    )
+    with contextlib.ExitStack() as undo:
+        checkpoint = None
+        if resume:
+            refused = {"--config": config, "--init": init, "--freeze": freeze or None}
+            run_dir, dataset, settings = resumed_run(species.Config, species.NAME, out, data, set_, options, refused)
+        else:
+            if data is None:
+                raise UserError("--data: give the dataset that `seqlab prep species` wrote")
+            if freeze and init is None:
+                raise UserError("--freeze: trains the head on a backbone that has learnt; give one with --init RUN")
+            checkpoint = None if init is None else runs.find_checkpoint(init)
+            given = train_options(**options)
+            if freeze:
+                given = {**given, "freeze": "backbone", "loss": {"language_model": 0.0}}
+            if checkpoint is not None:
+                from seqlab.classifier import backbone_shape
+
+                given = {**given, "model": backbone_shape(checkpoint)}
+            settings = load_config(species.Config, config or "species", set_ or [], given)
+            run_dir, dataset = new_run_directory(config or "species", out), data
+            if is_main_process():
+                undo.enter_context(fresh_directory(run_dir, overwrite, [p for p in (data, checkpoint) if p is not None]))
+        accelerator = resolve_accelerator(settings.train)
+        model = settings.model
+        note(
+            f"{run_dir}: {model.direction} Mamba, {model.n_layer} layers of d_model {model.d_model}, windows up to "
+            f"{settings.data.context:,}, on the {accelerator.upper()}; Ctrl-C saves and stops"
+        )
+        result = species.train(settings, dataset, run_dir, init=checkpoint, resume=resume)
+    if not is_main_process():
+        return
+    note_training_result(result, run_dir, species.NAME, species.SpeciesTask.metric)
+    evaluation = _evaluate_species(runs.load_run(run_dir), dataset, dataset, "test", (), "auto")
+    report_path = species.write_report(run_dir, evaluation)
+
+    def human() -> None:
+        _print_species_evaluation(evaluation)
+        note(f"Report with plots: {report_path}")
+        note(f"Next:  {program()} predict {run_dir} reads.fa.gz > labels.tsv")
+
+    emit(
+        json_out,
+        {"run": str(run_dir), "result": result.__dict__, "evaluation": species.evaluation_dict(evaluation)},
+        human=human,
+    )
+
+
+@command(app, "predict")
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run directory or checkpoint of a classifier.")],
+    reads: Annotated[str, typer.Argument(help="FASTA or FASTQ, plain or gzip; - for standard input.")],
+    out: Annotated[str, typer.Option("--out", help="TSV to write; - for standard output.")] = "-",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences looked at together; changes no answer.")] = 1024,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Label sequences of any length, in order: name, label, a probability for each class, length.
+
+    Example:  seqlab predict runs/apes reads.fa.gz | cut -f 1,2
+    """
+    from collections import Counter
+
+    from seqlab.inference.classify import predict_records
+
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: must be 1 or more")
+    if out == "-" and json_out == "-":
+        raise UserError("--json -: standard output is taken by the table; give --out FILE, or --json FILE")
+    device = resolve_device(device)
+    from data_prep.records import read_records
+    from tasks import runs
+
+    loaded = runs.load_run(run)
+    module = runs.task_module(loaded.task)
+    if not hasattr(module, "interpret"):
+        raise UserError(f"{run}: is a run of `train {loaded.task}`, which gives no labels; give one of train species or classify")
+    counts, unknown, total, started = Counter(), [], 0, time.monotonic()
+    bar, update = progress_bar("predicting", "k bases", 1e3)
+    with _table_out(out, overwrite) as file, bar:
+        names = module.output_names(loaded.config)
+        file.write("\t".join(["name", "label", *names, "length"]) + "\n")
+        records = predict_records(
+            loaded.model, read_records(reads), lambda outputs: module.interpret(loaded.config, outputs),
+            device=device, precision=loaded.config.train.precision, batch_size=batch_size,
+        )
+        for name, label, values, length in records:
+            cells = ["."] * len(names) if values is None else [f"{value:.4f}" for value in values]
+            file.write("\t".join([name, label or ".", *cells, str(length)]) + "\n")
+            counts[label or "."] += 1
+            total += length
+            if label is None:
+                unknown.append(name)
+            update(total, None)
+    seconds = max(time.monotonic() - started, 1e-9)
+    n = sum(counts.values())
+    if not n:
+        raise UserError(f"{reads}: no sequence in it")
+    if len(unknown) == n:
+        raise UserError(f"{reads}: none of its {n:,} sequences holds an A, C, G or T, so none has a label")
+    note(
+        f"{n:,} sequences, {total:,} bases in {seconds:.1f} s: {n / seconds:,.0f} sequences/s, {total / seconds:,.0f} bases/s "
+        f"on the {device.upper()}."
+    )
+    if unknown:
+        note(f"{len(unknown):,} without any A, C, G or T have no label (first: {unknown[0]}).")
+    summary = {"sequences": n, "bases": total, "seconds": seconds, "labels": dict(counts), "device": device}
+    emit(json_out, summary, human=lambda: None)
+
+
+@contextlib.contextmanager
+def _table_out(out: str, overwrite: bool):
+    """Standard output, or a file that appears only when it is complete."""
+    if out == "-":
+        yield sys.stdout
+        return
+    path = Path(out)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists; choose another --out or add --overwrite")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _evaluate_species(run, dataset: Path, training: Path, split: str, lengths: tuple[int, ...], device: str):
+    from seqlab.dataset import TokenStore
+    from tasks import species
+
+    bar, update = progress_bar("evaluating", "parts")
+    with bar:
+        return species.evaluate_run(
+            run,
+            TokenStore.open(dataset),
+            TokenStore.open(training),
+            split=split,
+            lengths=lengths,
+            device=device,
+            cache=run.directory / "baselines",
+            progress=update,
+        )
+
+
+def _print_species_evaluation(evaluation) -> None:
+    from tasks import species
+
+    header, rows = species.evaluation_rows(evaluation)
+    print_table(f"{len(evaluation.classes)} species, {evaluation.split} split: accuracy, mean over species", header, rows)
+    note(species.evaluation_verdict(evaluation))
+    for result in evaluation.results:
+        if result.details:
+            note(f"{result.length:,}: " + "; ".join(f"{name} {text}" for name, text in result.details.items()))
+
+
 
 
 # -- audio: prep, train, generate -----------------------------------------------------------------------------------
@@ -970,10 +1206,13 @@ def eval_(
         raise UserError(f"{run}: no run.json beside the checkpoint, so its training split is unknown; give the run directory")
     training = Path(loaded.facts["dataset"])
     contexts = tuple(parse_context(c, "--context") for c in context or [])
-    if loaded.task == "audio":
+    if loaded.task in ("audio", "species"):
         if fasta:
-            raise UserError("--fasta: a run of `train audio` is evaluated on a dataset of `seqlab prep audio`; give --data")
-        _eval_audio(loaded, run, data, training, split or "test", contexts, device, out, json_out)
+            raise UserError(
+                f"--fasta: a run of `train {loaded.task}` is evaluated on a dataset of `seqlab prep {loaded.task}`; give --data"
+            )
+        evaluate = _eval_audio if loaded.task == "audio" else _eval_species
+        evaluate(loaded, run, data, training, split or "test", contexts, device, out, json_out)
         return
     with tempfile.TemporaryDirectory(prefix="seqlab-") as temporary:
         dataset, other = training, bool(fasta or data)
@@ -995,6 +1234,20 @@ def eval_(
         note(f"Plot: {plot}")
 
     emit(json_out, {"run": str(run), **report.evaluation_dict(evaluation)}, human=human)
+
+
+def _eval_species(loaded, run: Path, data, training: Path, split: str, lengths, device: str, out, json_out) -> None:
+    from tasks import species
+
+    evaluation = _evaluate_species(loaded, data or training, training, split, lengths, device)
+    name = "evaluation-other" if data else "evaluation"
+    report_path = species.write_report(loaded.directory, evaluation, name, out)
+
+    def human() -> None:
+        _print_species_evaluation(evaluation)
+        note(f"Report with plots: {report_path}")
+
+    emit(json_out, {"run": str(run), **species.evaluation_dict(evaluation)}, human=human)
 
 
 @command(app, "doctor")

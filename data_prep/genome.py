@@ -82,25 +82,12 @@ def prepare_genome(
     for option, number in (("block", block), ("min-length", min_length)):
         if number is not None and number < 1:
             raise UserError(f"--{option} {number}: must be 1 or more")
-    sizes = [check_source(path) for path in paths]
+    for path in paths:
+        check_source(path)
     bed = None if splits is None else _read_bed(Path(splits))
 
-    def report(before: int) -> Callable[[int], None]:
-        return (lambda read: None) if progress is None else (lambda read: progress(before + read, sum(sizes)))
-
     with output_directory(out, overwrite) as directory:
-        sources = []
-        with (
-            open(directory / "tokens.bin", "wb", buffering=1 << 20) as tokens,
-            open(directory / "soft_masked.npy", "wb", buffering=1 << 20) as runs,
-        ):
-            writer = _Writer(tokens, runs, min_length)
-            for i, path in enumerate(paths):
-                with SourceFile(path, report(sum(sizes[:i]))) as source:
-                    writer.source(path)
-                    _parse(path, source.blocks(), writer)
-                    sources.append({"path": str(path), "sha256": source.sha256(), "bytes": source.bytes_read})
-            writer.finish()
+        writer, sources = write_sequences(directory, [("", path) for path in paths], min_length, progress)
         sequences = writer.sequences
         if not writer.total:
             skipped = f" of {min_length:,} bases or more" if min_length > 1 else ""
@@ -135,9 +122,37 @@ def prepare_genome(
             "splits": table,
         }
         with open(directory / "manifest.json", "w", encoding="utf-8") as file:
-            file.write(_manifest_text(manifest))
+            file.write(manifest_text(manifest))
             sync(file)
     return out
+
+
+def write_sequences(
+    directory: Path, sources: list[tuple[str, Path]], min_length: int, progress: Progress | None
+) -> tuple["_Writer", list[dict[str, Any]]]:
+    """tokens.bin and soft_masked.npy in `directory`, of all records of the source files in order.
+
+    `sources`: (prefix, path); every name in a file is written with its prefix. Returns the writer, which knows the
+    sequences, their number and the checksum, and the manifest's list of sources. Raises UserError.
+    """
+    sizes = [check_source(path) for _, path in sources]
+
+    def report(before: int) -> Callable[[int], None]:
+        return (lambda read: None) if progress is None else (lambda read: progress(before + read, sum(sizes)))
+
+    facts = []
+    with (
+        open(directory / "tokens.bin", "wb", buffering=1 << 20) as tokens,
+        open(directory / "soft_masked.npy", "wb", buffering=1 << 20) as runs,
+    ):
+        writer = _Writer(tokens, runs, min_length)
+        for i, (prefix, path) in enumerate(sources):
+            with SourceFile(path, report(sum(sizes[:i]))) as source:
+                writer.source(path, prefix)
+                _parse(path, source.blocks(), writer)
+                facts.append({"path": str(path), "sha256": source.sha256(), "bytes": source.bytes_read})
+        writer.finish()
+    return writer, facts
 
 
 def _list(paths: list[Path]) -> str:
@@ -263,14 +278,14 @@ def _not_fasta(path: Path, text: bytes) -> UserError:
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
-_STRAY_LETTER, _STRAY_BYTE = 254, 255
+STRAY_LETTER, STRAY_BYTE = 254, 255
 
 
-def _strict_table() -> bytes:
+def strict_table() -> bytes:
     """nucleotide.ENCODE, but letters that mean nothing in a nucleotide sequence, and other bytes, stand out."""
-    table = bytearray([_STRAY_BYTE]) * 256
+    table = bytearray([STRAY_BYTE]) * 256
     for letter in b"ABCDEFGHIJKLMNOPQRSTUVWXYZ":
-        table[letter] = table[letter | 32] = _STRAY_LETTER
+        table[letter] = table[letter | 32] = STRAY_LETTER
     for letter in b"ACGTUNRYSWKMBDHVX":
         table[letter] = table[letter | 32] = nucleotide.ENCODE[letter]
     for sign in b"-.*":
@@ -278,7 +293,7 @@ def _strict_table() -> bytes:
     return bytes(table)
 
 
-_STRICT = _strict_table()
+STRICT = strict_table()
 
 
 class _Writer:
@@ -310,8 +325,10 @@ class _Writer:
         self._record_first = 0  # index of its first piece in `_held`
         self._before: tuple | None = None  # how to undo what has been written of it
 
-    def source(self, path: Path) -> None:
+    def source(self, path: Path, prefix: str = "") -> None:
+        """Records come from this file now; their names get the prefix."""
         self._paths.append(path)
+        self._prefix = prefix
 
     def begin(self, header: bytes) -> None:
         """Start the record with this header (without its '>')."""
@@ -320,7 +337,7 @@ class _Writer:
         path = self._paths[-1]
         if not words:
             raise UserError(f"{path}: record {len(self._seen) + 1:,} has no name; write a word after its '>'")
-        name, source = words[0], len(self._paths) - 1
+        name, source = self._prefix + words[0], len(self._paths) - 1
         if name in self._seen:
             other = self._seen[name]
             where = f"twice in {path}" if other == source else f"in {self._paths[other]} and {path}"
@@ -399,7 +416,7 @@ class _Writer:
         if not pieces:
             return
         letters = b"".join([piece for piece, _, _ in pieces])
-        tokens = letters.translate(_STRICT)
+        tokens = letters.translate(STRICT)
         counts = self._count(tokens)
         if sum(counts) != len(tokens):
             raise self._stray(pieces, letters, tokens)
@@ -454,13 +471,13 @@ class _Writer:
     def _stray(self, pieces: list[tuple[bytes, dict[str, Any], int]], letters: bytes, tokens: bytes) -> UserError:
         """What to say about the first letter that has no token; `pieces` are what `letters` was joined from."""
         array = np.frombuffer(tokens, np.uint8)
-        index = int(np.flatnonzero(array >= _STRAY_LETTER)[0])
+        index = int(np.flatnonzero(array >= STRAY_LETTER)[0])
         starts = np.cumsum([0, *(len(piece) for piece, _, _ in pieces)])
         which = int(np.searchsorted(starts, index, side="right")) - 1
         _, record, before = pieces[which]
         same = [i for i, (_, other, _) in enumerate(pieces) if other is record]
         mine = slice(int(starts[same[0]]), int(starts[same[-1] + 1]))
-        is_stray = array[mine] == _STRAY_LETTER
+        is_stray = array[mine] == STRAY_LETTER
         share = np.count_nonzero(is_stray) / len(is_stray)
         where = f"{self._paths[record['source']]}: record {record['name'][:60]!r}"
         if share > 0.1:
@@ -477,7 +494,7 @@ class _Writer:
         )
 
 
-def _manifest_text(manifest: dict[str, Any]) -> str:
+def manifest_text(manifest: dict[str, Any]) -> str:
     """JSON with one sequence, source or interval a line: readable, and small."""
 
     def rows(texts: Iterable[str], indent: str) -> str:

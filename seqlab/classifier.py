@@ -10,7 +10,7 @@ The two strands of DNA are one field, `strand`, and everything that it does is i
 what whoever draws training windows asks).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -182,6 +182,16 @@ def load_pretrained(model: SequenceClassifier, checkpoint: Path, vocab: list[str
             "(--set model.direction=..., model.n_layer=...)"
         )
     model.load_state_dict(theirs, strict=False)
+
+
+def backbone_shape(checkpoint: Path) -> dict:
+    """The values of a run's config that decide the shape of its backbone, from the config.yaml beside its checkpoint."""
+    from seqlab.config import load_yaml
+
+    path = Path(checkpoint).parent / "config.yaml"
+    model = load_yaml(path).get("model", {})
+    theirs = {f.name for f in fields(BackboneConfig)} - {"dropout"} | {"vocab_size"}
+    return {key: value for key, value in model.items() if key in theirs} if isinstance(model, dict) else {}
 
 
 def check_vocabulary(checkpoint: Path, vocab: list[str] | None) -> None:

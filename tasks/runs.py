@@ -25,7 +25,7 @@ from seqlab.training.fit import FitResult, read_run_facts, write_run_facts
 from seqlab.training.fit import fit as fit_task
 from seqlab.training.task import Task
 
-MODULES = {"audio": "tasks.audio", "dna": "tasks.dna"}
+MODULES = {"audio": "tasks.audio", "dna": "tasks.dna", "species": "tasks.species"}
 """Task name -> module. A task's imports (plots, baselines) are paid by its own commands only."""
 
 
@@ -53,12 +53,13 @@ def train(
     dataset_hash: str,
     *,
     init: Path | None = None,
+    pretrained: Path | None = None,
     resume: bool = False,
 ) -> FitResult:
     """Train on a prepared dataset into `run_dir`, leaving its config, manifest and facts there.
 
     `init` is a model.safetensors that the weights start from: the same model. A task that starts from another one's
-    weights loads them in its `build_model`.
+    weights loads them in its `build_model`; `pretrained` is then the file they come from, for the record.
 
     Raises:
         UserError: the dataset is not the one that the run to resume was trained on, or whatever training meets.
@@ -73,7 +74,7 @@ def train(
         "task": config.task,
         "dataset": str(Path(dataset).resolve()),
         "dataset_hash": dataset_hash,
-        "init": None if init is None else str(init),
+        "init": None if init is None and pretrained is None else str(init or pretrained),
         "parameters": sum(p.numel() for p in task.build_model().parameters()),
     }
     if resume:

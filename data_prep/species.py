@@ -1,0 +1,416 @@
+"""FASTA files of several species -> one dataset whose every sequence has a class: for `seqlab train species`.
+
+Sources, one of three ways (see `find_sources`):
+
+    human=human.fa.gz chimp=chimp.fa.gz      name=file, any number of files a species
+    apes.tsv                                 rows of species <TAB> file [<TAB> train|valid|test]
+    genomes/                                 one subfolder of files a species, or one file a species, named by it
+
+A record chr1 of human.fa.gz becomes the sequence human/chr1 of class human, so that two species may both have a chr1.
+Classes are sorted by name, never by the order of files.
+
+Splits never share a base: by file (third column of the TSV), by names of sequences (--valid, --test, in every species), or
+by blocks. The blocks of a species, its sequences laid end to end, with block 4, test share 0.2 and valid share 0.1:
+
+    |test  4|va 2|train                    14|test  4|va 2|train           ...      one period is block / test share
+
+Sharing no base is not enough: relatives share whole genes, and repeats lie on both sides of a border. So the share of each
+species' test 32-mers (both strands) that the training split of each species holds too is counted from a sample and written
+into the manifest, and identical sequences on the two sides of a split, or in two classes, are refused.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.files import check_source, output_directory, sync
+from data_prep.genome import Progress, manifest_text, write_sequences
+from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
+from seqlab.errors import UserError
+from seqlab.tokenizers import nucleotide
+
+DEFAULT_BLOCK = 65_536
+KMER = 32  # 2 bits a base: one 64-bit word
+SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".gb", ".gbk", ".gbff")
+
+
+@dataclass(frozen=True)
+class Source:
+    species: str
+    path: Path
+    split: str | None = None  # the split of everything in this file; None: by blocks or by name
+
+
+# -- what the user named -------------------------------------------------------------------------------------------
+def find_sources(arguments: Iterable[str]) -> list[Source]:
+    """`name=file` pairs, one TSV or one folder -> sources, sorted by species. Raises UserError."""
+    arguments = [str(a) for a in arguments]
+    if not arguments:
+        raise UserError("no species given; give name=file pairs, a TSV of species and file, or a folder")
+    sources = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            sources += _from_folder(path)
+        elif "=" in argument and not path.exists():
+            name, _, file = argument.partition("=")
+            sources.append(Source(_checked_name(name, argument), Path(file)))
+        elif path.exists() and not _is_sequence_file(path):
+            sources += _from_table(path)
+        else:
+            raise UserError(f"{argument}: expected NAME=FILE, for example human=human.fa.gz, a TSV or a folder")
+    species = sorted({source.species for source in sources})
+    if len(species) == 1:
+        raise UserError(f"one species only ({species[0]}); telling species apart needs two or more")
+    for source in sources:
+        check_source(source.path)
+    return sorted(sources, key=lambda source: source.species)  # stable: files of a species in the order given
+
+
+def _checked_name(name: str, where: str) -> str:
+    name = name.strip()
+    if not name or "/" in name or any(c.isspace() for c in name):
+        raise UserError(f"{where}: {name!r} is no name for a species; use one word without '/', such as e_coli")
+    return name
+
+
+def _is_sequence_file(path: Path) -> bool:
+    name = path.name.lower().removesuffix(".gz").removesuffix(".bgz")
+    return name.endswith(SUFFIXES)
+
+
+def _from_folder(folder: Path) -> list[Source]:
+    sources = []
+    subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if subfolders:
+        for sub in subfolders:
+            files = sorted(p for p in sub.iterdir() if p.is_file() and _is_sequence_file(p))
+            if not files:
+                raise UserError(f"{sub}: holds no FASTA file; every subfolder of {folder} is taken for a species")
+            sources += [Source(_checked_name(sub.name, str(sub)), file) for file in files]
+        return sources
+    for file in sorted(p for p in folder.iterdir() if p.is_file() and _is_sequence_file(p)):
+        name = file.name.removesuffix(".gz").removesuffix(".bgz").rsplit(".", 1)[0]
+        sources.append(Source(_checked_name(name, str(file)), file))
+    if not sources:
+        raise UserError(f"{folder}: holds no FASTA file and no subfolder; give one file or one subfolder for each species")
+    return sources
+
+
+def _from_table(path: Path) -> list[Source]:
+    """Rows species, file (relative to the table), and perhaps split; # starts a comment, a header line is skipped."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{path}: not a text file; a table of species holds rows of species<TAB>file[<TAB>split]") from None
+    sources = []
+    for number, line in enumerate(lines, start=1):
+        cells = [cell.strip() for cell in line.split("\t")]
+        if not line.strip() or line.startswith("#") or (number == 1 and cells[0].lower() == "species"):
+            continue
+        if len(cells) not in (2, 3) or not all(cells[:2]):
+            raise UserError(f"{path}: line {number}: {len(cells)} column(s); a row is species<TAB>file[<TAB>split]")
+        split = cells[2] if len(cells) == 3 and cells[2] else None
+        if split is not None and split not in SPLITS:
+            raise UserError(f"{path}: line {number}: split {split[:40]!r} is not one of {', '.join(SPLITS)}")
+        file = Path(cells[1])
+        sources.append(
+            Source(_checked_name(cells[0], f"{path}: line {number}"), file if file.is_absolute() else path.parent / file, split)
+        )
+    if not sources:
+        raise UserError(f"{path}: holds no rows; a row is species<TAB>file[<TAB>split]")
+    return sources
+
+
+# -- the dataset ---------------------------------------------------------------------------------------------------
+def prepare_species(
+    sources: list[Source],
+    out: Path | str,
+    *,
+    valid: Iterable[str] = (),
+    test: Iterable[str] = (),
+    block: int | None = None,
+    test_share: float = 0.1,
+    valid_share: float = 0.1,
+    min_length: int = 1,
+    allow_duplicates: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Read the sources into the dataset directory `out` and return it.
+
+    valid, test: names of sequences (as in the files) that validate and test in every species that has them
+    block, test_share, valid_share: see the module; block None: 65,536, or less so that the smallest species has two test
+        blocks or more
+    min_length: shorter sequences are left out
+    allow_duplicates: keep identical sequences in two classes or on two sides of a split (they are reported all the same)
+
+    Nothing is written to `out` before everything is known to be right. Raises UserError.
+    """
+    out, valid, test = Path(out), list(valid), list(test)
+    has_split_column = any(source.split for source in sources)
+    if sum([has_split_column, bool(valid or test), block is not None]) > 1:
+        raise UserError("splits come from the table, from --valid and --test, or from --block: leave all but one out")
+    if has_split_column and not all(source.split for source in sources):
+        missing = next(source for source in sources if not source.split)
+        raise UserError(f"{missing.path}: has no split, others in the table have; fill the third column in every row")
+    for name, share in (("test-share", test_share), ("valid-share", valid_share)):
+        if not 0 < share < 1:
+            raise UserError(f"--{name} {share}: must lie in (0, 1)")
+    if test_share + valid_share >= 1:
+        raise UserError(f"--test-share {test_share} and --valid-share {valid_share} leave nothing to train on")
+    for name, number in (("block", block), ("min-length", min_length)):
+        if number is not None and number < 1:
+            raise UserError(f"--{name} {number}: must be 1 or more")
+    both = sorted(set(valid) & set(test))
+    if both:
+        raise UserError(f"{both[0]!r} is in --valid and in --test; splits share no base: leave it out of one")
+    classes = sorted({source.species for source in sources})
+    with output_directory(out, overwrite) as directory:
+        prefixed = [(source.species + "/", source.path) for source in sources]
+        writer, facts = write_sequences(directory, prefixed, min_length, progress)
+        sequences = writer.sequences
+        for sequence in sequences:
+            sequence["class"] = classes.index(sources[sequence["source"]].species)
+        _check_classes(classes, sequences, sources)
+        if has_split_column:
+            table = {name: [] for name in SPLITS}
+            for i, sequence in enumerate(sequences):
+                table[sources[sequence["source"]].split].append([i, 0, sequence["length"]])
+            rule = "by file"
+        elif valid or test:
+            table, rule = _by_name(sequences, valid, test)
+        else:
+            table, rule = _by_blocks(classes, sequences, block, test_share, valid_share)
+        tokens = np.memmap(directory / "tokens.bin", np.uint8, "r")
+        duplicates = find_duplicates(tokens, sequences, table)
+        if duplicates and not allow_duplicates:
+            a, b, why = duplicates[0]
+            more = f" ({len(duplicates)} such pairs)" if len(duplicates) > 1 else ""
+            raise UserError(
+                f"{sequences[a]['name']} and {sequences[b]['name']} are the same sequence {why}{more}; take one out, or add "
+                "--allow-duplicates"
+            )
+        known = _known_bases(tokens, classes, sequences, table)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": "species",
+            "tokenizer": "nucleotide",
+            "vocab": list(nucleotide.VOCAB),
+            "classes": classes,
+            "total": writer.total,
+            "counts": {key: sum(s["counts"][key] for s in sequences) for key in writer.COUNTED},
+            "soft_masked": sum(s["soft_masked"] for s in sequences),
+            "sha256": writer.sha256.hexdigest(),
+            "sample_rate": None,
+            "skipped": {"sequences": writer.skipped, "bases": writer.skipped_bases, "min_length": min_length},
+            "split_rule": rule,
+            "class_bases": known,
+            "duplicates": [[sequences[a]["name"], sequences[b]["name"]] for a, b, _ in duplicates],
+            "shared_kmers": shared_kmers(tokens, classes, sequences, table),
+            "sources": facts,
+            "sequences": sequences,
+            "splits": table,
+        }
+        del tokens
+        with open(directory / "manifest.json", "w", encoding="utf-8") as file:
+            file.write(manifest_text(manifest))
+            sync(file)
+    return out
+
+
+def _check_classes(classes: list[str], sequences: list[dict], sources: list[Source]) -> None:
+    for index, name in enumerate(classes):
+        mine = [s for s in sequences if s["class"] == index]
+        files = ", ".join(str(source.path) for source in sources if source.species == name)
+        if not mine:
+            raise UserError(f"species {name}: no sequence in {files} (after --min-length); a FASTA file holds '>name' and bases")
+        if not any(s["counts"][base] for s in mine for base in "ACGT"):
+            raise UserError(f"species {name}: its sequences in {files} hold no A, C, G or T; leave it out or give another file")
+
+
+Table = dict[str, list[list[int]]]
+
+
+def _by_name(sequences: list[dict], valid: list[str], test: list[str]) -> tuple[Table, str]:
+    short = [s["name"].split("/", 1)[1] for s in sequences]
+    for option, chosen in (("valid", valid), ("test", test)):
+        for name in chosen:
+            if name not in short:
+                raise UserError(f"--{option} {name}: no species has such a sequence; {nearest(name, dict.fromkeys(short))}")
+    table: Table = {name: [] for name in SPLITS}
+    for i, (name, sequence) in enumerate(zip(short, sequences)):
+        split = "test" if name in test else "valid" if name in valid else "train"
+        table[split].append([i, 0, sequence["length"]])
+    return table, f"by sequence: valid {', '.join(valid) or 'none'}; test {', '.join(test) or 'none'}; the others train"
+
+
+def _by_blocks(
+    classes: list[str], sequences: list[dict], block: int | None, test_share: float, valid_share: float
+) -> tuple[Table, str]:
+    totals = [sum(s["length"] for s in sequences if s["class"] == index) for index in range(len(classes))]
+    if block is None:
+        smallest = int(min(totals) * test_share / 2)
+        block = min(DEFAULT_BLOCK, smallest // 64 * 64 if smallest >= 64 else max(1, smallest))
+    period = max(3, round(block / test_share))
+    valid = max(1, round(period * valid_share))
+    edges = ((0, block, "test"), (block, block + valid, "valid"), (block + valid, period, "train"))
+    table: Table = {name: [] for name in SPLITS}
+    for index, total in enumerate(totals):
+        if total <= block + valid:
+            raise UserError(
+                f"species {classes[index]}: {total:,} bases leave nothing to train on beside a test block of {block:,} and "
+                f"{valid:,} to validate; use --block {max(1, int(total * test_share / 2)):,} or less"
+            )
+        before = 0  # bases of this species before this sequence
+        for i, sequence in enumerate(sequences):
+            if sequence["class"] != index:
+                continue
+            length = sequence["length"]
+            for first in range(before // period * period, before + length, period):
+                for start, end, split in edges:
+                    a, b = max(first + start - before, 0), min(first + end - before, length)
+                    if a < b:
+                        table[split].append([i, a, b])
+            before += length
+    rule = (
+        f"in each species, counted from 0 through its sequences, of every {period} bases the first {block} test, the next "
+        f"{valid} validate, the rest train"
+    )
+    for rows in table.values():
+        rows.sort()
+    return table, rule
+
+
+def _known_bases(tokens: np.ndarray, classes: list[str], sequences: list[dict], table: Table) -> dict[str, dict[str, int]]:
+    """A, C, G and T of each species in each split; UserError where a species cannot be learnt or tested."""
+    known = {name: dict.fromkeys(SPLITS, 0) for name in classes}
+    for split, rows in table.items():
+        for index, start, end in rows:
+            offset = sequences[index]["offset"]
+            name = classes[sequences[index]["class"]]
+            for at in range(offset + start, offset + end, 1 << 20):
+                piece = tokens[at : min(at + (1 << 20), offset + end)]
+                known[name][split] += int(np.count_nonzero((piece >= nucleotide.A) & (piece <= nucleotide.T)))
+    for name, counts in known.items():
+        for split in SPLITS:
+            if not counts[split]:
+                raise UserError(
+                    f"species {name}: no A, C, G or T in its {split} split; every species needs all three splits: choose "
+                    "other sequences or blocks"
+                )
+    return known
+
+
+# -- what the two sides of a split share ---------------------------------------------------------------------------
+def find_duplicates(tokens: np.ndarray, sequences: list[dict], table: Table) -> list[tuple[int, int, str]]:
+    """Pairs of identical sequences (or reverse complements) that lie in two classes or not in the same one split."""
+    where: dict[int, set[str]] = {}
+    for split, rows in table.items():
+        for index, _, _ in rows:
+            where.setdefault(index, set()).add(split)
+    by_length: dict[int, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        by_length.setdefault(sequence["length"], []).append(i)
+    first: dict[bytes, int] = {}
+    found = []
+    for same in by_length.values():
+        if len(same) == 1:
+            continue
+        for i in same:
+            key = _fingerprint(tokens, sequences[i])
+            j = first.setdefault(key, i)
+            if j == i:
+                continue
+            if sequences[i]["class"] != sequences[j]["class"]:
+                found.append((j, i, "in two classes"))
+            elif where.get(i, set()) != where.get(j, set()) or len(where.get(i, set())) > 1:
+                found.append((j, i, "on two sides of a split"))
+    return sorted(found)
+
+
+def _fingerprint(tokens: np.ndarray, sequence: dict) -> bytes:
+    """The same for a sequence and its reverse complement."""
+    start, end = sequence["offset"], sequence["offset"] + sequence["length"]
+    there, back = hashlib.sha256(), hashlib.sha256()
+    for at in range(start, end, 1 << 22):
+        there.update(tokens[at : min(at + (1 << 22), end)])
+    for at in range(end, start, -(1 << 22)):
+        back.update(nucleotide.reverse_complement(tokens[max(at - (1 << 22), start) : at]))
+    return min(there.digest(), back.digest())
+
+
+def shared_kmers(tokens: np.ndarray, classes: list[str], sequences: list[dict], table: Table) -> dict[str, Any]:
+    """How much of each species' test split the training split of each species holds: from a sample of 32-mers.
+
+    Returns {"k", "sampled": one in how many, "test_in_train": rows test species, columns training species, each the share
+    of the row's distinct 32-mers (a 32-mer and its reverse complement are one)}. The sample is of k-mers whose hash is
+    small (FracMinHash, Irber et al. 2022), so both sides sample the same ones.
+    """
+    total = sum(s["length"] for s in sequences)
+    scale = 1
+    while total / scale > 4_000_000:  # some 32 MB of hashes
+        scale *= 2
+    sketches = {
+        split: [np.unique(np.concatenate([np.empty(0, np.uint64), *parts])) for parts in _sketch(tokens, classes, sequences, table[split], scale)]
+        for split in ("train", "test")
+    }
+    matrix = []
+    for mine in sketches["test"]:
+        row = [float(np.isin(mine, theirs, assume_unique=True).mean()) if len(mine) else 0.0 for theirs in sketches["train"]]
+        matrix.append([round(share, 4) for share in row])
+    return {"k": KMER, "sampled": scale, "test_in_train": matrix}
+
+
+def _sketch(tokens: np.ndarray, classes: list[str], sequences: list[dict], rows: list[list[int]], scale: int) -> list[list[np.ndarray]]:
+    kept: list[list[np.ndarray]] = [[] for _ in classes]
+    for index, start, end in rows:
+        offset, into = sequences[index]["offset"], kept[sequences[index]["class"]]
+        for at in range(start, end, 1 << 16):  # pieces that stay in the cache, overlapping by k - 1
+            piece = tokens[offset + at : offset + min(at + (1 << 16) + KMER - 1, end)]
+            if len(piece) >= KMER:
+                hashes = kmer_hashes(np.asarray(piece))
+                into.append(hashes[hashes < np.uint64(2**64 // scale - 1)])
+    return kept
+
+
+def kmer_hashes(tokens: np.ndarray) -> np.ndarray:
+    """uint64 hashes of the 32-mers of a piece (l >= 32), equal for a k-mer and its reverse complement; k-mers that hold
+    anything but A, C, G, T are left out."""
+    code = tokens.astype(np.int16) - nucleotide.A
+    is_base = (code >= 0) & (code < 4)
+    code = np.where(is_base, code, 0).astype(np.uint64)
+    bad = np.concatenate([[0], np.cumsum(~is_base)])
+    clean = bad[KMER:] == bad[:-KMER]
+    canonical = np.minimum(_words(code), _words(np.uint64(3) - code[::-1])[::-1])[clean]
+    with np.errstate(over="ignore"):  # splitmix64's output function
+        x = canonical + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _words(code: np.ndarray) -> np.ndarray:
+    """All 32-mers of 2-bit codes as 64-bit words: 1-mers, joined to 2-mers, to 4-mers, ... five times."""
+    word, k = code, 1
+    while k < KMER:
+        word = (word[:-k] << np.uint64(2 * k)) | word[k:]
+        k *= 2
+    return word
+
+
+def close_relatives(manifest: dict[str, Any], least: float = 0.02) -> Iterator[tuple[str, str, float]]:
+    """(test species, training species, share of shared 32-mers) of different species, the largest first."""
+    classes, matrix = manifest["classes"], manifest["shared_kmers"]["test_in_train"]
+    pairs = [
+        (classes[i], classes[j], matrix[i][j])
+        for i in range(len(classes))
+        for j in range(len(classes))
+        if i != j and matrix[i][j] >= least
+    ]
+    yield from sorted(pairs, key=lambda pair: -pair[2])

@@ -1,0 +1,680 @@
+"""Which species does this piece of DNA come from? Training, and evaluation at many lengths beside two baselines.
+
+One record: a window of one sequence, for example 4,096 bases of salmonella/NC_003197.2 read from either strand, and the
+index of its species among the sorted names.
+
+Split rule: decided by `seqlab prep species` (blocks of each species, sequences, or files); windows never cross a border.
+
+One model for all lengths. Training mixes window lengths: context, context/2, ... down to min_context, one for each step,
+with the tokens of a step held constant. A causal model is also asked after every doubling of the prefix, so that one window
+of 4,096 bases trains the answers at 256, 512, 1,024, 2,048 and 4,096. With mean pooling the answer is a mean of what all
+positions say, which a longer sequence can only make less noisy.
+
+Samples are drawn as in the published experiments (HyenaDNA section 4.4.1, Mamba section 4.3.2): a species uniformly, then a
+sequence by its length, then a position.
+"""
+
+import hashlib
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqlab import report
+from seqlab.classification.baselines import BaselineResult, Sequences, cnn_baseline, kmer_baseline
+from seqlab.classification.metrics import evaluate_predictions, plot_calibration, plot_confusion
+from seqlab.classification.windows import ClassWindows, Windows
+from seqlab.classifier import ClassifierConfig, SequenceClassifier, load_pretrained
+from seqlab.config import from_dict, load_yaml
+from seqlab.dataset import TokenStore, nearest
+from seqlab.errors import UserError
+from seqlab.heads.classification import evenly_spread_ends
+from seqlab.inference.classify import Predictor
+from seqlab.training.callbacks import read_history
+from seqlab.training.checkpoint import load_model, write_atomic, write_json, write_text
+from seqlab.training.fit import FitResult, read_run_facts
+from seqlab.training.module import TrainConfig, step_seed
+from seqlab.training.optim import OptimConfig
+from seqlab.training.task import Batch
+from tasks import runs
+from tasks.language_modeling import FIRST_BASE, LAST_BASE, MaskingConfig, base_index, is_base, mask_tokens
+
+NAME = "species"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    context: int = 4096  # longest training window
+    min_context: int | None = 256  # shortest; windows halve from context down to this; null: context alone
+    windows_per_step: int | None = None  # null: train.tokens_per_step / the length of the step's windows
+    max_unknown: float = 0.5  # windows with a larger share of N are drawn again
+    length_warmup_start: int | None = None  # first longest window of a length warm-up by doubling; null: none
+    length_warmup: float = 0.3  # share of max_steps spent below the full context
+
+    def __post_init__(self) -> None:
+        if self.context < 2:
+            raise ValueError(f"context: must be 2 or more, got {self.context}")
+        if self.min_context is not None and not 2 <= self.min_context:
+            raise ValueError(f"min_context: must be 2 or more, or null, got {self.min_context}")
+        if self.windows_per_step is not None and self.windows_per_step < 1:
+            raise ValueError(f"windows_per_step: must be 1 or more, or null, got {self.windows_per_step}")
+        if not 0 <= self.max_unknown < 1:
+            raise ValueError(f"max_unknown: must lie in [0, 1), got {self.max_unknown}")
+        if self.length_warmup_start is not None and not 2 <= self.length_warmup_start <= self.context:
+            raise ValueError(f"length_warmup_start: must lie in 2 .. context, got {self.length_warmup_start}")
+        if not 0 < self.length_warmup < 1:
+            raise ValueError(f"length_warmup: must lie in (0, 1), got {self.length_warmup}")
+
+    def lengths(self, longest: int) -> list[int]:
+        """Window lengths of training: longest, longest / 2, ... down to min_context, ascending."""
+        least = longest if self.min_context is None else self.min_context
+        lengths = [longest]
+        while lengths[-1] // 2 >= least:
+            lengths.append(lengths[-1] // 2)
+        return lengths[::-1]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised: the cross-entropy of the species, and beside it, with weight `language_model`, that of the next
+    base (causal) or of masked bases (bidirectional), which tells the backbone what DNA looks like."""
+
+    prefixes: bool = True  # causal, pooling mean or last: ask after every doubling of the prefix too
+    language_model: float = 0.0
+    mask_rate: float = 0.1  # bidirectional with language_model: share of bases masked
+    label_smoothing: float = 0.0
+    substitutions: float = 0.0  # share of bases replaced at random in training: long exact matches teach less
+
+    def __post_init__(self) -> None:
+        if self.language_model < 0:
+            raise ValueError(f"language_model: must be 0 or more, got {self.language_model}")
+        if not 0 < self.mask_rate < 1:
+            raise ValueError(f"mask_rate: must lie in (0, 1), got {self.mask_rate}")
+        for name in ("label_smoothing", "substitutions"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: must lie in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    lengths: tuple[int, ...] = ()  # empty: 256, 512, 1024, 4096, 16384, ... as far as the split has them
+    windows_per_class: int = 500  # at most; fewer where the split holds fewer
+    tokens_per_class: int = 4_000_000  # windows_per_class is also bounded by this / length, but not below 16
+    baselines: tuple[Literal["k-mers", "cnn"], ...] = ("k-mers", "cnn")
+    baseline_windows: int = 2000  # training windows a class for the baselines, at most
+    baseline_tokens: int = 8_000_000  # of a class, at most
+    max_k: int = 6
+
+    def __post_init__(self) -> None:
+        if any(length < 1 for length in self.lengths):
+            raise ValueError(f"lengths: each must be 1 or more, got {list(self.lengths)}")
+        for name in ("windows_per_class", "tokens_per_class", "baseline_windows", "baseline_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be 1 or more, got {getattr(self, name)}")
+        if not 1 <= self.max_k <= 6:
+            raise ValueError(f"max_k: must lie in 1 .. 6, got {self.max_k}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of `seqlab train species`."""
+
+    task: Literal["species"] = "species"
+    classes: tuple[str, ...] = ()  # names of the outputs; empty: those of the dataset
+    freeze: Literal["none", "backbone"] = "none"  # backbone: train the head alone
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        rows = self.data.windows_per_step or self.train.tokens_per_step // self.data.context
+        if not rows:
+            raise ValueError(
+                f"data.context: {self.data.context} is more than train.tokens_per_step {self.train.tokens_per_step}; "
+                "raise train.tokens_per_step to at least the context"
+            )
+        if rows % self.train.devices:
+            raise ValueError(
+                f"train.devices: {rows} windows a step cannot be shared evenly by {self.train.devices} devices; change "
+                "train.tokens_per_step"
+            )
+        if self.loss.language_model and self.freeze == "backbone":
+            raise ValueError("loss.language_model: trains the backbone, which freeze: backbone does not; set it to 0")
+
+
+def build_model(config: Config) -> SequenceClassifier:
+    if len(config.classes) < 2:
+        raise UserError(f"classes: two or more are needed to tell apart, got {list(config.classes)}")
+    return SequenceClassifier(config.model, len(config.classes))
+
+
+class SpeciesTask:
+    """The task that `seqlab.training` trains; see seqlab/training/task.py for the protocol."""
+
+    metric = "bits per window"
+
+    def __init__(self, config: Config, store: TokenStore, init: Path | None = None):
+        self.windows = ClassWindows(store, "train", config.data.max_unknown)
+        self.valid = ClassWindows(store, "valid", config.data.max_unknown)
+        classes = tuple(self.windows.classes)
+        if config.classes and config.classes != classes:
+            unknown = [name for name in config.classes if name not in classes] or list(config.classes)
+            raise UserError(
+                f"classes: {unknown[0]}: not a species of {store.directory} in its sorted order; {nearest(unknown[0], classes)}"
+            )
+        self.config, self.store, self.init = replace(config, classes=classes), store, init
+        model = config.model
+        self.is_causal = model.direction == "causal"
+        self.asks_prefixes = (
+            config.loss.prefixes and self.is_causal and model.pooling != "max" and model.strand != "equivariant"
+        )
+        longest = max(int((mine[:, 1] - mine[:, 0]).max()) for mine in self.windows.intervals)
+        if config.data.context > longest:
+            raise UserError(
+                f"context {config.data.context:,} does not fit: the longest stretch of the train split of {store.directory} "
+                f"is {longest:,} bases; use --context {longest} or less, or prepare larger blocks"
+            )
+
+    def build_model(self) -> nn.Module:
+        model = build_model(self.config)
+        if self.init is not None:
+            load_init(model, self.init, self.config, self.store)
+        if self.config.freeze == "backbone":
+            model.freeze_backbone()
+        return model
+
+    def resolved_config(self) -> Config:
+        return self.config
+
+    # -- data ------------------------------------------------------------------------------------------------------
+    def longest_at(self, step: int) -> int:
+        """Longest window of a step: doubling stages of equal length, then the context (length warm-up)."""
+        data = self.config.data
+        if data.length_warmup_start is None:
+            return data.context
+        stages = max(1, math.ceil(math.log2(data.context / data.length_warmup_start)))
+        stage_steps = max(1, int(self.config.train.max_steps * data.length_warmup / stages))
+        return min(data.context, data.length_warmup_start << min(step // stage_steps, stages))
+
+    def length_at(self, step: int) -> int:
+        """Length of a step's windows: one of `DataConfig.lengths`, each as often, in an order that the seed decides."""
+        lengths = self.config.data.lengths(self.longest_at(step))
+        return lengths[step_seed(self.config.train.seed, "length", step) % len(lengths)]
+
+    def train_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
+        config = self.config
+        length = self.length_at(step)
+        rows = config.data.windows_per_step or config.train.tokens_per_step // length // world_size * world_size
+        rng = np.random.Generator(np.random.Philox(key=step_seed(config.train.seed, "windows", step)))
+        drawn = self.windows.sample(rng, max(rows, world_size), length, random_strand=config.model.augments)
+        share = len(drawn) // world_size
+        mine = drawn[rank * share : (rank + 1) * share]
+        micro = max(1, (config.train.micro_batch_tokens or len(mine) * length) // length)
+        batches = []
+        for i in range(0, len(mine), micro):
+            part = mine[i : i + micro]
+            # the noise of a row depends on the row alone, not on how rows are dealt to ranks or micro-batches
+            numbers = rank * share + i + np.arange(len(part))
+            batches.append(self._batch(part, [step_seed(config.train.seed, "noise", step, int(n)) for n in numbers]))
+        return batches
+
+    def _batch(self, windows: Windows, seeds: list[int] | None) -> Batch:
+        """ids (b l), label (b), start (b), and where rows are padded mask (b l). With `seeds`, one for each row, for
+        training: ids with some bases substituted or masked, and for masked language modelling target and scored (b l)."""
+        ids, mask = windows.tokens(self.store)
+        batch = {"label": windows.label, "start": windows.start}
+        loss = self.config.loss
+        masks = bool(loss.language_model) and not self.is_causal
+        if seeds is not None and (loss.substitutions or masks):
+            scored = np.zeros(ids.shape, bool)
+            target = np.empty_like(ids)
+            for row, seed in enumerate(seeds):
+                rng = np.random.Generator(np.random.Philox(key=seed))
+                if loss.substitutions:
+                    chosen = (rng.random(ids.shape[1], dtype=np.float32) < loss.substitutions) & is_base(ids[row])
+                    other = rng.integers(FIRST_BASE, LAST_BASE + 1, ids.shape[1], dtype=np.uint8)
+                    ids[row] = np.where(chosen, other, ids[row])
+                target[row] = ids[row]
+                if masks:
+                    ids[row], scored[row] = mask_tokens(ids[row], MaskingConfig(rate=loss.mask_rate), rng)
+            if masks:
+                batch |= {"target": target, "scored": scored}
+        batch["ids"] = ids
+        if mask is not None:
+            batch["mask"] = mask
+        return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in batch.items()}
+
+    def validation_batches(self, rank: int, world_size: int) -> Iterator[Batch]:
+        """As many fixed windows of every training length, about validation_tokens in all."""
+        lengths = self.config.data.lengths(self.config.data.context)
+        per_class = max(4, self.config.train.validation_tokens // (len(self.valid.classes) * sum(lengths)))
+        limit = self.config.train.micro_batch_tokens or self.config.train.tokens_per_step
+        for length in lengths:
+            length = min(length, self.valid.longest())
+            windows, _ = self.valid.fixed(length, per_class)
+            windows = windows[np.arange(rank, len(windows), world_size)]
+            rows = max(1, limit // length)
+            for i in range(0, len(windows), rows):
+                yield self._batch(windows[i : i + rows], None)
+
+    # -- loss ------------------------------------------------------------------------------------------------------
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum over windows, and their number. Outside training it is the cross-entropy of the species alone."""
+        ids, label, mask = batch["ids"], batch["label"], batch.get("mask")
+        total = torch.tensor(float(len(label)), device=ids.device)
+        if not model.training:
+            return F.cross_entropy(model(ids, mask), label, reduction="sum"), total
+        loss = self.config.loss
+        if not (self.asks_prefixes or loss.language_model):
+            return F.cross_entropy(model(ids, mask), label, reduction="sum", label_smoothing=loss.label_smoothing), total
+        features = None
+        if loss.language_model or not model.reads_both_strands:
+            features, _ = model.features(ids, mask)
+        if model.reads_both_strands:  # equivariant
+            outputs = model(ids, mask)[:, None]
+        elif self.asks_prefixes:
+            ends = evenly_spread_ends(ids.shape[1], min(ids.shape[1], self.config.data.min_context or ids.shape[1]))
+            outputs = model.head.prefixes(features, torch.tensor(ends), mask)  # (b k classes)
+        else:
+            outputs = model.head(model.head.pool(features, mask))[:, None]
+        k = outputs.shape[1]
+        species = F.cross_entropy(
+            outputs.flatten(0, 1), label.repeat_interleave(k), reduction="sum", label_smoothing=loss.label_smoothing
+        )
+        result = species / k
+        if loss.language_model:
+            result = result + loss.language_model * len(label) * self._language_loss(model, features, batch)
+        return result, total
+
+    def _language_loss(self, model: nn.Module, features: Tensor, batch: Batch) -> Tensor:
+        """Mean nats a scored base, over A, C, G and T; the embedding is the output matrix too."""
+        if self.is_causal:
+            features, target = features[:, :-1], batch["ids"][:, 1:]
+            scored = (target >= FIRST_BASE) & (target <= LAST_BASE)
+        else:
+            target, scored = batch["target"], batch["scored"]
+        logits = F.linear(features, model.embedding.weight[FIRST_BASE : LAST_BASE + 1]).float()
+        nats = F.cross_entropy(logits.flatten(0, 1), base_index(target).flatten(), reduction="none")
+        scored = scored.flatten()
+        return torch.where(scored, nats, 0.0).sum() / scored.sum().clamp(min=1)
+
+    def weight(self, batch: Batch) -> float:
+        return float(len(batch["label"]))
+
+    def tokens(self, batch: Batch) -> int:
+        return batch["ids"].numel()
+
+    def metric_value(self, mean_loss: float) -> float:
+        return mean_loss / math.log(2)
+
+    def describe(self, batch: Batch) -> str:
+        places = [self.store.locate(int(start)) for start in batch["start"][:3]]
+        more = f" and {len(batch['start']) - 3} more" if len(batch["start"]) > 3 else ""
+        return "windows at " + ", ".join(f"{name}:{position}" for name, position in places) + more
+
+
+def load_init(model: SequenceClassifier, checkpoint: Path, config: Config, store: TokenStore) -> None:
+    """Weights of another run: all of them from a run of the same classes, else embedding and backbone."""
+    path = checkpoint.parent / "config.yaml"
+    data = load_yaml(path) if path.is_file() else {}
+    if data.get("task") == NAME:
+        theirs = from_dict(Config, data, str(path))
+        if theirs.classes == config.classes and theirs.model == config.model:
+            load_model(model, checkpoint)
+            return
+    load_pretrained(model, checkpoint, store.manifest.get("vocab"))
+
+
+def train(config: Config, dataset: Path, run_dir: Path, *, init: Path | None = None, resume: bool = False) -> FitResult:
+    """Train on a prepared dataset into `run_dir`; `init`: a checkpoint of `train dna` or `train species` to start from.
+    Nothing is created before the configuration is known to fit."""
+    store = TokenStore.open(dataset)
+    task = SpeciesTask(config, store, None if resume else init)
+    task.build_model()
+    return runs.train(task, run_dir, dataset, store.hash, pretrained=init, resume=resume)
+
+
+# -- prediction ----------------------------------------------------------------------------------------------------
+def output_names(config: Config) -> list[str]:
+    return list(config.classes)
+
+
+def interpret(config: Config, outputs: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Outputs (n classes) of the model -> labels (n) and probabilities (n classes)."""
+    probabilities = torch.from_numpy(outputs).double().softmax(1).numpy()
+    return [config.classes[i] for i in outputs.argmax(1)], probabilities
+
+
+# -- evaluation ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class LengthResult:
+    """At one length: metrics of each predictor ("model", "k-mers", "cnn", "chance") on the same windows."""
+
+    length: int
+    windows: int
+    independent: int  # of them that share no base
+    metrics: dict[str, dict[str, Any]]
+    details: dict[str, str]  # of the baselines: what was chosen
+
+    def accuracy(self, name: str) -> float:
+        """Mean over species of the share that is right: species with few windows count as much as the others."""
+        rows = self.metrics[name]["classes"].values()
+        return float(np.mean([row["recall"] for row in rows if row["support"]]))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    split: str
+    classes: tuple[str, ...]
+    trained_context: int
+    results: tuple[LengthResult, ...]
+    confidence: dict[str, tuple[np.ndarray, np.ndarray]]  # at the first length: (confidence, is right) by predictor
+    shared_kmers: dict[str, Any] | None
+
+
+def default_lengths(longest: int) -> list[int]:
+    """256, 512, 1024, 4096, 16384, ... as far as every species has a window that long."""
+    lengths = [256, 512, 1024] + [4096 * 4**i for i in range(6)]
+    return [length for length in lengths if length <= longest] or [longest]
+
+
+def evaluate_run(
+    run: runs.LoadedRun,
+    store: TokenStore,
+    training: TokenStore,
+    *,
+    split: str = "test",
+    lengths: Sequence[int] = (),
+    device: str = "auto",
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score a run on fixed windows of `store` at each length, beside baselines that learn from the training split of
+    `training` and choose on its validation split. `cache`: where the baselines' predictions are kept for the next time.
+    `progress(done, total)` counts lengths times predictors."""
+    config: Config = run.config
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    windows = ClassWindows(store, split, config.data.max_unknown)
+    unknown = [name for name in windows.classes if name not in config.classes]
+    if unknown:
+        raise UserError(
+            f"{store.directory}: species {unknown[0]} is unknown to this run, which knows {', '.join(config.classes)}; "
+            "evaluate on those, or train with it"
+        )
+    to_run = np.array([config.classes.index(name) for name in windows.classes])
+    lengths = sorted(set(lengths or config.eval.lengths)) or default_lengths(windows.longest())
+    drawn = {length: windows.fixed(length, _per_class(config.eval, length)) for length in lengths}  # fails before any work
+    predictor = Predictor(run.model, device, config.train.precision)
+    results, confidence = [], {}
+    names = ["model", *config.eval.baselines]
+    for number, length in enumerate(lengths):
+        fixed, independent = drawn[length]
+        labels = to_run[fixed.label]
+        outputs = predictor.outputs((fixed.sequence(store, i) for i in range(len(fixed))))
+        logits = torch.from_numpy(np.stack(list(outputs)))
+        predictions = {"model": logits.double().softmax(1).numpy()}
+        details = {}
+        if progress is not None:
+            progress(number * len(names) + 1, len(lengths) * len(names))
+        for i, name in enumerate(config.eval.baselines):
+            found = _baseline(name, config, store, training, fixed, labels, length, split, device, cache)
+            predictions[name], details[name] = found.predictions, found.detail
+            if progress is not None:
+                progress(number * len(names) + 2 + i, len(lengths) * len(names))
+        predictions["chance"] = np.full((len(fixed), len(config.classes)), 1 / len(config.classes))
+        kind = "binary" if len(config.classes) == 2 else "multi-class"
+        metrics = {key: evaluate_predictions(labels, p, config.classes, kind) for key, p in predictions.items()}
+        results.append(LengthResult(length, len(fixed), sum(independent), metrics, details))
+        if not number:
+            confidence = {key: (p.max(1), p.argmax(1) == labels) for key, p in predictions.items() if key != "chance"}
+    return Evaluation(
+        split, config.classes, config.data.context, tuple(results), confidence, store.manifest.get("shared_kmers")
+    )
+
+
+def _per_class(config: EvalConfig, length: int) -> int:
+    return min(config.windows_per_class, max(16, config.tokens_per_class // length))
+
+
+def fit_baselines(
+    config: Config, store: TokenStore, training: TokenStore, cache: Path, *, split: str = "test", lengths: Sequence[int] = (),
+    device: str = "cpu",
+) -> None:
+    """Fill `cache` with the baselines that `evaluate_run` will ask for: they need no model, so they can learn beside it."""
+    windows = ClassWindows(store, split, config.data.max_unknown)
+    to_run = np.array([config.classes.index(name) for name in windows.classes])
+    for length in lengths or config.eval.lengths or default_lengths(windows.longest()):
+        fixed, _ = windows.fixed(length, _per_class(config.eval, length))
+        for name in config.eval.baselines:
+            _baseline(name, config, store, training, fixed, to_run[fixed.label], length, split, device, cache)
+
+
+def _baseline(
+    name: str, config: Config, store: TokenStore, training: TokenStore, fixed: Windows, labels: np.ndarray, length: int,
+    split: str, device: str, cache: Path | None,
+) -> BaselineResult:
+    """Learn from windows of this length drawn as the model's are, choose on validation windows, predict the test ones."""
+    evaluation = config.eval
+    key = {
+        "name": name, "length": length, "split": split, "classes": list(config.classes),
+        "data": _content(store), "training": _content(training), "max_unknown": config.data.max_unknown, "test": len(fixed),
+        "windows": evaluation.baseline_windows, "tokens": evaluation.baseline_tokens,
+        "max_k": evaluation.max_k if name == "k-mers" else None,
+    }
+    path = None if cache is None else cache / f"{name}-{split}-{length}.npz"
+    if path is not None and (kept := _read_cache(path, key)) is not None:
+        return kept
+    rng = np.random.Generator(np.random.Philox(key=step_seed(length, "baseline")))
+    source = ClassWindows(training, "train", config.data.max_unknown)
+    per_class = min(evaluation.baseline_windows, max(32, evaluation.baseline_tokens // length))
+    learn = source.sample(rng, per_class * len(source.classes), length)
+    check = ClassWindows(training, "valid", config.data.max_unknown)
+    choose, _ = check.fixed(min(length, check.longest()), max(8, per_class // 10))
+    to_run = np.array([config.classes.index(known) for known in source.classes])
+    parts = [
+        Sequences(windows.tokens(own)[0], windows.length.copy(), target)
+        for own, windows, target in (
+            (training, learn, to_run[learn.label]), (training, choose, to_run[choose.label]), (store, fixed, labels)
+        )
+    ]
+    kind = "binary" if len(config.classes) == 2 else "multi-class"
+    if name == "k-mers":
+        result = kmer_baseline(*parts, kind, len(config.classes), ks=range(1, evaluation.max_k + 1))
+    else:
+        result = cnn_baseline(*parts, kind, len(config.classes), device=device)
+    if path is not None:
+        _write_cache(path, key, result)
+    return result
+
+
+def _content(store: TokenStore) -> str:
+    """What a dataset holds and how it is split, wherever it lies and whatever its sources were called."""
+    manifest = store.manifest
+    return hashlib.sha256(json.dumps([manifest["sha256"], manifest["classes"], manifest["splits"]]).encode()).hexdigest()
+
+
+def _read_cache(path: Path, key: dict) -> BaselineResult | None:
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            facts = json.loads(str(kept["facts"]))
+            if facts.pop("key") != key:
+                return None
+            return BaselineResult(name=key["name"], predictions=kept["predictions"], **facts)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _write_cache(path: Path, key: dict, result: BaselineResult) -> None:
+    facts = {"key": key, "detail": result.detail, "valid": result.valid, "seconds": result.seconds}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, predictions=result.predictions, facts=json.dumps(facts))
+
+    write_atomic(path, write)
+
+
+# -- report --------------------------------------------------------------------------------------------------------
+SHOWN = {"model": "model", "k-mers": "k-mer logistic regression", "cnn": "small CNN", "chance": "chance"}
+
+
+def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table that `eval` prints: accuracy by length, the model and the baselines."""
+    names = list(evaluation.results[0].metrics)
+    header = ["length", "windows", "apart", *names]
+    rows = []
+    for result in evaluation.results:
+        cells = [f"{100 * result.accuracy(name):.2f} %" for name in names]
+        rows.append([f"{result.length:,}", f"{result.windows:,}", f"{result.independent:,}", *cells])
+    return header, rows
+
+
+def evaluation_verdict(evaluation: Evaluation) -> str:
+    """One honest sentence: where the model wins, where a baseline does."""
+    lost = []
+    for result in evaluation.results:
+        for name in result.details:
+            if result.accuracy(name) > result.accuracy("model"):
+                lost.append(
+                    f"{result.length:,} ({SHOWN[name]} {100 * result.accuracy(name):.2f} % against "
+                    f"{100 * result.accuracy('model'):.2f} %)"
+                )
+    if lost:
+        return f"A baseline beats the model at length {', '.join(lost)}."
+    if not evaluation.results[0].details:
+        return "No baseline was asked for (eval.baselines)."
+    first, last = evaluation.results[0], evaluation.results[-1]
+    best = max(first.details, key=first.accuracy)
+    ratio = (1 - first.accuracy("model")) / max(1e-9, 1 - first.accuracy(best))
+    return (
+        f"No baseline beats the model at any length. At {first.length:,} bases it makes {ratio:.2f} times the errors of the "
+        f"best baseline ({SHOWN[best]}); accuracy goes from {100 * first.accuracy('model'):.2f} % there to "
+        f"{100 * last.accuracy('model'):.2f} % at {last.length:,}."
+    )
+
+
+def evaluation_dict(evaluation: Evaluation) -> dict[str, Any]:
+    """Plain values for --json."""
+    return {
+        "split": evaluation.split,
+        "classes": list(evaluation.classes),
+        "trained_context": evaluation.trained_context,
+        "lengths": {
+            str(result.length): {
+                "windows": result.windows,
+                "independent": result.independent,
+                "baselines": result.details,
+                **{name: {"accuracy_mean_over_species": result.accuracy(name), **m} for name, m in result.metrics.items()},
+            }
+            for result in evaluation.results
+        },
+    }
+
+
+def plot_accuracy(evaluation: Evaluation, path: Path) -> Path:
+    """Accuracy against length: the model and the baselines."""
+    figure, axes = report.new_figure()
+    styles = {
+        "model": dict(color=report.MODEL, linewidth=2, marker="o", markersize=5, zorder=3),
+        "k-mers": dict(color=report.BASELINE, linewidth=1.6, marker="s", markersize=4),
+        "cnn": dict(color=report.INK, linewidth=1.2, marker="^", markersize=4),
+        "chance": dict(color=report.FAINT, linewidth=1.2, linestyle="--"),
+    }
+    lengths = [result.length for result in evaluation.results]
+    for name in evaluation.results[0].metrics:
+        axes.plot(lengths, [100 * r.accuracy(name) for r in evaluation.results], label=SHOWN[name], **styles[name])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30, fontsize=8)
+    axes.set_xlabel("length (bases)")
+    axes.set_ylabel("accuracy, mean over species (%)")
+    axes.set_title(f"{len(evaluation.classes)} species, {evaluation.split} split", fontsize=10, color=report.INK)
+    axes.legend(frameon=False, fontsize=8)
+    return report.save_figure(figure, path)
+
+
+def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation", out: Path | None = None) -> Path:
+    """Plots, `{name}.json` and report.md of a run, in `out` (default: the run); returns the report's path."""
+    run_dir = Path(run_dir)
+    out = Path(out or run_dir)
+    plots = out / "plots"
+    write_json(out / f"{name}.json", evaluation_dict(evaluation))
+    plot_accuracy(evaluation, plots / f"{name}.png")
+    first, last = evaluation.results[0], evaluation.results[-1]
+    shown = dict.fromkeys((first.length, last.length))
+    for result in evaluation.results:
+        if result.length in shown:
+            plot_confusion(
+                result.metrics["model"]["confusion"], evaluation.classes, plots / f"{name}-confusion-{result.length}.png",
+                f"model, {result.length:,} bases",
+            )
+    plot_calibration(evaluation.confidence, plots / f"{name}-calibration.png", f"{first.length:,} bases")
+    header, rows = evaluation_rows(evaluation)
+    facts = read_run_facts(run_dir) if (run_dir / "run.json").is_file() else {}
+    lines = [f"# {run_dir.name}", "", evaluation_verdict(evaluation), "", report.markdown_table(header, rows), ""]
+    lines += [
+        f"Accuracy is the mean over species of the share that is right, on fixed windows of the {evaluation.split} split; "
+        "`apart` counts the windows that share no base. Baselines learn from windows of the same length of the same training "
+        "split and choose on its validation split:",
+        "",
+    ]
+    for result in evaluation.results:
+        if result.details:
+            lines.append(f"- {result.length:,}: " + "; ".join(f"{key} {text}" for key, text in result.details.items()))
+    lines += ["", f"![accuracy by length](plots/{name}.png)", ""]
+    for result in evaluation.results:
+        if result.length in shown:
+            lines += [
+                f"## {result.length:,} bases", "",
+                _confusion_table(evaluation.classes, result.metrics["model"]["confusion"]), "",
+                f"![confusion](plots/{name}-confusion-{result.length}.png)", "",
+            ]
+    lines += [f"![calibration](plots/{name}-calibration.png)", ""]
+    if evaluation.shared_kmers:
+        lines += [_shared_text(evaluation), ""]
+    metrics = run_dir / "metrics.csv"
+    if metrics.is_file():
+        report.plot_history(read_history(metrics), SpeciesTask.metric, plots / "training.png")
+        lines += ["![training](plots/training.png)", ""]
+    if result := facts.get("result"):
+        lines += [
+            f"{facts.get('parameters', 0):,} parameters, {result['tokens']:,} tokens in {result['minutes']:.1f} minutes "
+            f"({result['tokens_per_second']:,.0f} tokens/s) on {facts.get('machine')}; best at step {result['best_step']:,} "
+            f"of {result['steps']:,}; seqlab {facts.get('seqlab')} ({facts.get('git')}), torch {facts.get('torch')}.",
+            "",
+        ]
+    write_text(out / "report.md", "\n".join(lines))
+    return out / "report.md"
+
+
+def _confusion_table(classes: Sequence[str], confusion: list[list[int]]) -> str:
+    rows = [[name, *(str(n) if n else "" for n in row)] for name, row in zip(classes, confusion)]
+    return report.markdown_table(["true \\ predicted", *classes], rows)
+
+
+def _shared_text(evaluation: Evaluation) -> str:
+    """Which species' test sequences the training sequences of others hold."""
+    matrix, k = evaluation.shared_kmers["test_in_train"], evaluation.shared_kmers["k"]
+    names = evaluation.classes
+    pairs = [
+        (matrix[i][j], names[i], names[j])
+        for i in range(len(matrix)) for j in range(len(matrix)) if i != j and matrix[i][j] >= 0.02 and len(names) == len(matrix)
+    ]
+    if not pairs:
+        return f"No two species share 2 % or more of their {k}-mers between test and training."
+    listed = ", ".join(f"{100 * share:.0f} % of {a}'s in {b}" for share, a, b in sorted(pairs, reverse=True))
+    return (
+        f"Relatives: of the test {k}-mers, the training split of another species holds {listed}. Such stretches point to the "
+        "wrong species, since their own copy was held out."
+    )

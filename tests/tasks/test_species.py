@@ -1,0 +1,285 @@
+"""The species task and its commands: lengths, losses, toy training that beats chance, evaluation, prediction, bad input."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cli import app, load_config, presets
+from data_prep.species import Source, prepare_species
+from seqlab.dataset import TokenStore
+from seqlab.errors import UserError
+from seqlab.training.module import step_seed
+from tasks import runs, species
+
+TOY = ["--set", "model.d_model=16", "--set", "model.n_layer=1", "--set", "model.d_state=4", "--context", 128]
+TOY += ["--set", "data.min_context=64", "--set", "train.tokens_per_step=2048", "--set", "train.accelerator=cpu"]
+QUICK = ["--set", "train.validation_tokens=2000", "--set", "eval.windows_per_class=12", "--set", "eval.lengths=[64,128]"]
+QUICK += ["--set", "eval.max_k=2", "--set", "eval.baseline_windows=40", "--set", "eval.baselines=[k-mers]"]
+
+
+def run(*arguments, code=0):
+    """Invoke the command; (stdout, stderr). One line of error and no traceback where code is 1."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, f"{arguments}\n{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    if code == 1:
+        assert sum(line.startswith("error: ") for line in result.stderr.splitlines()) == 1, result.stderr
+        assert "Traceback" not in result.stderr and "unexpected" not in result.stderr, result.stderr
+    return result.stdout, result.stderr
+
+
+def error_of(*arguments):
+    return next(line for line in run(*arguments, code=1)[1].splitlines() if line.startswith("error: "))
+
+
+def genome(path, length, gc, seed, name="chr"):
+    rng = np.random.default_rng(seed)
+    letters = rng.choice(np.frombuffer(b"ACGT", np.uint8), length, p=[(1 - gc) / 2, gc / 2, gc / 2, (1 - gc) / 2])
+    path.write_text(f">{name}\n{letters.tobytes().decode()}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three species that differ in their share of G and C; prepared by the command."""
+    folder = tmp_path_factory.mktemp("species")
+    pairs = [f"{name}={genome(folder / f'{name}.fa', 8000, gc, seed)}" for seed, (name, gc) in enumerate({"lo": 0.2, "mid": 0.5, "hi": 0.8}.items())]
+    stdout, stderr = run("prep", "species", *pairs, "--out", folder / "data", "--block", 300)
+    assert "hi" in stdout and "train species --data" in stderr
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    """Trained by the command, enough to tell the three apart."""
+    out = data.parent / "run"
+    run("train", "species", "--data", data, "--out", out, "--max-steps", 60, "--set", "optim.lr=0.01", *TOY, *QUICK)
+    return out
+
+
+def toy_config(**data):
+    return species.Config(
+        classes=("hi", "lo", "mid"),
+        model=species.ClassifierConfig(d_model=16, n_layer=1, d_state=4),
+        data=species.DataConfig(**{"context": 256, "min_context": 64} | data),
+        train=species.TrainConfig(tokens_per_step=1024, max_steps=100),
+    )
+
+
+def test_every_preset_builds_a_step(data):
+    store = TokenStore.open(data)
+    for name in presets("species"):
+        small = ["model.d_model=16", "model.n_layer=1", "data.context=128", "data.min_context=64", "train.tokens_per_step=256"]
+        config = load_config(species.Config, name, small, {})
+        task = species.SpeciesTask(config, store)
+        model = task.build_model()
+        (batch, *_) = task.train_batches(0, 0, 1)
+        loss, weight = task.loss(model, batch)
+        loss.backward()
+        assert torch.isfinite(loss) and weight == len(batch["label"])
+
+
+def test_lengths_halve_and_warm_up(data):
+    store = TokenStore.open(data)
+    task = species.SpeciesTask(toy_config(), store)
+    seen = [task.length_at(step) for step in range(300)]
+    assert set(seen) == {64, 128, 256}
+    assert all(seen.count(length) > 70 for length in (64, 128, 256))
+    for step in range(5):
+        (batch,) = task.train_batches(step, 0, 1)
+        assert batch["ids"].shape == (1024 // seen[step], seen[step])
+    warm = species.SpeciesTask(toy_config(length_warmup_start=64, length_warmup=0.5), store)
+    assert [warm.longest_at(step) for step in (0, 24, 25, 49, 50, 99)] == [64, 64, 128, 128, 256, 256]
+    alone = species.SpeciesTask(toy_config(min_context=None, windows_per_step=3), store)
+    assert alone.train_batches(0, 0, 1)[0]["ids"].shape == (3, 256)
+
+
+def test_ranks_and_micro_batches_see_the_rows_of_one_step(data):
+    config = toy_config()
+    config = dataclasses.replace(config, loss=species.LossConfig(substitutions=0.3))
+    store = TokenStore.open(data)
+    (whole,) = species.SpeciesTask(config, store).train_batches(3, 0, 1)
+    halves = [species.SpeciesTask(config, store).train_batches(3, rank, 2)[0] for rank in (0, 1)]
+    assert torch.equal(whole["ids"], torch.cat([half["ids"] for half in halves]))
+    micro = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_tokens=512))
+    parts = species.SpeciesTask(micro, store).train_batches(3, 0, 1)
+    assert len(parts) == 2 and torch.equal(whole["ids"], torch.cat([part["ids"] for part in parts]))
+    (plain,) = species.SpeciesTask(toy_config(), store).train_batches(3, 0, 1)
+    changed = (plain["ids"] != whole["ids"]).float().mean().item()
+    assert changed == pytest.approx(0.3 * 0.75, abs=0.05)  # a quarter of the substitutes are the same base
+
+
+def test_the_loss_is_the_mean_over_prefixes_and_adds_the_language_model(data):
+    store = TokenStore.open(data)
+    base = toy_config(min_context=64)
+    torch.manual_seed(0)
+    task = species.SpeciesTask(base, store)
+    model = task.build_model()
+    batch = next(b for step in range(20) for b in task.train_batches(step, 0, 1) if b["ids"].shape[1] == 256)
+    model.train()
+    expected = torch.stack([
+        torch.nn.functional.cross_entropy(model(batch["ids"][:, :end]), batch["label"], reduction="sum") for end in (64, 128, 256)
+    ]).mean()
+    loss, weight = task.loss(model, batch)
+    assert torch.allclose(loss, expected, rtol=1e-4) and weight == 4
+    both = species.SpeciesTask(dataclasses.replace(base, loss=species.LossConfig(language_model=2.0)), store)
+    more, _ = both.loss(model, batch)
+    features, _ = model.features(batch["ids"])
+    logits = features[:, :-1] @ model.embedding.weight[7:11].T
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["ids"][:, 1:].flatten().long() - 7)
+    assert torch.allclose(more, expected + 2.0 * 4 * nats, rtol=1e-4)
+    model.eval()
+    outside, _ = both.loss(model, batch)  # validation is the species alone, both strands
+    assert torch.allclose(outside, torch.nn.functional.cross_entropy(model(batch["ids"]), batch["label"], reduction="sum"))
+
+
+@pytest.mark.parametrize("model", [dict(direction="bidirectional"), dict(strand="equivariant"), dict(pooling="max"), dict(pooling="last")], ids=str)
+def test_every_kind_of_model_has_a_loss_and_gradients(data, model):
+    config = toy_config()
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **model), loss=species.LossConfig(language_model=0.5, mask_rate=0.3)
+    )
+    task = species.SpeciesTask(config, TokenStore.open(data))
+    net = task.build_model().train()
+    (batch,) = task.train_batches(0, 0, 1)
+    if model.get("direction"):
+        assert 0.2 < batch["scored"].float().mean() < 0.4 and (batch["ids"] == 3).any()
+    loss, _ = task.loss(net, batch)
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_training_tells_them_apart(trained):
+    evaluation = json.loads((trained / "evaluation.json").read_text())
+    assert evaluation["classes"] == ["hi", "lo", "mid"]
+    for length in ("64", "128"):
+        result = evaluation["lengths"][length]
+        assert result["model"]["accuracy"] > 0.8 and result["chance"]["accuracy"] == pytest.approx(1 / 3)
+        assert result["k-mers"]["n"] == result["model"]["n"] == result["windows"]
+    text = (trained / "report.md").read_text()
+    assert "k-mer" in text and "| true" in text
+    for plot in ("evaluation.png", "training.png", "evaluation-calibration.png", "evaluation-confusion-64.png"):
+        assert (trained / "plots" / plot).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_eval_again_takes_the_baselines_from_the_run(trained, monkeypatch):
+    monkeypatch.setattr(species, "kmer_baseline", None)  # would fail if it were called
+    stdout, stderr = run("eval", trained, "--json", "-")
+    assert json.loads(stdout)["lengths"]["64"]["model"]["accuracy"] > 0.8
+    stdout, _ = run("eval", trained, "--context", 64, "--set", "eval.baselines=[]")
+    assert "model" in stdout and "k-mers" not in stdout
+
+
+def test_resume_init_and_freeze(trained, data, tmp_path):
+    short = ["train", "species", "--data", data, *TOY, *QUICK, "--set", "eval.baselines=[]"]
+    run(*short, "--out", tmp_path / "a", "--max-steps", 3)
+    run("train", "species", "--resume", "--out", tmp_path / "a", "--max-steps", 5)
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["result"]["steps"] == 5
+    run(*short, "--out", tmp_path / "b", "--max-steps", 2, "--init", trained, "--freeze")
+    before, after = runs.load_run(trained).model, runs.load_run(tmp_path / "b").model
+    assert torch.equal(before.backbone.layers[0].mixer.A_log, after.backbone.layers[0].mixer.A_log)
+    assert not torch.equal(before.head.linear.weight, after.head.linear.weight)
+    assert json.loads((tmp_path / "b" / "run.json").read_text())["init"].endswith("model.safetensors")
+
+
+def test_init_from_a_language_model_takes_its_shape(data, tmp_path):
+    lm = ["--set", "model.d_model=24", "--set", "model.n_layer=2", "--set", "model.d_state=4", "--context", 64]
+    lm += ["--set", "train.tokens_per_step=512", "--set", "train.accelerator=cpu", "--set", "eval.max_order=1"]
+    run("train", "dna", "--data", data, "--out", tmp_path / "lm", "--max-steps", 2, *lm)  # a species dataset is DNA too
+    rest = [*TOY[6:], *QUICK, "--set", "eval.baselines=[]", "--set", "train.ema_decay=0"]
+    run("train", "species", "--data", data, "--out", tmp_path / "s", "--init", tmp_path / "lm", "--freeze", "--max-steps", 1, *rest)
+    theirs, ours = runs.load_run(tmp_path / "lm").model, runs.load_run(tmp_path / "s").model
+    assert torch.equal(theirs.backbone.layers[1].mixer.in_proj.weight, ours.backbone.layers[1].mixer.in_proj.weight)
+    said = error_of("train", "species", "--data", data, "--out", tmp_path / "x", "--init", tmp_path / "lm", "--max-steps", 1, *rest, "--set", "model.d_model=32")
+    assert "d_model" in said and not (tmp_path / "x").exists()
+    manifest = json.loads((tmp_path / "lm" / "manifest.json").read_text())
+    (tmp_path / "lm" / "manifest.json").write_text(json.dumps(manifest | {"vocab": ["a", "b"]}))
+    said = error_of("train", "species", "--data", data, "--out", tmp_path / "x", "--init", tmp_path / "lm", "--max-steps", 1, *rest)
+    assert "vocabularies must be the same" in said
+    said = error_of("predict", tmp_path / "lm", tmp_path / "none.fa")
+    assert "train dna" in said
+
+
+# -- predict -------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def reads(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("reads") / "reads.fa"
+    with open(path, "w") as file:
+        for i in range(30):
+            gc = (0.2, 0.5, 0.8)[i % 3]
+            letters = rng.choice(list("ACGT"), int(rng.integers(50, 300)), p=[(1 - gc) / 2, gc / 2, gc / 2, (1 - gc) / 2])
+            file.write(f">r{i} {gc}\n{''.join(letters)}\n")
+        file.write(f">long\n{'GGCC' * 6000}\n>unknown\nNNNN\n")
+    return path
+
+
+def test_predict_gives_the_same_text_for_any_batch_size_and_order(trained, reads, tmp_path):
+    whole, stderr = run("predict", trained, reads)
+    lines = whole.splitlines()
+    assert lines[0].split("\t") == ["name", "label", "hi", "lo", "mid", "length"]
+    assert [line.split("\t")[0] for line in lines[1:]] == [*(f"r{i}" for i in range(30)), "long", "unknown"]
+    assert "sequences/s" in stderr and "have no label (first: unknown)" in stderr
+    assert lines[-1].split("\t") == ["unknown", ".", ".", ".", ".", "4"]
+    assert lines[-2].split("\t")[1] == "hi" and lines[-2].endswith("\t24000")
+    right = sum(line.split("\t")[1] == ("lo", "mid", "hi")[i % 3] for i, line in enumerate(lines[1:31]))
+    assert right >= 25
+    for line in lines[1:31]:
+        assert sum(map(float, line.split("\t")[2:5])) == pytest.approx(1, abs=2e-4)
+    one, _ = run("predict", trained, reads, "--batch-size", 1)
+    assert one == whole
+    records = [">" + record for record in reads.read_text().split(">")[1:]]
+    (tmp_path / "turned.fa").write_text("".join(records[::-1]))
+    turned, _ = run("predict", trained, tmp_path / "turned.fa", "--batch-size", 7)
+    assert turned.splitlines()[1:] == lines[:0:-1]
+
+
+def test_predict_writes_a_file_and_a_summary(trained, reads, tmp_path):
+    run("predict", trained, reads, "--out", tmp_path / "t.tsv", "--json", tmp_path / "s.json")
+    assert (tmp_path / "t.tsv").read_text() == run("predict", trained, reads)[0]
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert summary["sequences"] == 32 and summary["labels"]["."] == 1 and summary["bases"] > 24_000
+    assert "exists" in error_of("predict", trained, reads, "--out", tmp_path / "t.tsv")
+
+
+@pytest.mark.parametrize("text,said", [(">a\nNNN\n", "none of its 1 sequences"), (">a\n", "none of its 1"), ("", "is empty"), (">a\nACGTL\n", "base 5")])
+def test_predict_says_what_it_cannot_read(trained, tmp_path, text, said):
+    (tmp_path / "x.fa").write_text(text)
+    assert said in error_of("predict", trained, tmp_path / "x.fa", "--out", tmp_path / "out.tsv")
+    assert not (tmp_path / "out.tsv").exists() or said.startswith("none")
+    assert not list(tmp_path.glob(".*partial"))
+
+
+# -- wrong input ---------------------------------------------------------------------------------------------------
+def test_wrong_input_is_one_clear_line(trained, data, tmp_path):
+    a, b = genome(tmp_path / "a.fa", 3000, 0.3, 8), genome(tmp_path / "b.fa", 3000, 0.6, 9)
+    assert "one species only" in error_of("prep", "species", f"a={a}", "--out", tmp_path / "d")
+    assert "two classes" in error_of("prep", "species", f"a={a}", f"b={a}", "--out", tmp_path / "d")
+    run("prep", "species", f"a={a}", f"b={b}", "--out", tmp_path / "d")
+    assert "species a is unknown to this run, which knows hi, lo, mid" in error_of("eval", trained, "--data", tmp_path / "d")
+    assert "--data" in error_of("train", "species", "--out", tmp_path / "r")
+    assert "--freeze" in error_of("train", "species", "--data", data, "--freeze", "--out", tmp_path / "r")
+    assert "does not fit" in error_of("train", "species", "--data", data, "--context", 4096, "--out", tmp_path / "r")
+    assert "classes: c: not a species" in error_of("train", "species", "--data", data, "--set", "classes=[c, hi]", *TOY, "--out", tmp_path / "r")
+    assert "length 4,000" in error_of("eval", trained, "--context", 4000)
+    assert "--batch-size" in error_of("predict", trained, a, "--batch-size", 0)
+    assert not (tmp_path / "r").exists()
+
+
+def test_classes_that_are_too_few_are_refused():
+    with pytest.raises(UserError, match="two or more"):
+        species.build_model(dataclasses.replace(toy_config(), classes=("a",)))
+
+
+def test_a_dataset_by_files_trains(tmp_path):
+    sources = []
+    for number, name in enumerate("ab"):
+        for split in ("train", "valid", "test"):
+            path = genome(tmp_path / f"{name}{split}.fa", 600, 0.2 + 0.6 * number, step_seed(number, split) % 1000, split)
+            sources.append(Source(name, path, split))
+    data = prepare_species(sources, tmp_path / "data")
+    run("train", "species", "--data", data, "--out", tmp_path / "r", "--max-steps", 2, *TOY, *QUICK, "--set", "eval.baselines=[]")
+    assert (tmp_path / "r" / "report.md").is_file()
