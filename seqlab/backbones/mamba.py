@@ -246,8 +246,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, state, mask: Tensor | None, return_state: bool):
-        if self.fuse and self._fusible(x, mask):
-            return self._fused(x, state, return_state)
+        if self.fuse and self._fusible(x):
+            return self._fused(x, state, mask, return_state)
         y, state = self.mixer(self.norm(x), state, mask, return_state)
         return x + self.dropout(y), state
 
@@ -261,32 +261,30 @@ class Block(nn.Module):
     ) -> tuple[Tensor, MixerState | None]:
         """What one direction of a bidirectional mixer adds to x (b l d_model), before dropout, and its state: causal in its
         own time, so that x can be fed in pieces, for `reverse` from the right."""
-        if self.fuse and self._fusible(x, mask):
+        if self.fuse and self._fusible(x):
             mixers = (self.mixer.directions()[reverse],)
-            y, conv_state, ssm_state = self._mamba_block(x, mixers, (reverse,), False, state, return_state)
-            return y, MixerState(conv_state, ssm_state) if return_state else None
+            return self._mamba_block(x, mixers, (reverse,), False, state, mask, return_state)
         return self.mixer.direction(self.norm(x), reverse, state, mask, return_state)
 
-    def _fusible(self, x: Tensor, mask: Tensor | None) -> bool:
-        mixer, config = self.mixer, self.mixer.config
-        if block.unavailable(x, config.d_inner, config.d_state, mask) is not None or not mixer.directions():
+    def _fusible(self, x: Tensor) -> bool:
+        config, mixers = self.mixer.config, getattr(self.mixer, "directions", tuple)()
+        if not mixers or block.unavailable(x, config.d_inner, config.d_state) is not None:
             return False
-        if any(m.ranks is not None for m in mixer.directions()):
+        if any(m.ranks is not None for m in mixers):
             return False
-        first = mixer.directions()[0]  # an adapter in the place of a projection must be called
+        first = mixers[0]  # an adapter in the place of a projection must be called
         return all(type(m) is nn.Linear for m in (first.in_proj, first.out_proj, first.x_proj, first.dt_proj))
 
-    def _fused(self, x: Tensor, state: MixerState | None, return_state: bool):
+    def _fused(self, x: Tensor, state: MixerState | None, mask: Tensor | None, return_state: bool):
         mixers = self.mixer.directions()
         dropout = self.dropout.p > 0 and self.training
         reverse = (False, True)[: len(mixers)]
-        y, conv_state, ssm_state = self._mamba_block(x, mixers, reverse, not dropout, state, return_state)
-        state = MixerState(conv_state, ssm_state) if return_state else None
+        y, state = self._mamba_block(x, mixers, reverse, not dropout, state, mask, return_state)
         return (x + self.dropout(y) if dropout else y), state
 
-    def _mamba_block(self, x: Tensor, mixers, reverse, residual: bool, state: MixerState | None, return_state: bool):
+    def _mamba_block(self, x: Tensor, mixers, reverse, residual: bool, state, mask: Tensor | None, return_state: bool):
         first = mixers[0]
-        return block.mamba_block(
+        y, conv_state, ssm_state = block.mamba_block(
             x,
             self.norm.weight,
             self.norm.eps,
@@ -308,10 +306,12 @@ class Block(nn.Module):
             ),
             reverse,
             residual=residual,
+            mask=mask,
             conv_state=None if state is None else state.conv,
             ssm_state=None if state is None else state.ssm,
             return_state=return_state,
         )
+        return y, MixerState(conv_state, ssm_state) if return_state else None
 
 
 class Mamba(nn.Module):

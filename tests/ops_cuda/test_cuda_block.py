@@ -30,9 +30,10 @@ def emulated(monkeypatch):
         monkeypatch.setattr(module, "_device", lambda x, device=device: device)
 
 
-@pytest.mark.parametrize("channels", (8, 256, 260, 7))
-@pytest.mark.parametrize("wide,dtype", ((FLOAT, FLOAT), (FLOAT, HALF), (HALF, HALF)))
 @pytest.mark.parametrize("residual", (False, True))
+@pytest.mark.parametrize(
+    "channels,wide,dtype", ((260, FLOAT, FLOAT), (7, FLOAT, FLOAT), (256, FLOAT, HALF), (7, FLOAT, HALF), (8, HALF, HALF))
+)
 def test_norm(emulated, channels, wide, dtype, residual):
     torch.manual_seed(channels)
     x, weight = torch.randn(3, 11, channels).to(wide), torch.randn(channels)
@@ -63,7 +64,7 @@ def blocks(direction, dtype=FLOAT, **options):
     return copy.deepcopy(exact), exact.double()
 
 
-def both(direction, dtype, length, state, return_state, device="cpu", **options):
+def both(direction, dtype, length, state, return_state, device="cpu", masked=False, **options):
     """(error, name) of outputs and every gradient of the fused block against the definition."""
     ours, exact = blocks(direction, **options)
     ours, config = ours.to(device), ours.mixer.config
@@ -71,11 +72,12 @@ def both(direction, dtype, length, state, return_state, device="cpu", **options)
     inputs = [x]
     if state:
         inputs += [torch.randn(2, config.d_conv - 1, config.d_inner), torch.randn(2, config.d_inner, config.d_state)]
+    mask = torch.rand(2, length) > 0.4 if masked else None
     doubles = [t.double().requires_grad_() for t in inputs]
     inputs = [t.to(device).requires_grad_() for t in inputs]
     with torch.autocast(device, HALF, enabled=dtype == HALF):
-        y, after = ours._fused(inputs[0], MixerState(*inputs[1:]) if state else None, return_state)
-    y64, after64 = exact(doubles[0], MixerState(*doubles[1:]) if state else None, None, return_state)
+        y, after = ours._fused(inputs[0], MixerState(*inputs[1:]) if state else None, mask if mask is None else mask.to(device), return_state)
+    y64, after64 = exact(doubles[0], MixerState(*doubles[1:]) if state else None, mask, return_state)
     outputs, true = [y, *(after or ())], [y64, *(after64 or ())]
     seeds = [torch.randn(t.shape, dtype=torch.float64) for t in true]
     torch.autograd.backward(outputs, [s.to(o) for s, o in zip(seeds, outputs)])
@@ -101,19 +103,27 @@ def test_bidirectional_block(emulated, length, dtype):
     assert max(both("bidirectional", dtype, length, False, False))[0] < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("length", (1, 4, 65))
+@pytest.mark.parametrize("direction,state", (("causal", True), ("causal", False), ("bidirectional", False)))
+def test_masked_block(emulated, length, direction, state):
+    assert max(both(direction, FLOAT, length, state, direction == "causal", masked=True))[0] < TOLERANCE[FLOAT]
+
+
 @pytest.mark.parametrize("length", (1, 2, 65))
 @pytest.mark.parametrize("reverse", (False, True))
-def test_one_direction_in_pieces(emulated, monkeypatch, length, reverse):
+@pytest.mark.parametrize("masked", (False, True))
+def test_one_direction_in_pieces(emulated, monkeypatch, length, reverse, masked):
     """What the layer by layer memory mode runs: one direction of a bidirectional block, states going in and out."""
     ours, exact = blocks("bidirectional")
     monkeypatch.setattr(ours, "fuse", True)
-    monkeypatch.setattr(ours, "_fusible", lambda x, mask: True)
+    monkeypatch.setattr(ours, "_fusible", lambda x: True)
     config = ours.mixer.config
     inputs = [torch.randn(2, length, 12), torch.randn(2, 3, config.d_inner), torch.randn(2, config.d_inner, 3)]
+    mask = torch.rand(2, length) > 0.4 if masked else None
     doubles = [t.double().requires_grad_() for t in inputs]
     inputs = [t.requires_grad_() for t in inputs]
-    y, after = ours.direction(inputs[0], reverse, MixerState(*inputs[1:]))
-    true, true_after = exact.direction(doubles[0], reverse, MixerState(*doubles[1:]))
+    y, after = ours.direction(inputs[0], reverse, MixerState(*inputs[1:]), mask)
+    true, true_after = exact.direction(doubles[0], reverse, MixerState(*doubles[1:]), mask)
     outputs, expected = [y, *after], [true, *true_after]
     seeds = [torch.randn(t.shape, dtype=torch.float64) for t in expected]
     torch.autograd.backward(outputs, [s.float() for s in seeds])
@@ -144,7 +154,7 @@ def test_dropout_acts_on_the_branch_alone(emulated):
     ours, _ = blocks("causal", dropout=0.5)
     x = torch.randn(1, 30, 12)
     torch.manual_seed(1)
-    y, _ = ours._fused(x, None, False)
+    y, _ = ours._fused(x, None, None, False)
     torch.manual_seed(1)
     expected = x + ours.dropout(ours.mixer(ours.norm(x), None, None, False)[0])
     assert relative(y, expected) < TOLERANCE[FLOAT]
@@ -154,8 +164,8 @@ def test_checkpointing_and_frozen_weights(emulated):
     ours, _ = blocks("bidirectional")
     x = torch.randn(1, 30, 12, requires_grad=True)
     ours.mixer.mamba_fwd.D.requires_grad_(False)
-    plain = torch.autograd.grad(ours._fused(x, None, False)[0].square().sum(), x)
-    kept = torch.utils.checkpoint.checkpoint(ours._fused, x, None, False, use_reentrant=False)[0]
+    plain = torch.autograd.grad(ours._fused(x, None, None, False)[0].square().sum(), x)
+    kept = torch.utils.checkpoint.checkpoint(ours._fused, x, None, None, False, use_reentrant=False)[0]
     assert torch.equal(torch.autograd.grad(kept.square().sum(), x)[0], plain[0])
 
 
@@ -163,15 +173,15 @@ def test_nothing_is_kept_without_gradients(emulated):
     ours, _ = blocks("causal")
     x = torch.randn(1, 30, 12)
     with torch.no_grad():
-        quiet = ours._fused(x, None, True)
-    assert quiet[0].grad_fn is None and torch.equal(quiet[0], ours._fused(x, None, True)[0])
+        quiet = ours._fused(x, None, None, True)
+    assert quiet[0].grad_fn is None and torch.equal(quiet[0], ours._fused(x, None, None, True)[0])
 
 
 def test_same_bits_on_every_run(emulated):
     def run():
         ours, _ = blocks("bidirectional")
         x = torch.linspace(-1, 1, 2 * 65 * 12).reshape(2, 65, 12)
-        y = ours._fused(x, None, False)[0]
+        y = ours._fused(x, None, None, False)[0]
         y.square().sum().backward()
         return [y, *(p.grad for p in ours.parameters())]
 
@@ -202,9 +212,10 @@ def test_weight_gradient_on_a_gpu(dtype):
 @pytest.mark.parametrize("direction,state", (("causal", True), ("causal", False), ("bidirectional", False)))
 @pytest.mark.parametrize("length", (1, 3, 65, 3000))
 @pytest.mark.parametrize("dtype", (FLOAT, HALF))
+@pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("sizes", ({}, {"d_model": 64, "d_state": 16, "dt_rank": None}), ids=str)
-def test_block_on_a_gpu(direction, state, length, dtype, sizes):
-    errors = both(direction, dtype, length, state, state, "cuda", **sizes)
+def test_block_on_a_gpu(direction, state, length, dtype, masked, sizes):
+    errors = both(direction, dtype, length, state, state, "cuda", masked, **sizes)
     assert max(errors)[0] < 4 * TOLERANCE[dtype], max(errors)
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from seqlab.ops import nvrtc
+from seqlab.ops.block import norm
 from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.selective_scan import cuda as scan
 
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 ARCHITECTURES = (80, 90, 100)
 SCAN = ((16, 4, 1, 1), (5, 1, 0, 0))  # states, warps, bf16, paired
 CONV = ((4, 4, 1, 0), (8, 1, 0, 0))  # width, vector, bf16, paired
+NORM = ((256, 4, 1, 1, 0), (7, 1, 0, 1, 0))  # channels, vector, bf16, wide, paired
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -35,6 +37,16 @@ def test_convolution_compiles(arch, values):
     image = nvrtc.compile_source(nvrtc.source(conv.SOURCE), nvrtc.options(defines, arch), conv.SOURCE)
     assert image[:4] == b"\x7fELF"
     for kernel in conv.KERNELS:
+        assert kernel.encode() in image
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("values", NORM)
+def test_norm_compiles(arch, values):
+    defines = tuple(zip(("CHANNELS", "VEC", "BF16", "WIDE", "PAIRED"), values, strict=True))
+    image = nvrtc.compile_source(nvrtc.source(norm.SOURCE), nvrtc.options(defines, arch), norm.SOURCE)
+    assert image[:4] == b"\x7fELF"
+    for kernel in norm.KERNELS:
         assert kernel.encode() in image
 
 

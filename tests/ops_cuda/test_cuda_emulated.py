@@ -4,6 +4,7 @@ import emulate
 import pytest
 import torch
 
+from seqlab.ops import causal_conv1d, nvrtc
 from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.causal_conv1d import reference as conv_reference
 from seqlab.ops.selective_scan import cuda as scan
@@ -153,3 +154,61 @@ def test_what_a_piece_does_to_a_state(monkeypatch, case, reverse, adjoint):
         assert worst([(ends, wanted if adjoint else final.detach())]) < TOLERANCE[FLOAT], run
         # the sum may stop short, where nothing is left of any state
         assert worst([(torch.exp(sums[..., None] * A), torch.exp(steps[..., None] * exact[2]))]) < 1e-4 or "decay" in case
+
+
+@pytest.mark.parametrize("length", (1, 5, 150))
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("width,state", ((4, True), (4, False), (1, False)))
+def test_convolution_with_a_mask(monkeypatch, length, reverse, width, state):
+    """Through the public function, whose other back ends move the real positions together."""
+    device = emulate.Device(conv.SOURCE, conv.KERNELS, 1, 1)
+    monkeypatch.setattr(conv, "_device", lambda x: device)
+    monkeypatch.setattr(nvrtc, "on_device", lambda f, *a: f(*a))
+    monkeypatch.setattr(conv, "unavailable", lambda request=None: None)
+    torch.manual_seed(length)
+    x = torch.randn(3, length, 6)
+    mask = torch.rand(3, length) > 0.4
+    mask[1] = False  # nothing real
+    x[~mask] = float("nan")
+    tensors = [x, torch.randn(6, width), torch.randn(6), torch.randn(3, width - 1, 6) if state else None]
+    results = []
+    for backend, dtype in (("cuda", FLOAT), ("reference", torch.float64)):
+        leaves = [None if t is None else t.to(dtype).requires_grad_() for t in tensors]
+        y, final = causal_conv1d(*leaves[:3], "silu", leaves[3], mask, reverse, True, backend=backend)
+        torch.manual_seed(1)
+        loss = (y * torch.randn(y.shape).to(dtype)).sum() + (final * torch.randn(final.shape).to(dtype)).sum()
+        wanted = [t for t in leaves if t is not None]
+        results.append([y.detach(), final.detach(), *torch.autograd.grad(loss, wanted)])
+    assert worst(zip(*results, strict=True)) < TOLERANCE[FLOAT]
+
+
+@pytest.mark.parametrize("length", (1, 2, 37, 150))
+@pytest.mark.parametrize("width,dtype,bias", ((4, FLOAT, True), (1, FLOAT, False), (4, HALF, True)))
+def test_convolution_in_both_directions_at_once(monkeypatch, length, width, dtype, bias):
+    device = emulate.Device(conv.SOURCE, conv.KERNELS, 1, 1)
+    monkeypatch.setattr(conv, "_device", lambda x: device)
+    torch.manual_seed(length)
+    x, *dys = (torch.randn(2, length, 12).to(dtype) for _ in range(3))
+    weights = [torch.randn(12, width) for _ in range(2)]
+    biases = [torch.randn(12) if bias else None for _ in range(2)]
+    strided = torch.cat((x, x), -1)[..., :12]
+    into = torch.full((2, length, 24), float("nan"), dtype=dtype)[..., 12:]
+    ys = conv.forward_pair(strided, weights, biases, True)
+    dweight, dbias = conv.backward_pair(*dys, strided, weights, biases, True, into)
+    exact = [None if t is None else t.double().requires_grad_() for t in (x, *weights, *biases)]
+    y64 = [conv_reference.run(exact[0], exact[1 + i], exact[3 + i], True, None, bool(i)) for i in range(2)]
+    torch.autograd.backward(y64, [d.double() for d in dys])
+    pairs = [*zip(ys, y64, strict=True), (into, exact[0].grad)]
+    pairs += [(dweight[i], exact[1 + i].grad) for i in range(2)] + [(dbias[i], exact[3 + i].grad) for i in range(2) if bias]
+    assert worst([(a, r.detach()) for a, r in pairs]) < TOLERANCE[dtype]
+
+
+def test_gradient_of_a_convolution_added_to_another(monkeypatch):
+    device = emulate.Device(conv.SOURCE, conv.KERNELS, 1, 1)
+    monkeypatch.setattr(conv, "_device", lambda x: device)
+    x, dy, before = (torch.randn(2, 37, 12) for _ in range(3))
+    weight = torch.randn(12, 4)
+    alone = conv.backward(dy, x, weight, None, None, True, True)[0]
+    into = torch.cat((before, before), -1)
+    conv.backward(dy, x, weight, None, None, True, True, into=into[..., 12:], add=True)
+    assert worst([(into[..., 12:], (before + alone).double())]) < 1e-6 and torch.equal(into[..., :12], before)

@@ -21,14 +21,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def unavailable(x: Tensor, d_inner: int, d_state: int, mask: Tensor | None) -> str | None:
+def unavailable(x: Tensor, d_inner: int, d_state: int) -> str | None:
     """Why x (b l d_model) must go through the separate operators; None if the fused block can take it."""
     if not x.is_cuda:
         return "the fused block runs on NVIDIA GPUs"
     if torch.compiler.is_compiling():
         return "torch.compile fuses the separate operators itself"
-    if mask is not None:
-        return "masks go through the separate operators"
     if x.numel() == 0:
         return "nothing to compute"
     if os.environ.get(dispatch.ENVIRONMENT) not in (None, "", "auto", "cuda"):
@@ -57,6 +55,7 @@ def mamba_block(
     directions: tuple[Direction, ...],
     reverse: tuple[bool, ...] = (False,),
     residual: bool = True,
+    mask: Tensor | None = None,
     conv_state: Tensor | None = None,
     ssm_state: Tensor | None = None,
     return_state: bool = False,
@@ -66,18 +65,21 @@ def mamba_block(
     Args:
         x: (b l d_model), float32, or the dtype that matrix products run in.
         norm_weight: (d_model). in_weight: (2d d_model). out_weight: (d_model d). Biases or None.
-        directions: parameters of each direction; all read one projection of the input, and one projection takes the sum of
-            their outputs (tied projections).
-        reverse: for every direction, whether it runs right to left.
-        conv_state, ssm_state: (b w-1 d), (b d n): what came before, one direction.
+        directions: parameters of one direction, or of two: both read one projection of the input, and one projection takes
+            the sum of their outputs (tied projections).
+        reverse: whether the one direction runs right to left; (False, True) for two.
+        mask: (b l) bool, True at real positions; the others change nothing, and there the mixer's output is 0.
+        conv_state, ssm_state: (b w-1 d), (b d n): what came before, one direction only.
         return_state: also the states that continue the sequence.
 
     Returns:
         out (b l d_model), conv state, ssm state (None unless asked for). Differentiable in all tensors.
     """
+    if tuple(reverse) not in ((False,), (True,), (False, True)) or len(directions) != len(reverse):
+        raise ValueError(f"mamba_block: {len(directions)} directions with reverse {reverse}; allowed: one, or (False, True)")
     from seqlab.ops.block import cuda
 
-    tensors = (x, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias)
+    tensors = (x, mask, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias)
     tensors += tuple(t for direction in directions for t in direction)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     spec = cuda.Spec(epsilon, tuple(reverse), residual, compute_dtype(x), return_state, keep)

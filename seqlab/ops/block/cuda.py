@@ -18,6 +18,7 @@ from seqlab.ops import nvrtc
 from seqlab.ops.block import norm
 from seqlab.ops.block.parameters import Direction
 from seqlab.ops.causal_conv1d import cuda as conv
+from seqlab.ops.causal_conv1d import last_real_positions
 from seqlab.ops.selective_scan import cuda as scan
 
 
@@ -26,7 +27,7 @@ class Spec:
     """What is not a tensor."""
 
     epsilon: float
-    reverse: tuple[bool, ...]  # one entry a direction
+    reverse: tuple[bool, ...]  # one direction, either way; or (False, True): both, whose outputs are added, without states
     residual: bool  # add x to the result
     dtype: torch.dtype  # of matrix products and (b l d) tensors: bfloat16 or float32
     return_state: bool  # also the states that continue the sequence (one direction)
@@ -64,17 +65,60 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a, b).float()
 
 
-def _conv_state(u: Tensor, width: int, before: Tensor | None, reverse: bool) -> Tensor:
-    """The last w-1 inputs (reverse: the first), those of `before` (b w-1 d; None: zeros) included, in sequence order."""
-    keep = min(width - 1, u.shape[1])
+def _conv_state(u: Tensor, width: int, before: Tensor | None, mask: Tensor | None, reverse: bool) -> Tensor:
+    """The last w-1 real inputs (reverse: the first), those of `before` (b w-1 d; None: zeros) included, in sequence order."""
     if before is None:
         before = u.new_zeros(u.shape[0], width - 1, u.shape[2])
+    if mask is not None:
+        now, old, there = (t.unsqueeze(-1) for t in last_real_positions(mask, width, reverse))
+        wide = (-1, -1, u.shape[2])
+        return torch.where(there, u.gather(1, now.expand(wide)), before.gather(1, old.expand(wide)))
+    keep = min(width - 1, u.shape[1])
     if reverse:
         return torch.cat((u[:, :keep], before), 1)[:, : width - 1]
     return torch.cat((before, u[:, u.shape[1] - keep :]), 1)[:, keep:]
 
 
-def _forward(spec: Spec, x, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias, *rest):
+def _conv_state_backward(dstate: Tensor, mask: Tensor | None, reverse: bool, du: Tensor, dbefore: Tensor | None) -> None:
+    """Adds the gradient of `_conv_state` to those of u and of the state before."""
+    places, length = dstate.shape[1], du.shape[1]
+    if mask is not None:
+        now, old, there = (t.unsqueeze(-1) for t in last_real_positions(mask, places + 1, reverse))
+        du.scatter_add_(1, now.expand(dstate.shape), torch.where(there, dstate, 0.0).to(du.dtype))
+        if dbefore is not None:
+            dbefore.scatter_add_(1, old.expand(dstate.shape), torch.where(there, 0.0, dstate).to(dbefore.dtype))
+        return
+    here = min(places, length)  # shorter than the window: part of the old state is in the new one
+    if reverse:
+        du[:, :here] += dstate[:, :here]
+        if dbefore is not None:
+            dbefore[:, : places - here] += dstate[:, here:]
+    else:
+        du[:, length - here :] += dstate[:, places - here :]
+        if dbefore is not None:
+            dbefore[:, here:] += dstate[:, : places - here]
+
+
+def _convolved(spec: Spec, u: Tensor, directions: list[Direction], conv_state, real: conv.Real | None) -> list[Tensor]:
+    """silu(conv(u)) of every direction; two read u once."""
+    weights, biases = [_single(p.conv_weight) for p in directions], [_single(p.conv_bias) for p in directions]
+    if len(directions) == 2:
+        return list(conv.forward_pair(u, weights, biases, True, real))
+    return [conv.forward(u, weights[0], biases[0], conv_state, True, spec.reverse[0], real)]
+
+
+def _convolved_backward(spec: Spec, dcs: list[Tensor], u: Tensor, directions: list[Direction], conv_state, real, into):
+    """The gradient of u into `into`; gradients of the weights, of the biases (lists) and of the state."""
+    weights, biases = [_single(p.conv_weight) for p in directions], [_single(p.conv_bias) for p in directions]
+    if len(directions) == 2:
+        return *conv.backward_pair(*dcs, u, weights, biases, True, into, real), None
+    _, dweight, dbias, dstate = conv.backward(
+        dcs[0], u, weights[0], biases[0], conv_state, True, spec.reverse[0], real, into=into
+    )
+    return [dweight], [dbias], dstate
+
+
+def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias, *rest):
     """(out, conv state, ssm state, kept tensors)."""
     dtype = spec.dtype
     conv_state, ssm_state = _half(conv_state, dtype), _single(ssm_state)
@@ -82,25 +126,26 @@ def _forward(spec: Spec, x, conv_state, ssm_state, norm_weight, in_weight, in_bi
     xz = F.linear(normed, _half(in_weight, dtype), _half(in_bias, dtype))
     del normed
     u, z = xz.chunk(2, -1)
+    directions = [Direction(*rest[7 * i : 7 * i + 7]) for i in range(len(spec.reverse))]
+    convolved = _convolved(spec, u, directions, conv_state, conv.real_positions(mask))
     total, kept, after = None, [], (None, None)
     segment = scan.segment_length(*u.shape) if spec.keep else 0
-    for i, reverse in enumerate(spec.reverse):
-        p = Direction(*rest[7 * i : 7 * i + 7])
-        c = conv.forward(u, _single(p.conv_weight), _single(p.conv_bias), conv_state, True, reverse)
+    for i, p in enumerate(directions):
+        c = convolved.pop(0)
         dbl = F.linear(c, _half(p.x_weight, dtype))
         rank, states = p.dt_weight.shape[1], p.A_log.shape[1]
         r, B, C = dbl.split([rank, states, states], -1)
         delta = F.linear(r, _half(p.dt_weight, dtype))
         y, final, snapshots = scan.forward(
-            c, delta, -torch.exp(_single(p.A_log)), B, C, _single(p.D), z, _single(p.dt_bias), ssm_state, None, True,
-            reverse, segment,
+            c, delta, -torch.exp(_single(p.A_log)), B, C, _single(p.D), z, _single(p.dt_bias), ssm_state, mask, True,
+            spec.reverse[i], segment,
         )  # fmt: skip
         del c, delta
         total = y if total is None else total.add_(y)
         if spec.keep:
             kept += [dbl, snapshots]
         if spec.return_state:
-            after = (_conv_state(u, p.conv_weight.shape[1], conv_state, reverse), final)
+            after = (_conv_state(u, p.conv_weight.shape[1], conv_state, mask, spec.reverse[i]), final)
         del dbl, r, B, C, y
     del xz, u, z
     out = F.linear(total, _half(out_weight, dtype), _half(out_bias, dtype))
@@ -111,7 +156,7 @@ def _forward(spec: Spec, x, conv_state, ssm_state, norm_weight, in_weight, in_bi
 
 def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     """Gradients of the tensors given to `_forward`, in their order; None for what is absent."""
-    x, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias, *rest = tensors
+    x, mask, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias, *rest = tensors
     dtype, (batch, length, _) = spec.dtype, x.shape
     conv_state, ssm_state = _half(conv_state, dtype), _single(ssm_state)
     total, *kept = kept
@@ -126,21 +171,20 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     w_in = _half(in_weight, dtype)
     xz = F.linear(normed, w_in, _half(in_bias, dtype))
     u, z = xz.chunk(2, -1)
-    dxz = torch.empty_like(xz)
+    dxz = torch.empty_like(xz) if mask is None else torch.zeros_like(xz)
     du, dz = dxz.chunk(2, -1)
-    d_conv_state = d_ssm_state = None
-    grads = []
-    for i, reverse in enumerate(spec.reverse):
-        p, dbl, snapshots = Direction(*rest[7 * i : 7 * i + 7]), kept[2 * i], kept[2 * i + 1]
-        rank, states = p.dt_weight.shape[1], p.A_log.shape[1]
-        conv_weight, conv_bias, A = _single(p.conv_weight), _single(p.conv_bias), -torch.exp(_single(p.A_log))
+    directions = [Direction(*rest[7 * i : 7 * i + 7]) for i in range(len(spec.reverse))]
+    real = conv.real_positions(mask)
+    convolved, dcs, grads, d_ssm_state = _convolved(spec, u, directions, conv_state, real), [], [], None
+    for i, p in enumerate(directions):
+        dbl, snapshots, c = kept[2 * i], kept[2 * i + 1], convolved.pop(0)
+        rank, states, A = p.dt_weight.shape[1], p.A_log.shape[1], -torch.exp(_single(p.A_log))
         w_dt, w_x = _half(p.dt_weight, dtype), _half(p.x_weight, dtype)
         r, B, C = dbl.split([rank, states, states], -1)
-        c = conv.forward(u, conv_weight, conv_bias, conv_state, True, reverse)
         delta = F.linear(r, w_dt)
         dc, ddelta, dA, dB, dC, dD, dz_here, d_dt_bias, d_ssm_state = scan.backward(
-            dy, dssm, c, delta, A, B, C, _single(p.D), z, _single(p.dt_bias), ssm_state, None, snapshots, True, reverse,
-            scan.segment_length(*u.shape),
+            dy, dssm, c, delta, A, B, C, _single(p.D), z, _single(p.dt_bias), ssm_state, mask, snapshots, True,
+            spec.reverse[i], scan.segment_length(*u.shape),
         )  # fmt: skip
         del delta
         dz.copy_(dz_here) if i == 0 else dz.add_(dz_here)
@@ -153,26 +197,19 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
         del c
         dc.view(-1, d_inner).addmm_(ddbl, w_x)
         del ddbl
-        _, d_conv_weight, d_conv_bias, d_conv_state = conv.backward(
-            dc, u, conv_weight, conv_bias, conv_state, True, reverse, into=du, add=i > 0
-        )
+        dcs.append(dc)
         del dc
-        grads += [
-            d_conv_weight, None if p.conv_bias is None else d_conv_bias, d_x_weight, d_dt_weight, d_dt_bias, dA * A, dD,
-        ]  # fmt: skip
+        grads.append([d_x_weight, d_dt_weight, d_dt_bias, dA * A, dD])
+    d_conv_weights, d_conv_biases, d_conv_state = _convolved_backward(spec, dcs, u, directions, conv_state, real, du)
+    grads = [
+        g
+        for i, p in enumerate(directions)
+        for g in (d_conv_weights[i], None if p.conv_bias is None else d_conv_biases[i], *grads[i])
+    ]
+    del dcs
     del dy, xz, u, z
     if dconv is not None:
-        width = rest[0].shape[1]
-        here = min(width - 1, length)
-        # shorter than the window: part of the old state is in the new one
-        if spec.reverse[0]:
-            du[:, :here] += dconv[:, :here]
-            if conv_state is not None:
-                d_conv_state[:, : width - 1 - here] += dconv[:, here:]
-        else:
-            du[:, length - here :] += dconv[:, width - 1 - here :]
-            if conv_state is not None:
-                d_conv_state[:, here:] += dconv[:, : width - 1 - here]
+        _conv_state_backward(dconv, mask, spec.reverse[0], du, d_conv_state if conv_state is not None else None)
     rows = dxz.flatten(0, 1)
     d_in_weight = weight_gradient(rows, normed.flatten(0, 1))
     d_in_bias = None if in_bias is None else rows.sum(0, dtype=torch.float32)
@@ -181,7 +218,7 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     del dxz, du, dz, rows
     dx, d_norm_weight = norm.backward(d_normed, x, _single(norm_weight), spec.epsilon, dout if spec.residual else None)
     return [
-        dx, None if conv_state is None else d_conv_state, None if ssm_state is None else d_ssm_state, d_norm_weight,
+        dx, None, None if conv_state is None else d_conv_state, None if ssm_state is None else d_ssm_state, d_norm_weight,
         d_in_weight, d_in_bias, d_out_weight, d_out_bias, *grads,
     ]  # fmt: skip
 
@@ -195,7 +232,7 @@ def _apart(function, spec: Spec, x: Tensor, *rest):
 
 
 class Block(torch.autograd.Function):
-    """Block.apply(spec, x, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias, *directions) ->
+    """Block.apply(spec, x, mask, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias, *directions) ->
     (out, conv_state, ssm_state); the states are None unless the spec asks for them.
 
     x (b l d_model) in float32 or the spec's dtype; out like x with `residual`, else in the spec's dtype.
@@ -222,4 +259,4 @@ class Block(torch.autograd.Function):
             return _backward(spec, *given)
 
         grads = _apart(run, ctx.spec, x, tensors, kept, dout, dconv, dssm)
-        return None, *(None if t is None else g.to(t.dtype) for t, g in zip(tensors, grads, strict=True))
+        return None, *(None if g is None else g.to(t.dtype) for t, g in zip(tensors, grads, strict=True))

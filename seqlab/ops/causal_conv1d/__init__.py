@@ -92,6 +92,9 @@ def causal_conv1d(
         last = x[:, :keep] if reverse else x[:, x.shape[1] - keep :]
         ends = _with_state(last, width, initial_state, reverse)  # (b keep+w-1 d)
         return y, (ends[:, : width - 1] if reverse else ends[:, keep:]).clone()
+    if getattr(module, "NATIVE_MASK", False):
+        y = module.run(x, weight, bias, silu, initial_state, reverse, mask)
+        return (y, _last_real(x, mask, width, initial_state, reverse)) if return_final_state else y
     # The real positions are moved together, to the end where the filter starts (left, or right for reverse), so that it
     # runs over them without gaps; then the outputs go back to where their inputs came from.
     order = torch.sort((mask if reverse else ~mask).to(torch.uint8), dim=1, stable=True).indices  # (b l)
@@ -122,6 +125,28 @@ def _with_state(x: Tensor, width: int, initial_state: Tensor | None, reverse: bo
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     return torch.cat((x, initial_state) if reverse else (initial_state, x), dim=1)
+
+
+def last_real_positions(mask: Tensor, width: int, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the final state of a masked sequence comes from, (b w-1) each: positions of its last real inputs (reverse: the
+    first), places in the state before, and which of the two holds."""
+    batch, length = mask.shape
+    count = mask.sum(dim=1, keepdim=True)  # (b 1)
+    order = torch.sort((~mask).to(torch.uint8), dim=1, stable=True).indices
+    wanted = torch.arange(width - 1, device=mask.device) + (0 if reverse else count - (width - 1))  # among the real ones
+    wanted = wanted.expand(batch, width - 1)
+    before = wanted - count if reverse else wanted + width - 1
+    there = (wanted >= 0) & (wanted < count)
+    return order.gather(1, wanted.clamp(0, length - 1)), before.clamp(0, max(width - 2, 0)), there
+
+
+def _last_real(x: Tensor, mask: Tensor, width: int, initial_state: Tensor | None, reverse: bool) -> Tensor:
+    """The last w-1 real inputs (reverse: the first), in sequence order; where there are fewer, the old state's as well."""
+    if initial_state is None:
+        initial_state = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    now, before, there = (t.unsqueeze(-1) for t in last_real_positions(mask, width, reverse))
+    wide = (-1, -1, x.shape[2])
+    return torch.where(there, x.gather(1, now.expand(wide)), initial_state.gather(1, before.expand(wide)))
 
 
 def _check(x, weight, bias, activation, initial_state, mask) -> None:

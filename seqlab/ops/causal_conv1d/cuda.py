@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch import Tensor
 from seqlab.ops import nvrtc
 from seqlab.ops.dispatch import Request
 
+NATIVE_MASK = True
 SOURCE = "causal_conv1d/conv.cu"
-KERNELS = ("conv_forward", "conv_backward", "conv_reduce")
+KERNELS = ("conv_forward", "conv_backward", "conv_reduce", "conv_forward_pair", "conv_backward_pair")
 THREADS = 128
 VECTOR = 2
 """Channels a thread: two measured best (more warps in flight), also where 16-byte accesses would be possible."""
@@ -82,8 +84,31 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, silu: bool, reverse: bool):
+class Real(NamedTuple):
+    """The real positions of a mask."""
+
+    order: Tensor  # (b l) int64, real positions first, left to right
+    counts: Tensor  # (b) int64
+
+
+def real_positions(mask: Tensor | None) -> Real | None:
+    """Of a mask (b l); None where there is none."""
+    if mask is None:
+        return None
+    order = torch.sort((~mask).to(torch.uint8), dim=1, stable=True).indices
+    return Real(order, mask.sum(dim=1))
+
+
+def _outputs(x: Tensor, real: Real | None) -> Tensor:
+    """An output like x. The kernels leave masked positions alone, so they must be 0 beforehand."""
+    make = torch.empty if real is None else torch.zeros
+    return make(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, real: Real | None, silu: bool, reverse: bool):
     p = nvrtc.params_type(SOURCE)()
+    if real is not None:
+        p.order, p.counts = real.order.data_ptr(), real.counts.data_ptr()
     p.x, p.weight = x.data_ptr(), weight.data_ptr()
     p.bias = 0 if bias is None else bias.data_ptr()
     p.initial = 0 if initial is None or initial.numel() == 0 else initial.data_ptr()
@@ -93,23 +118,32 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor |
     return p
 
 
-def _defines(x: Tensor, width: int, vector: int) -> tuple[tuple[str, int], ...]:
-    return (("WIDTH", width), ("VEC", vector), ("BF16", int(x.dtype == torch.bfloat16)), ("PAIRED", 0))
+def _defines(x: Tensor, width: int, vector: int, real: Real | None) -> tuple[tuple[str, int], ...]:
+    half, masked = int(x.dtype == torch.bfloat16), int(real is not None)
+    return (("WIDTH", width), ("VEC", vector), ("BF16", half), ("PAIRED", 0), ("MASKED", masked))
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    silu: bool,
+    reverse: bool,
+    real: Real | None = None,
+) -> Tensor:
     """y (b l d)."""
     device = _device(x)
     x, weight = _rows(x), weight.contiguous()
     bias, initial = (None if t is None else t.contiguous() for t in (bias, initial))
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = _outputs(x, real)
     vector = _vector(VECTOR, x, initial)
     groups = x.shape[2] // vector
-    p = _arguments(x, weight, bias, initial, silu, reverse)
+    p = _arguments(x, weight, bias, initial, real, silu, reverse)
     p.y = y.data_ptr()
     p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, FORWARD_RUN)
     p.runs = math.ceil(x.shape[1] / p.run)
-    module = device.module(_defines(x, weight.shape[1], vector))
+    module = device.module(_defines(x, weight.shape[1], vector, real))
     ring = AHEAD * THREADS * vector * x.element_size()
     module.launch("conv_forward", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
     return y
@@ -123,22 +157,23 @@ def backward(
     initial: Tensor | None,
     silu: bool,
     reverse: bool,
+    real: Real | None = None,
     into: Tensor | None = None,
     add: bool = False,
 ):
     """Gradients of x, weight, bias, initial (empty for what is absent). `into` (like x, channels adjacent) receives that of
-    x, added to what is there with `add`."""
+    x at real positions, added to what is there with `add`."""
     device = _device(x)
     x, dy, weight = _rows(x), _rows(dy), weight.contiguous()
     bias, initial = (None if t is None else t.contiguous() for t in (bias, initial))
     channels, width = weight.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
+    dx = _outputs(x, real) if into is None else into
     dweight = torch.empty_like(weight)
     dbias = torch.empty(0 if bias is None else channels, dtype=torch.float32, device=x.device)
     dinitial = torch.empty((0,) if initial is None else initial.shape, dtype=x.dtype, device=x.device)
     vector = _vector(VECTOR, x, dy, dx, initial)
     groups = channels // vector
-    p = _arguments(x, weight, bias, initial, silu, reverse)
+    p = _arguments(x, weight, bias, initial, real, silu, reverse)
     p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)
     p.dx, p.dx_b, p.dx_t, p.add = dx.data_ptr(), dx.stride(0), dx.stride(1), int(add)
     p.dweight = dweight.data_ptr()
@@ -148,35 +183,122 @@ def backward(
     p.runs = math.ceil(x.shape[1] / p.run)
     partial = torch.empty(p.batch * p.runs * (width + 1) * channels, dtype=torch.float32, device=x.device)
     p.partial = partial.data_ptr()
-    module = device.module(_defines(x, width, vector))
+    module = device.module(_defines(x, width, vector, real))
     ring = 2 * AHEAD * THREADS * vector * x.element_size()
     module.launch("conv_backward", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
     module.launch("conv_reduce", math.ceil((width + 1) * channels / 32), 1024, 4096, p)
     return dx, dweight, dbias, dinitial
 
 
+def forward_pair(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], silu: bool, real: Real | None = None):
+    """y left to right with the first filter, y right to left with the second; x is read once."""
+    device = _device(x)
+    x = _rows(x)
+    weights, biases = [w.contiguous() for w in weights], [None if b is None else b.contiguous() for b in biases]
+    y, y_too = _outputs(x, real), _outputs(x, real)
+    vector = _vector(VECTOR, x)
+    groups = x.shape[2] // vector
+    p = _arguments(x, weights[0], biases[0], None, real, silu, False)
+    _second_filter(p, weights[1], biases[1])
+    p.y, p.y_too = y.data_ptr(), y_too.data_ptr()
+    p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, FORWARD_RUN)
+    p.runs = math.ceil(x.shape[1] / p.run)
+    ring = AHEAD * THREADS * vector * x.element_size()
+    module = device.module(_defines(x, weights[0].shape[1], vector, real))
+    module.launch("conv_forward_pair", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
+    return y, y_too
+
+
+def backward_pair(
+    dy: Tensor,
+    dy_too: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    silu: bool,
+    into: Tensor,
+    real: Real | None = None,
+):
+    """The gradient of x from both directions into `into` (like x, channels adjacent) at real positions; gradients of the weights (2 d w) and
+    of the biases (2 d), which are meaningless where there is no bias."""
+    device = _device(x)
+    x, dy, dy_too = _rows(x), _rows(dy), _rows(dy_too)
+    weights, biases = [w.contiguous() for w in weights], [None if b is None else b.contiguous() for b in biases]
+    channels, width = weights[0].shape
+    new = {"dtype": torch.float32, "device": x.device}
+    dweight, dbias = torch.empty(2, channels, width, **new), torch.empty(2, channels, **new)
+    vector = _vector(VECTOR, x, dy, dy_too, into)
+    groups = channels // vector
+    p = _arguments(x, weights[0], biases[0], None, real, silu, False)
+    _second_filter(p, weights[1], biases[1])
+    p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)
+    p.dy_too, p.dy_too_b, p.dy_too_t = dy_too.data_ptr(), dy_too.stride(0), dy_too.stride(1)
+    p.dx, p.dx_b, p.dx_t = into.data_ptr(), into.stride(0), into.stride(1)
+    p.dweight, p.dbias = dweight.data_ptr(), dbias.data_ptr()
+    p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, BACKWARD_RUN)
+    p.runs = math.ceil(x.shape[1] / p.run)
+    partial = torch.empty(2 * p.batch * p.runs * (width + 1) * channels, **new)
+    p.partial = partial.data_ptr()
+    ring = 3 * AHEAD * THREADS * vector * x.element_size()
+    module = device.module(_defines(x, width, vector, real))
+    module.launch("conv_backward_pair", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
+    module.launch("conv_reduce", 2 * math.ceil((width + 1) * channels / 32), 1024, 4096, p)
+    return dweight, dbias
+
+
+def _second_filter(p, weight: Tensor, bias: Tensor | None) -> None:
+    p.weight_too, p.bias_too = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+
+
 # ------------------------------------------------------------------------------------------------------ operators
+def _real(order: Tensor | None, counts: Tensor | None) -> Real | None:
+    return None if order is None else Real(order, counts)
+
+
+def _run_forward(x, weight, bias, initial, order, counts, silu, reverse):
+    return forward(x, weight, bias, initial, silu, reverse, _real(order, counts))
+
+
+def _run_backward(dy, x, weight, bias, initial, order, counts, silu, reverse):
+    return backward(dy, x, weight, bias, initial, silu, reverse, _real(order, counts))
+
+
 @torch.library.custom_op("seqlab::causal_conv1d_cuda", mutates_args=(), device_types="cuda")
 def _conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, silu: bool, reverse: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    order: Tensor | None,
+    counts: Tensor | None,
+    silu: bool,
+    reverse: bool,
 ) -> Tensor:
-    return nvrtc.on_device(forward, x, weight, bias, initial, silu, reverse)
+    return nvrtc.on_device(_run_forward, x, weight, bias, initial, order, counts, silu, reverse)
 
 
 @_conv.register_fake
-def _(x, weight, bias, initial, silu, reverse):
+def _(x, weight, bias, initial, order, counts, silu, reverse):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @torch.library.custom_op("seqlab::causal_conv1d_cuda_backward", mutates_args=(), device_types="cuda")
 def _conv_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, silu: bool, reverse: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    order: Tensor | None,
+    counts: Tensor | None,
+    silu: bool,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return nvrtc.on_device(backward, dy, x, weight, bias, initial, silu, reverse)
+    return nvrtc.on_device(_run_backward, dy, x, weight, bias, initial, order, counts, silu, reverse)
 
 
 @_conv_backward.register_fake
-def _(dy, x, weight, bias, initial, silu, reverse):
+def _(dy, x, weight, bias, initial, order, counts, silu, reverse):
     def like(t, dtype):
         return torch.empty((0,) if t is None else t.shape, dtype=dtype, device=x.device)
 
@@ -194,7 +316,7 @@ def _gradients(ctx, dy, call=_conv_backward):
     x = tensors[0]
     dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
     out = call(dy, *tensors, ctx.silu, ctx.reverse)
-    return (*(None if t is None else g for g, t in zip(out, tensors, strict=True)), None, None)
+    return (*(None if t is None else g for g, t in zip(out, tensors[:4], strict=True)), None, None, None, None)
 
 
 _conv.register_autograd(_gradients, setup_context=_setup)
@@ -206,18 +328,24 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         _setup(ctx, inputs, None)
-        return nvrtc.on_device(forward, *inputs)
+        return nvrtc.on_device(_run_forward, *inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return _gradients(ctx, dy, functools.partial(nvrtc.on_device, backward))
+        return _gradients(ctx, dy, functools.partial(nvrtc.on_device, _run_backward))
 
 
 def run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, reverse: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    initial_state: Tensor | None,
+    reverse: bool,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """y (b l d) in x's dtype, as __init__ describes it."""
-    if torch.compiler.is_compiling():
-        return _conv(x, weight, bias, initial_state, silu, reverse)
-    return _Eager.apply(x, weight, bias, initial_state, silu, reverse)
+    order, counts = real_positions(mask) or (None, None)
+    call = _conv if torch.compiler.is_compiling() else _Eager.apply
+    return call(x, weight, bias, initial_state, order, counts, silu, reverse)
