@@ -1061,10 +1061,7 @@ def generate_audio(
             raise UserError("--class all: this run was trained without classes; prepare data with --label-from")
         settings = dataclasses.replace(settings, classes=loaded.config.sound.labels)
     bar, update = progress_bar("generating", "x real time", suffix="")
-    try:
-        generator = audio_generation.Generator(loaded, settings, device, backend, update)
-    except RuntimeError as error:  # the back end cannot run this, and says why
-        raise UserError(str(error)) from None
+    generator = audio_generation.Generator(loaded, settings, device, backend, update)
     if not to_stdout and not resume:
         _check_sample_folder(folder, overwrite)
     with bar:

@@ -158,14 +158,17 @@ class Generator:
 
     def decoder(self, streams: list[int], classes: list[int]) -> Decoder:
         """A decoder at the start of these streams (numbers that tell their random draws apart)."""
-        decoder = Decoder(
-            self.run.model,
-            batch=len(streams),
-            classes=torch.tensor(classes) if self.config.model.n_classes else None,
-            device=self.device,
-            backend=self.backend,
-            streams=torch.tensor(streams),
-        )
+        try:
+            decoder = Decoder(
+                self.run.model,
+                batch=len(streams),
+                classes=torch.tensor(classes) if self.config.model.n_classes else None,
+                device=self.device,
+                backend=self.backend,
+                streams=torch.tensor(streams),
+            )
+        except (ValueError, RuntimeError) as error:  # no such back end, or it cannot run this model here
+            raise UserError(f"--backend {self.backend}: {error}") from None
         self.used_backend = decoder.backend
         return decoder
 
@@ -213,6 +216,7 @@ class Generator:
             rows = {int(k): v for k, v in saved["rows"].items()}
             self.made, self.elapsed = saved["made"], saved["elapsed"]
         else:
+            self.decoder([0], [self.class_of(0)])  # refused now, not with half a folder
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "generation.json", self._facts([], None))
         before = self.elapsed
