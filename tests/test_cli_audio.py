@@ -167,10 +167,10 @@ def test_what_ran_away_is_drawn_anew(trained, tmp_path, monkeypatch):
 
 def test_raw_pcm_on_standard_output(trained, tmp_path):
     arguments = ["generate", "audio", trained / "run", "--seconds", 0.05, "--out"]
-    done = subprocess.run([sys.executable, "-m", "cli", *map(str, arguments), "-"], cwd=ROOT, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, [*map(str, arguments), "-"])
+    assert done.exit_code == 0 and "aplay -f S16_LE" in done.stderr
     run(*arguments, tmp_path / "s")
-    assert done.stdout == samples(tmp_path / "s" / "sample-001.wav")[1].tobytes()
+    assert done.stdout_bytes == samples(tmp_path / "s" / "sample-001.wav")[1].tobytes()
 
 
 def test_ctrl_c_saves_and_resume_equals_uninterrupted(trained, tmp_path):

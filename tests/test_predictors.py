@@ -6,7 +6,14 @@ import soundfile
 
 from data_prep.audio import prepare_audio
 from seqlab.dataset import TokenStore
-from seqlab.predictors import AdaptivePredictor, CodeMarkov, LinearSettings, _correlations, take, whole_intervals
+from seqlab.predictors import (
+    AdaptivePredictor,
+    CodeMarkov,
+    LinearSettings,
+    _correlations,
+    take,
+    whole_intervals,
+)
 from seqlab.tokenizers.waveform import QUANTIZERS
 
 
