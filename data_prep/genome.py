@@ -149,7 +149,7 @@ def write_sequences(
         for i, (prefix, path) in enumerate(sources):
             with SourceFile(path, report(sum(sizes[:i]))) as source:
                 writer.source(path, prefix)
-                _parse(path, source.blocks(), writer)
+                parse_records(path, source.blocks(), writer)
                 facts.append({"path": str(path), "sha256": source.sha256(), "bytes": source.bytes_read})
         writer.finish()
     return writer, facts
@@ -160,8 +160,8 @@ def _list(paths: list[Path]) -> str:
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
-def _parse(path: Path, blocks: Iterator[bytes], writer: "_Writer") -> None:
-    """Feed the records of a file to the writer."""
+def parse_records(path: Path, blocks: Iterator[bytes], writer: "_Writer") -> None:
+    """Feed the records of a file to the writer: begin(header), add(piece of its lines), ..., end()."""
     first = next(blocks)
     is_genbank = first.lstrip(WHITESPACE).startswith(b"LOCUS ")
     (_parse_genbank if is_genbank else _parse_fasta)(path, itertools.chain([first], blocks), writer)

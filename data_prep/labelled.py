@@ -1,0 +1,714 @@
+"""Labelled sequences -> dataset directory (seqlab/classification/dataset.py): CSV or TSV, FASTA, BED with a genome.
+
+A record and what becomes of it:
+
+    seq,label                     columns by name, whatever their order
+    " acgtnRY-" , promoter        blanks around fields are cut; 7 8 9 10 11 11 11 11: lower case is read as upper case,
+                                  the ambiguity codes RYSWKMBDHVX and gaps become N, and both are counted
+
+Case never reaches the model: in some public sets it gives the label away (the report says when it does). Classes are
+sorted by name (by value if all are whole numbers), never by their order in the file. Coordinates of a BED file are 0-based
+half-open; a minus in the strand column reads the other strand.
+
+Splits: the file's own (a split column, or one file each), else `test_share` of the sequences test, stratified by label and
+decided by what the sequence is, not where it stands. Sequences that occur on both sides of a split, as they are or reverse
+complemented, are counted and, unless told otherwise, dropped from the training side.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data_prep.files import SourceFile, check_source, output_directory, sync
+from data_prep.genome import WHITESPACE, parse_records
+from seqlab.classification.dataset import sequence_key, strata, stratified_parts
+from seqlab.classification.metrics import KINDS
+from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
+from seqlab.errors import UserError
+from seqlab.tokenizers import nucleotide
+
+SEQUENCE_NAMES = ("sequence", "seq", "seqs")
+LABEL_NAMES = ("label", "labels")
+SPLIT_WORDS = {"train": 0, "training": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}
+HEADER_PATTERN = r"[|\s](?:label=)?([^|\s]+)\s*$"
+"""Label in a FASTA header by default: the last field after a | or a blank, with or without `label=`."""
+MANY_CLASSES = 1000
+Duplicates = Literal["drop", "keep", "error"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Record:
+    """One labelled sequence as it was read. `where` names it in messages; `split` is None where the file has none."""
+
+    where: str
+    name: str
+    text: bytes
+    label: str
+    split: int | None = None
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """How labels are read.
+
+    kind: "auto" finds out: multi-label if there is a separator, regression if every label is a number and there are more
+        than 50 different ones, else binary or multi-class
+    separator: between the labels of one sequence, for multi-label; an empty field means none of them
+    classes: the names that are allowed, for files that should hold them all; empty: whatever occurs
+    """
+
+    kind: str = "auto"
+    separator: str | None = None
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("auto", *KINDS):
+            raise UserError(f"--kind {self.kind}: unknown; use auto, {', '.join(KINDS)}")
+        if self.separator is not None and self.kind not in ("auto", "multi-label"):
+            raise UserError(f"--label-separator belongs to --kind multi-label, not to {self.kind}; leave one of them out")
+        if self.kind == "multi-label" and not self.separator:
+            raise UserError("--kind multi-label: needs --label-separator, for example --label-separator ';'")
+        if self.kind == "regression" and self.classes:
+            raise UserError("--classes names classes, but --kind regression has numbers; leave one of them out")
+
+
+@dataclass
+class Summary:
+    """What was met on the way; becomes part of the manifest."""
+
+    counts: Counter = field(default_factory=Counter)  # A C G T N other
+    lower_case: int = 0
+    lower_case_sequences: Counter = field(default_factory=Counter)  # label -> sequences with any lower case
+    label_counts: Counter = field(default_factory=Counter)
+    skipped: Counter = field(default_factory=Counter)  # why -> sequences
+
+
+def prepare_labelled(
+    records: Iterable[Record],
+    sources: Callable[[], list[dict[str, Any]]],
+    out: Path | str,
+    *,
+    labels: LabelOptions = LabelOptions(),
+    test_share: float = 0.2,
+    seed: int = 0,
+    duplicates: Duplicates = "drop",
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write the records into the dataset directory `out` and return it. See the readers below for `records`.
+
+    sources: called when all is read; the manifest's list of files with their sha256.
+    test_share: share of the sequences that test where the records bring no split.
+    duplicates: what to do about sequences on both sides of a split: drop them from the training (or validation) side,
+        keep them (and say so), or stop with an error.
+    skip_bad: leave out sequences that are empty, hold no A, C, G or T or have no label, and count them; else they are errors.
+    extra: further keys of the manifest.
+
+    Nothing is left behind after an error. Raises UserError.
+    """
+    out = Path(out)
+    if not 0 <= test_share < 1:
+        raise UserError(f"--test-share {test_share}: must lie in [0, 1)")
+    if duplicates not in ("drop", "keep", "error"):
+        raise UserError(f"--duplicates {duplicates}: unknown; use drop, keep or error")
+    summary = Summary()
+    with output_directory(out, overwrite) as directory:
+        names, raw_labels, splits, keys, offsets = [], [], [], [], [0]
+        digest = hashlib.sha256()
+        seen_names: dict[str, str] = {}
+        with open(directory / "tokens.bin", "wb", buffering=1 << 20) as tokens:
+            for record in records:
+                ids = _encode(record, summary, skip_bad, labels.separator is None)
+                if ids is None:
+                    continue
+                if record.name in seen_names:
+                    raise UserError(
+                        f"{record.where}: id {record.name[:60]!r} was met before ({seen_names[record.name]}); ids must "
+                        "differ: rename one, or use another column"
+                    )
+                seen_names[record.name] = record.where
+                data = ids.tobytes()
+                tokens.write(data)
+                digest.update(data)
+                names.append(record.name)
+                raw_labels.append(record.label)
+                splits.append(record.split)
+                keys.append(sequence_key(ids))
+                offsets.append(offsets[-1] + len(ids))
+            sync(tokens)
+        if not names:
+            bad = f" ({sum(summary.skipped.values()):,} were left out)" if summary.skipped else ""
+            raise UserError(f"{out}: no labelled sequence was read{bad}; give a file that holds some")
+        where = list(seen_names.values())
+        kind, classes, label_array = _resolve_labels(raw_labels, labels, where)
+        key_array = np.array(keys, np.uint64)
+        split, rule = _resolve_splits(splits, label_array, kind, key_array, test_share, seed, where)
+        kept, report = _leaks(split, key_array, label_array, duplicates, names)
+        _check_classes(kind, classes, label_array[kept], split[kept])
+        if not kept.all():
+            _drop(directory, kept, offsets)
+            lengths = np.diff(offsets)[kept]
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+            names = [name for name, keep in zip(names, kept) if keep]
+            label_array, split, key_array = label_array[kept], split[kept], key_array[kept]
+            digest = hashlib.sha256((directory / "tokens.bin").read_bytes())
+        arrays = {"offsets": np.array(offsets, np.int64), "labels": label_array, "split": split, "keys": key_array}
+        for name, array in arrays.items():
+            with open(directory / f"{name}.npy", "wb") as file:
+                np.save(file, array, allow_pickle=False)
+                sync(file)
+        with open(directory / "names.txt", "w", encoding="utf-8") as file:
+            file.write("".join(f"{name}\n" for name in names))
+            sync(file)
+        lengths = np.diff(offsets)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": "labelled",
+            "label_kind": kind,
+            "classes": classes,
+            "tokenizer": "nucleotide",
+            "vocab": list(nucleotide.VOCAB),
+            "n": len(names),
+            "total": int(offsets[-1]),
+            "lengths": {"min": int(lengths.min()), "median": float(np.median(lengths)), "max": int(lengths.max())},
+            "counts": {key: int(summary.counts[key]) for key in ("A", "C", "G", "T", "N", "other")},
+            "lower_case": summary.lower_case,
+            "case_gives_labels_away": _case_trap(summary, kind),
+            "splits": {name: int((split == code).sum()) for code, name in enumerate(SPLITS)},
+            "class_counts": _class_counts(kind, classes, label_array, split),
+            "split_rule": rule,
+            "duplicates": report,
+            "skipped": dict(summary.skipped),
+            "sha256": digest.hexdigest(),
+            "sources": sources(),
+            **(extra or {}),
+        }
+        with open(directory / "manifest.json", "w", encoding="utf-8") as file:
+            file.write(json.dumps(manifest, indent=1) + "\n")
+            sync(file)
+    return out
+
+
+# -- one record ----------------------------------------------------------------------------------------------------
+_CODES = b"RYSWKMBDHVX-.*"
+_ALLOWED = b"ACGTUN" + _CODES + b"acgtun" + _CODES.lower()
+_LOWER = bytes(range(ord("a"), ord("z") + 1))
+
+
+def _encode(record: Record, summary: Summary, skip_bad: bool, needs_label: bool) -> np.ndarray | None:
+    """Token ids of a record's text, counted; None if it is bad and to be skipped."""
+    text = record.text.translate(None, WHITESPACE)
+    problem = None
+    if strays := text.translate(None, _ALLOWED):
+        shown = repr(chr(strays[0])) if 32 < strays[0] < 127 else f"byte 0x{strays[0]:02x}"
+        raise UserError(
+            f"{record.where}: {shown} in the sequence is no nucleotide code (ACGTUN, RYSWKMBDHVX, gaps -.*); mend it, or "
+            "is this the wrong column?"
+        )
+    if needs_label and not record.label:
+        problem = "no label"
+    raw = nucleotide.encode(text)
+    other = int(np.count_nonzero(raw == nucleotide.UNK))
+    ids = np.where(raw == nucleotide.UNK, np.uint8(nucleotide.N), raw)
+    counts = np.bincount(raw, minlength=16)
+    if problem is None and not len(ids):
+        problem = "empty sequence"
+    elif problem is None and not counts[list(nucleotide.BASES)].sum():
+        problem = "no A, C, G or T in the sequence"
+    if problem is not None:
+        if not skip_bad:
+            raise UserError(f"{record.where}: {problem}; mend it, or leave such sequences out with --skip-bad")
+        summary.skipped[problem] += 1
+        return None
+    for base, token in zip("ACGTN", (*nucleotide.BASES, nucleotide.N)):
+        summary.counts[base] += int(counts[token])
+    summary.counts["other"] += other
+    lower = len(text) - len(text.translate(None, _LOWER))
+    summary.lower_case += lower
+    summary.label_counts[record.label] += 1
+    summary.lower_case_sequences[record.label] += lower > 0
+    return ids
+
+
+# -- labels --------------------------------------------------------------------------------------------------------
+def _resolve_labels(raw: list[str], options: LabelOptions, where: list[str]) -> tuple[str, list[str], np.ndarray]:
+    """(kind, sorted class names, array) of the labels as they were read."""
+    if options.separator:
+        sets = [sorted({part.strip() for part in label.split(options.separator)} - {""}) for label in raw]
+        classes = _class_names({name for labels in sets for name in labels}, options, where, sets)
+        index = {name: i for i, name in enumerate(classes)}
+        array = np.zeros((len(raw), len(classes)), np.uint8)
+        for row, labels in zip(array, sets):
+            row[[index[name] for name in labels]] = 1
+        return "multi-label", classes, array
+    values = set(raw)
+    kind = options.kind
+    if kind == "auto":
+        is_regression = len(values) > 50 and not options.classes and all(map(_is_number, values))
+        kind = "regression" if is_regression else "binary" if len(options.classes or values) == 2 else "multi-class"
+    if kind == "regression":
+        numbers = np.empty(len(raw), np.float64)
+        for i, text in enumerate(raw):
+            if not _is_number(text):
+                raise UserError(
+                    f"{where[i]}: label {text[:40]!r} is not a number; --kind regression needs numbers, "
+                    "--kind multi-class takes names"
+                )
+            numbers[i] = float(text)
+        if np.ptp(numbers) == 0:
+            raise UserError(f"every label is {raw[0][:40]!r}; a regression needs at least two different numbers")
+        return kind, [], numbers
+    if len(values) > MANY_CLASSES:
+        raise UserError(
+            f"{len(values):,} different labels, for example {sorted(values)[0][:40]!r}; is this the right column? At most "
+            f"{MANY_CLASSES:,} classes are allowed; --kind regression reads numbers"
+        )
+    classes = _class_names(values, options, where, [[label] for label in raw])
+    if kind == "binary" and len(classes) != 2:
+        raise UserError(f"--kind binary: {len(classes)} classes ({_list(classes)}); use --kind multi-class")
+    index = {name: i for i, name in enumerate(classes)}
+    return kind, classes, np.array([index[label] for label in raw], np.int64)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
+
+
+def _class_names(found: set[str], options: LabelOptions, where: list[str], labels: list[list[str]]) -> list[str]:
+    """Sorted: whole numbers by value, everything else as text."""
+    names = set(options.classes) or found
+    for i, row in enumerate(labels if options.classes else []):
+        for label in row:
+            if label not in names:
+                raise UserError(f"{where[i]}: label {label[:40]!r} is not among --classes; {nearest(label, sorted(names))}")
+    if options.classes and (absent := sorted(names - found)):
+        raise UserError(f"class {absent[0]!r} is empty: no sequence has this label; add some, or leave it out of --classes")
+    if len(names) < (1 if options.separator else 2):
+        raise UserError(
+            f"only one class, {next(iter(names))!r}: nothing to tell apart; add sequences of another class"
+            if names
+            else "no sequence has any label; is this the right column, and the right --label-separator?"
+        )
+    if all(re.fullmatch(r"-?\d{1,15}", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def _list(names: Iterable[str], most: int = 6) -> str:
+    names = list(names)
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name[:40]) for name in names[:most]) + more
+
+
+def _check_classes(kind: str, classes: list[str], labels: np.ndarray, split: np.ndarray) -> None:
+    """Every class needs training sequences, and there must be something to test on."""
+    for code, name in ((0, "train"), (2, "test")):
+        if not (split == code).any():
+            raise UserError(f"the {name} split is empty; give it sequences, or leave the splits to --test-share")
+    if kind == "regression":
+        return
+    train = labels[split == 0]
+    for c, name in enumerate(classes):
+        n = int(train[:, c].sum() if kind == "multi-label" else (train == c).sum())
+        if n < 2:
+            raise UserError(
+                f"class {name!r} has {n} training sequence{'s' * (n != 1)}; each class needs 2 or more: add some, or leave "
+                "the class out"
+            )
+
+
+def _class_counts(kind: str, classes: list[str], labels: np.ndarray, split: np.ndarray) -> dict[str, dict[str, int]]:
+    if kind == "regression":
+        return {}
+    is_class = labels.astype(bool) if kind == "multi-label" else labels[:, None] == np.arange(len(classes))
+    return {
+        name: {s: int((is_class[:, c] & (split == code)).sum()) for code, s in enumerate(SPLITS)}
+        for c, name in enumerate(classes)
+    }
+
+
+def _case_trap(summary: Summary, kind: str) -> bool:
+    """Whether having lower-case letters tells one class from another: all of one have them, none of another."""
+    if kind == "regression" or len(summary.label_counts) > MANY_CLASSES:
+        return False
+    shares = [summary.lower_case_sequences[label] / n for label, n in summary.label_counts.items() if n >= 5]
+    return bool(shares) and max(shares) > 0.95 and min(shares) < 0.05
+
+
+# -- splits and duplicates -----------------------------------------------------------------------------------------
+def _resolve_splits(splits, labels, kind, keys, test_share, seed, where) -> tuple[np.ndarray, str]:
+    """(n) uint8 codes into SPLITS and the rule, for the manifest."""
+    given = [code for code in splits if code is not None]
+    if given:
+        if len(given) < len(splits):
+            raise UserError(f"{where[splits.index(None)]}: no split; either every sequence has one or none has")
+        code = np.array(splits, np.uint8)
+        rule = "as given in the files"
+        if not (code == 1).any():
+            rule += "; validation is drawn from the training split, anew for each seed"
+        if (code == 2).any():
+            return code, rule
+        raise UserError("the files give a training split but no test split; add one, or leave the split column out")
+    parts = stratified_parts(strata(labels, kind), keys, (test_share,), seed)
+    code = np.where(parts == 0, 2, 0).astype(np.uint8)
+    return code, (
+        f"{test_share:g} of the sequences test, stratified by label, by a hash of the sequence and seed {seed}; validation "
+        "is drawn from the training split, anew for each seed"
+    )
+
+
+def _leaks(split, keys, labels, duplicates, names) -> tuple[np.ndarray, dict[str, Any]]:
+    """Which rows to keep (n) bool, and the report. A training or validation sequence leaks if the test split holds it, a
+    training sequence also if the validation split does; reverse complements count as the same."""
+    test, valid = np.unique(keys[split == 2]), np.unique(keys[split == 1])
+    in_test, in_valid = np.isin(keys, test), np.isin(keys, valid)
+    leaks = (split != 2) & in_test | (split == 0) & in_valid
+    unique, first, count = np.unique(keys, return_index=True, return_counts=True)
+    group = np.searchsorted(unique, keys)
+    first_labels = labels[first][group]
+    differs = (labels != first_labels) if labels.ndim == 1 else (labels != first_labels).any(1)
+    report = {
+        "repeats": int((count - 1).sum()),
+        "repeats_with_another_label": int(differs.sum()),
+        "leaking": int(leaks.sum()),
+        "action": duplicates if leaks.any() else "none needed",
+    }
+    if leaks.any() and duplicates == "error":
+        i = int(np.flatnonzero(leaks)[0])
+        j = int(np.flatnonzero((keys == keys[i]) & (split > split[i]))[0])
+        raise UserError(
+            f"{int(leaks.sum()):,} sequences are on both sides of a split, for example {names[i][:60]!r} ({SPLITS[split[i]]}) "
+            f"and {names[j][:60]!r} ({SPLITS[split[j]]}); use --duplicates drop, or keep to leave them"
+        )
+    return ~leaks if duplicates == "drop" else np.ones(len(keys), bool), report
+
+
+def _drop(directory: Path, kept: np.ndarray, offsets: list[int]) -> None:
+    """Rewrite tokens.bin without the sequences that are not kept."""
+    tokens = np.memmap(directory / "tokens.bin", np.uint8, "r")
+    with open(directory / "tokens.partial", "wb", buffering=1 << 20) as file:
+        for i in np.flatnonzero(kept):
+            file.write(tokens[offsets[i] : offsets[i + 1]].tobytes())
+        sync(file)
+    del tokens
+    (directory / "tokens.partial").replace(directory / "tokens.bin")
+
+
+# -- readers -------------------------------------------------------------------------------------------------------
+class Reader:
+    """Files read so far, for the manifest; the readers below hang their sources here."""
+
+    def __init__(self, progress: Progress | None = None):
+        self.files: list[dict[str, Any]] = []
+        self.progress = progress
+        self._done = 0
+
+    def sources(self) -> list[dict[str, Any]]:
+        return self.files
+
+    def blocks(self, path: Path, wanted: str) -> Iterator[bytes]:
+        size = check_source(path, wanted)
+
+        def report(read: int) -> None:
+            if self.progress is not None:
+                self.progress(self._done + read, max(self._done + size, 1))
+
+        with SourceFile(path, report) as source:
+            yield from source.blocks()
+            self.files.append({"path": str(path), "sha256": source.sha256(), "bytes": source.bytes_read})
+        self._done += size
+
+    def lines(self, path: Path, wanted: str) -> Iterator[str]:
+        """Text lines without their ends."""
+        rest = b""
+        for block in self.blocks(path, wanted):
+            *whole, rest = (rest + block).replace(b"\r\n", b"\n").split(b"\n")
+            for line in whole:
+                yield line.decode("utf-8", "replace").rstrip("\r")
+        if rest:
+            yield rest.decode("utf-8", "replace").rstrip("\r")
+
+    # -- tables ----------------------------------------------------------------------------------------------------
+    def table(
+        self,
+        path: Path,
+        *,
+        sequence_column: str | None = None,
+        label_column: str | None = None,
+        name_column: str | None = None,
+        split_column: str | None = None,
+        columns: tuple[str, ...] = (),
+        split: int | None = None,
+        where: dict[str, str] | None = None,
+    ) -> Iterator[Record]:
+        """Rows of a CSV or TSV. `columns` names the columns of a file without a header; `split` is the whole file's;
+        `where` keeps only the rows with these values in these columns."""
+        lines = self.lines(path, "CSV or TSV file with a sequence and a label column")
+        first = next(lines, "")
+        if first.startswith(">"):
+            raise UserError(f"{path}: looks like FASTA; give --label-from header, or --labels FILE")
+        delimiter = _delimiter(path, first)
+        header = list(columns) or [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        lines = _chain(first, lines) if columns else lines
+        sequence = _column(path, header, sequence_column, SEQUENCE_NAMES, "--sequence-column", "sequence")
+        label = _column(path, header, label_column, LABEL_NAMES, "--label-column", "label")
+        name = None if name_column is None else _column(path, header, name_column, (), "--name-column", "name")
+        chosen = None if split is not None else _split_column(path, header, split_column)
+        filters = {_column(path, header, key, (), "--where", key): value for key, value in (where or {}).items()}
+        stem = f"{SPLITS[split]}-" if split is not None else ""
+        reader = csv.reader(lines, delimiter=delimiter)
+        start = 1 if columns else 2
+        try:
+            for number, row in enumerate(reader, start=start):
+                if not any(cell.strip() for cell in row):
+                    continue
+                place = f"{path}: line {number}"
+                if len(row) != len(header):
+                    raise UserError(
+                        f"{place}: {len(row)} column{'s' * (len(row) != 1)}, the header has {len(header)} "
+                        f"({_list(header)}); mend the line"
+                    )
+                if any(row[c].strip() != value for c, value in filters.items()):
+                    continue
+                its_split = split if chosen is None else _split_code(place, row[chosen])
+                called = f"{stem}{number}" if name is None else row[name].strip()
+                yield Record(place, called, row[sequence].encode("utf-8"), row[label].strip(), its_split)
+        except csv.Error as error:
+            raise UserError(f"{path}: line {reader.line_num + start - 1}: not a readable table ({error})") from None
+
+    # -- FASTA -----------------------------------------------------------------------------------------------------
+    def each_record(self, path: Path, use: Callable[[str, bytes], None]) -> None:
+        """Call `use(header, letters)` for each record of a FASTA file, holding one record at a time."""
+        parse_records(path, self.blocks(path, "FASTA file"), _Records(path, use))
+
+    def fasta(self, path: Path) -> list[tuple[str, bytes]]:
+        """(header, letters) of all records, in order."""
+        records: list[tuple[str, bytes]] = []
+        self.each_record(path, lambda header, letters: records.append((header, letters)))
+        return records
+
+    def fasta_with_header_labels(self, path: Path, pattern: str = HEADER_PATTERN, split: int | None = None) -> Iterator[Record]:
+        """The label is the first group of `pattern` in the header; the name is the header's first word."""
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"--label-pattern {pattern}: not a regular expression ({error})") from None
+        if compiled.groups < 1:
+            raise UserError(f"--label-pattern {pattern}: needs a group in parentheses, the label, for example 'class=(\\w+)'")
+        for number, (header, letters) in enumerate(self.fasta(path), start=1):
+            place = f"{path}: record {number} ({header[:40]!r})"
+            found = compiled.search(header)
+            if not found:
+                raise UserError(f"{place}: no label in the header (pattern {pattern}); give another --label-pattern")
+            name = (header.split() or [f"record-{number}"])[0]
+            yield Record(place, name, letters, (found.group(1) or "").strip(), split)
+
+    def fasta_with_label_file(
+        self, path: Path, table: Path, *, label_column: str | None = None, name_column: str | None = None,
+        split_column: str | None = None,
+    ) -> Iterator[Record]:  # fmt: skip
+        """Labels by name from a CSV or TSV with a name and a label column (and a split column, if there is one)."""
+        lines = self.lines(table, "CSV or TSV file with a name and a label column")
+        first = next(lines, "")
+        delimiter = _delimiter(table, first)
+        header = [cell.strip() for cell in first.split(delimiter)]
+        name = _column(table, header, name_column, ("name", "id", "sequence", "sequence_name"), "--name-column", "name")
+        label = _column(table, header, label_column, LABEL_NAMES, "--label-column", "label")
+        chosen = _split_column(table, header, split_column)
+        labels: dict[str, tuple[str, int | None]] = {}
+        for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=2):
+            if not any(cell.strip() for cell in row):
+                continue
+            place = f"{table}: line {number}"
+            if len(row) != len(header):
+                raise UserError(f"{place}: {len(row)} columns, the header has {len(header)} ({_list(header)}); mend the line")
+            key = row[name].strip()
+            if key in labels:
+                raise UserError(f"{place}: {key[:60]!r} has a label already; names must differ")
+            labels[key] = row[label].strip(), None if chosen is None else _split_code(place, row[chosen])
+        found = 0
+        for number, (header_text, letters) in enumerate(self.fasta(path), start=1):
+            key = (header_text.split() or [""])[0]
+            if key not in labels:
+                raise UserError(f"{path}: record {number}, {key[:60]!r}, has no label in {table}; {nearest(key, labels)}")
+            found += 1
+            yield Record(f"{path}: record {number} ({key[:40]!r})", key, letters, *labels[key])
+        if found < len(labels):
+            raise UserError(f"{table}: {len(labels) - found:,} of its {len(labels):,} names are not in {path}; give the right FASTA")
+
+    # -- BED -------------------------------------------------------------------------------------------------------
+    def bed(
+        self, path: Path, genome: Path, *, label_column: str | None = None, split_column: str | None = None
+    ) -> Iterator[Record]:
+        """Intervals of a genome: chrom, start, end, label in the fourth column (0-based half-open); a sixth column of + and
+        - is the strand, a fifth of train, valid and test the split. With a header line, columns by name."""
+        rows = _bed_rows(path, self.lines(path, "BED file: chrom start end label"), label_column, split_column)
+        wanted: dict[str, list[_Interval]] = {}
+        for row in rows:
+            wanted.setdefault(row.chrom, []).append(row)
+        letters: list[bytes | None] = [None] * len(rows)
+        lengths: dict[str, int] = {}
+
+        def cut(header: str, sequence: bytes) -> None:
+            name = (header.split() or [""])[0]
+            lengths[name] = len(sequence)
+            for row in wanted.get(name, ()):
+                if row.end > len(sequence):
+                    raise UserError(f"{row.where}: end {row.end:,} is past the end of {name!r} ({len(sequence):,} bases)")
+                letters[row.index] = sequence[row.start : row.end]
+
+        self.each_record(genome, cut)
+        for row in rows:
+            text = letters[row.index]
+            if text is None:
+                raise UserError(f"{row.where}: no sequence {row.chrom[:60]!r} in {genome}; {nearest(row.chrom, lengths)}")
+            if row.is_reverse:
+                text = text.translate(_COMPLEMENT_TEXT)[::-1]
+            strand = "-" if row.is_reverse else "+"
+            yield Record(row.where, f"{row.chrom}:{row.start}-{row.end}({strand})", text, row.label, row.split)
+
+
+_COMPLEMENT_TEXT = bytes.maketrans(b"ACGTUNRYSWKMBDHVacgtunryswkmbdhv", b"TGCAANYRSWMKVHDBtgcaanyrswmkvhdb")
+
+
+@dataclass
+class _Interval:
+    index: int
+    where: str
+    chrom: str
+    start: int
+    end: int
+    label: str
+    split: int | None
+    is_reverse: bool
+
+
+def _bed_rows(path: Path, lines: Iterable[str], label_column: str | None, split_column: str | None) -> list[_Interval]:
+    rows: list[_Interval] = []
+    header: list[str] | None = None
+    label, split, strand = 3, None, None
+    for number, line in enumerate(lines, start=1):
+        words = [word.strip() for word in (line.split("\t") if "\t" in line else line.split())]
+        if not line.strip() or words[0] in ("track", "browser"):
+            continue
+        is_first = header is None and not rows
+        if is_first and len(words) > 2 and not (words[1].isdigit() and words[2].isdigit()):
+            header = [word.lstrip("#").strip() for word in words]
+            label = _column(path, header, label_column, LABEL_NAMES + ("name",), "--label-column", "label")
+            split = _split_column(path, header, split_column)
+            strand = header.index("strand") if "strand" in header else None
+            continue
+        if line.startswith("#"):
+            continue
+        place = f"{path}: line {number}"
+        if is_first:
+            if label_column is not None and not label_column.isdigit():
+                raise UserError(f"--label-column {label_column}: {path} has no header; give the column's number, from 1")
+            label = int(label_column) - 1 if label_column is not None else 3
+            if len(words) > 4 and words[4].lower() in SPLIT_WORDS:
+                split = 4
+            if len(words) > 5 and words[5] in ("+", "-", "."):
+                strand = 5
+        if len(words) <= max(2, label):
+            raise UserError(f"{place}: {len(words)} columns; a row is: chrom start end label [split] [strand], tab-separated")
+        chrom, start, end = words[:3]
+        if not (start.isdigit() and end.isdigit() and len(start) < 19 and len(end) < 19):
+            raise UserError(f"{place}: {start[:20]!r}, {end[:20]!r}: start and end must be whole numbers, 0-based half-open")
+        if int(start) >= int(end):
+            raise UserError(f"{place}: start {start} is not before end {end}; coordinates are 0-based half-open")
+        its_split = None if split is None else _split_code(place, words[split] if split < len(words) else "")
+        is_reverse = strand is not None and strand < len(words) and words[strand] == "-"
+        rows.append(_Interval(len(rows), place, chrom, int(start), int(end), words[label], its_split, is_reverse))
+    if not rows:
+        raise UserError(f"{path}: holds no rows; a row is: chrom start end label")
+    return rows
+
+
+class _Records:
+    """Takes what the parser of `prep dna` finds and hands on whole records."""
+
+    def __init__(self, path: Path, use: Callable[[str, bytes], None]):
+        self.path, self._use = path, use
+        self._header: str | None = None
+        self._pieces: list[bytes] = []
+
+    def begin(self, header: bytes) -> None:
+        self.end()
+        self._header = header.decode("utf-8", "replace").strip()
+
+    def add(self, text: bytes) -> None:
+        self._pieces.append(text.translate(None, WHITESPACE))
+
+    def end(self) -> None:
+        header, self._header = self._header, None
+        letters, self._pieces = b"".join(self._pieces), []
+        if header is not None:
+            self._use(header, letters)
+
+    def misplaced_mark(self) -> UserError:
+        return UserError(
+            f"{self.path}: record {(self._header or '')[:60]!r} has a '>' within a line of bases; start a new line before "
+            "each '>'"
+        )
+
+
+# -- columns -------------------------------------------------------------------------------------------------------
+def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _delimiter(path: Path, line: str) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith((".tsv", ".tab")):
+        return "\t"
+    for delimiter in (",", "\t", ";"):
+        if delimiter in line:
+            return delimiter
+    return ","
+
+
+def _column(
+    path: Path, header: list[str], asked: str | None, usual: tuple[str, ...], option: str, what: str
+) -> int:
+    """Index of a column, asked for by name or one of the usual names. UserError says which columns there are."""
+    lower = [name.lower() for name in header]
+    if asked is not None:
+        if asked in header:
+            return header.index(asked)
+        raise UserError(f"{option} {asked}: {path} has no such column; it has {_list(header, 12)}")
+    for name in usual:
+        if name in lower:
+            return lower.index(name)
+    raise UserError(
+        f"{path}: no column is called {' or '.join(map(repr, usual))}; name the {what} column with {option}, one of "
+        f"{_list(header, 12)}"
+    )
+
+
+def _split_column(path: Path, header: list[str], asked: str | None) -> int | None:
+    if asked is not None:
+        return _column(path, header, asked, (), "--split-column", "split")
+    lower = [name.lower() for name in header]
+    return lower.index("split") if "split" in lower else None
+
+
+def _split_code(where: str, word: str) -> int:
+    code = SPLIT_WORDS.get(word.strip().lower())
+    if code is None:
+        raise UserError(f"{where}: split {word.strip()[:40]!r} is not one of {', '.join(SPLITS)}; mend it, or rename the column")
+    return code
