@@ -805,6 +805,281 @@ def _print_species_evaluation(evaluation) -> None:
             note(f"{result.length:,}: " + "; ".join(f"{name} {text}" for name, text in result.details.items()))
 
 
+@command(prep_app, "labelled")
+def prep_labelled(
+    out: Annotated[Path, typer.Option("--out", help="Dataset directory to write.")],
+    file: Annotated[Optional[Path], typer.Argument(help="CSV, TSV, FASTA, BED or parquet, plain or gzip.")] = None,
+    train: Annotated[Optional[Path], typer.Option("--train", help="Instead of FILE: the training split.")] = None,
+    valid: Annotated[Optional[Path], typer.Option("--valid", help="With --train: the validation split, if there is one.")] = None,
+    test: Annotated[Optional[Path], typer.Option("--test", help="With --train: the test split.")] = None,
+    sequence_column: Annotated[Optional[str], typer.Option("--sequence-column", help="Default: sequence or seq.")] = None,
+    label_column: Annotated[Optional[str], typer.Option("--label-column", help="Default: label; BED: number, default 4.")] = None,
+    name_column: Annotated[Optional[str], typer.Option("--name-column", help="Default: rows are named by number.")] = None,
+    split_column: Annotated[Optional[str], typer.Option("--split-column", help="train, valid, test; default: split.")] = None,
+    columns: Annotated[Optional[str], typer.Option("--columns", help="Names for a table without a header: label,name,sequence.")] = None,
+    where: Annotated[Optional[list[str]], typer.Option("--where", help="COLUMN=VALUE: only these rows; may be repeated.")] = None,
+    label_from: Annotated[Optional[str], typer.Option("--label-from", help="header: FASTA labels are in the headers.")] = None,
+    label_pattern: Annotated[Optional[str], typer.Option("--label-pattern", help="Regular expression; group 1 is the label.")] = None,
+    labels: Annotated[Optional[Path], typer.Option("--labels", help="CSV or TSV of name and label, for a FASTA.")] = None,
+    genome: Annotated[Optional[Path], typer.Option("--genome", help="FASTA that a BED file points into.")] = None,
+    kind: Annotated[str, typer.Option("--kind", help="auto, binary, multi-class, multi-label or regression.")] = "auto",
+    label_separator: Annotated[Optional[str], typer.Option("--label-separator", help="Between labels: multi-label.")] = None,
+    classes: Annotated[Optional[str], typer.Option("--classes", help="Names that must occur, and no others: a,b,c.")] = None,
+    test_share: Annotated[float, typer.Option("--test-share", help="Share that tests, where no split is given.")] = 0.2,
+    seed: Annotated[int, typer.Option("--seed", help="Of the split.")] = 0,
+    duplicates: Annotated[str, typer.Option("--duplicates", help="Of test sequences in training: drop, keep or error.")] = "drop",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out sequences without label or bases, and count them.")] = False,
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Prepare labelled sequences once: binary, multi-class, multi-label or regression.
+
+    Example:  seqlab prep labelled promoters.csv --out data/promoters
+    """
+    from data_prep.labelled import LabelOptions, Reader, prepare_labelled, read_files
+
+    if (file is None) == (train is None):
+        raise UserError("give one FILE, or --train and --test")
+    if file is not None and (valid or test):
+        raise UserError("--valid and --test: belong to --train; a FILE brings its splits in a column, or gets them from --test-share")
+    if train is not None and test is None:
+        raise UserError("--train: needs --test too; to have a test split made, give the file without --train")
+    files = {None: file} if file is not None else {i: p for i, p in enumerate((train, valid, test)) if p is not None}
+    filters = {}
+    for text in where or []:
+        column, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--where {text}: expected COLUMN=VALUE, for example --where task=enhancers")
+        filters[column.strip()] = value.strip()
+    names = tuple(part.strip() for part in (classes or "").split(",") if part.strip())
+    options = LabelOptions(kind, label_separator, names)
+    bar, update = progress_bar("preparing", "MB", 1e6)
+    reader = Reader(update)
+    records = read_files(
+        reader, files, genome=genome, labels=labels, label_from=label_from, label_pattern=label_pattern,
+        sequence_column=sequence_column, label_column=label_column, name_column=name_column, split_column=split_column,
+        columns=tuple(part.strip() for part in (columns or "").split(",") if part.strip()), where=filters,
+    )  # fmt: skip
+    with bar:
+        dataset = prepare_labelled(
+            records, reader.sources, out, labels=options, test_share=test_share, seed=seed, duplicates=duplicates,
+            skip_bad=skip_bad, overwrite=overwrite,
+        )  # fmt: skip
+    manifest = json.loads((dataset / "manifest.json").read_text())
+
+    def human() -> None:
+        _print_labelled(manifest, dataset)
+        note(f"Next:  {program()} train classify --data {dataset}")
+
+    emit(json_out, {"dataset": str(dataset), **_labelled_summary(manifest)}, human=human)
+
+
+def _labelled_summary(manifest: dict) -> dict:
+    keys = ("label_kind", "classes", "n", "lengths", "counts", "lower_case", "case_gives_labels_away", "splits")
+    keys += ("class_counts", "split_rule", "duplicates", "skipped")
+    return {key: manifest[key] for key in keys}
+
+
+def _print_labelled(manifest: dict, dataset: Path) -> None:
+    rows = [[name, *(f"{n:,}" for n in counts.values())] for name, counts in manifest["class_counts"].items()]
+    rows = rows if len(rows) <= 30 else [*rows[:29], [f"and {len(rows) - 29} more", "", "", ""]]
+    rows.append(["all", *(f"{n:,}" for n in manifest["splits"].values())])
+    lengths, counts = manifest["lengths"], manifest["counts"]
+    print_table(f"{dataset}: {manifest['n']:,} sequences, {manifest['label_kind']}", ["class", "train", "valid", "test"], rows)
+    note(
+        f"{lengths['min']:,} to {lengths['max']:,} bases (median {lengths['median']:,.0f}); {counts['N']:,} N, {counts['other']:,} "
+        f"ambiguity codes and gaps read as N; {manifest['lower_case']:,} lower-case letters read as upper case."
+    )
+    if manifest["case_gives_labels_away"]:
+        note("Case gives the label away in this file: lower-case letters occur in one class only. The model never sees case.")
+    note(f"Splits: {manifest['split_rule']}")
+    found = manifest["duplicates"]
+    if found["repeats"]:
+        conflict = found["repeats_with_another_label"]
+        note(
+            f"{found['repeats']:,} sequences repeat another (as they are or reverse complemented), {conflict:,} of them with another "
+            f"label; {found['leaking']:,} were on both sides of a split"
+            + (f" ({found['action']})." if found["leaking"] else ".")
+        )
+    for why, n in manifest["skipped"].items():
+        note(f"{n:,} sequences left out: {why}.")
+
+
+@command(prep_app, "benchmark")
+def prep_benchmark(
+    suite: Annotated[str, typer.Argument(help="genomic-benchmarks, nucleotide-transformer, great-apes or five-mammals.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that the public files were unpacked to.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; one dataset a task in it.")],
+    task: Annotated[Optional[list[str]], typer.Option("--task", help="Only this task; may be repeated.")] = None,
+    duplicates: Annotated[str, typer.Option("--duplicates", help="keep (as published), drop or error.")] = "keep",
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Turn the public files of a benchmark into datasets with its official splits.
+
+    Example:  seqlab prep benchmark genomic-benchmarks ~/.genomic_benchmarks --out data/gb
+    """
+    from data_prep.benchmarks import SUITES, find_benchmarks, prepare_benchmark, species_sources
+    from seqlab.dataset import nearest
+
+    if suite not in SUITES:
+        raise UserError(f"{suite}: unknown benchmark; {nearest(suite, SUITES)}")
+    bar, update = progress_bar("preparing", "MB", 1e6)
+    if suite in SUITES[2:]:
+        from data_prep.species import prepare_species
+
+        if task:
+            raise UserError(f"--task: {suite} is one dataset; leave it out")
+        with bar:
+            dataset = prepare_species(
+                species_sources(suite, folder), out, allow_duplicates=duplicates == "keep", overwrite=overwrite, progress=update
+            )
+        preset = suite.replace("-", "_")
+        data = {"dataset": str(dataset)}
+        emit(json_out, data, human=lambda: note(f"Next:  {program()} train species --data {dataset} --config {preset} --context 1024"))
+        return
+    found = find_benchmarks(suite, folder, tuple(task or ()))
+    made = []
+    with bar:
+        for benchmark in found:
+            made.append(prepare_benchmark(benchmark, out / benchmark.task, duplicates=duplicates, overwrite=overwrite, progress=update))
+    manifests = [json.loads((dataset / "manifest.json").read_text()) for dataset in made]
+
+    def human() -> None:
+        rows = [
+            [dataset.name, str(len(m["classes"])), *(f"{m['splits'][s]:,}" for s in ("train", "test")), f"{m['lengths']['median']:,.0f}",
+             f"{m['duplicates']['leaking']:,}"]
+            for dataset, m in zip(made, manifests)
+        ]  # fmt: skip
+        print_table(f"{out}: {suite}", ["task", "classes", "train", "test", "median length", "train in test"], rows)
+        preset = "genomic_benchmarks" if suite == SUITES[0] else "nucleotide_transformer_tasks"
+        note(f"Next:  {program()} train classify --data {made[0]} --config {preset} --init RUN")
+
+    emit(json_out, {"datasets": {str(d): _labelled_summary(m) for d, m in zip(made, manifests)}}, human=human)
+
+
+@command(train_app, "classify")
+def train_classify(
+    data: Annotated[Optional[Path], typer.Option("--data", help="Dataset directory from `seqlab prep labelled`.")] = None,
+    config: Annotated[Optional[str], typer.Option("--config", help="Preset or YAML file.")] = None,
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")] = False,
+    init: Annotated[Optional[Path], typer.Option("--init", help="Start from this run of train dna, species or classify.")] = None,
+    freeze: Annotated[bool, typer.Option("--freeze", help="Train the head alone; wants --init.")] = False,
+    seeds: Annotated[Optional[int], typer.Option("--seeds", help="Runs with different seeds; reports mean and range.")] = None,
+    strand: Annotated[Optional[str], typer.Option("--strand", help="none, augment, average or equivariant.")] = None,
+    epochs: Annotated[Optional[float], typer.Option("--epochs")] = None,
+    seed: Annotated[Optional[int], typer.Option("--seed", help="The first seed.")] = None,
+    devices: Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")] = None,
+    precision: Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")] = None,
+    max_steps: Annotated[Optional[int], typer.Option("--max-steps", help="Of each seed.")] = None,
+    max_minutes: Annotated[Optional[float], typer.Option("--max-minutes", help="Of each seed.")] = None,
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Train a classifier (or regression) of labelled sequences and report it beside k-mer logistic regression and a small CNN.
+
+    Example:  seqlab train classify --data data/promoters --init runs/dna --seeds 5
+    """
+    from seqlab.training.fit import resolve_accelerator
+    from tasks import classification, runs
+
+    options = dict(seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
+    with contextlib.ExitStack() as undo:
+        checkpoint = None
+        if resume:
+            refused = {"--config": config, "--init": init, "--freeze": freeze or None, "--seeds": seeds, "--strand": strand, "--epochs": epochs}
+            run_dir, dataset, settings = resumed_run(classification.Config, classification.NAME, out, data, set_, options, refused)
+        else:
+            if data is None:
+                raise UserError("--data: give the dataset that `seqlab prep labelled` wrote")
+            if freeze and init is None:
+                raise UserError("--freeze: trains the head on a backbone that has learnt; give one with --init RUN")
+            checkpoint = None if init is None else runs.find_checkpoint(init)
+            given = train_options(**options)
+            own = {"seeds": seeds, "epochs": epochs, "freeze": "backbone" if freeze else None}
+            given |= {key: value for key, value in own.items() if value is not None}
+            if checkpoint is not None:
+                from seqlab.classifier import backbone_shape
+
+                given["model"] = backbone_shape(checkpoint)
+            if strand is not None:
+                given["model"] = {**given.get("model", {}), "strand": strand}
+            settings = load_config(classification.Config, config or "classify", set_ or [], given)
+            run_dir, dataset = new_run_directory(config or "classify", out), data
+            if is_main_process():
+                undo.enter_context(fresh_directory(run_dir, overwrite, [p for p in (data, checkpoint) if p is not None]))
+        accelerator = resolve_accelerator(settings.train)
+        model = settings.model
+        note(
+            f"{run_dir}: {model.direction} Mamba, {model.n_layer} layers of d_model {model.d_model}, strand {model.strand}, "
+            f"{settings.seeds} seed{'s' * (settings.seeds != 1)}, on the {accelerator.upper()}; Ctrl-C saves and stops"
+        )
+
+        def each_seed(seed, result) -> None:
+            note(f"Seed {seed}: {result.steps:,} steps in {result.minutes:.1f} minutes, {result.ended}; best validation {result.best:.4f}.")
+
+        results = classification.train(settings, dataset, run_dir, init=checkpoint, resume=resume, each_seed=each_seed)
+    if not is_main_process():
+        return
+    if any(result.ended == "interrupted" for result in results.values()):
+        note(f"Stopped; saved. Go on with:  {program()} train classify --resume --out {run_dir}")
+        raise typer.Exit(130)
+    evaluation = _evaluate_labelled(runs.load_run(run_dir), dataset, dataset, "test", "auto")
+    report_path = classification.write_report(run_dir, evaluation)
+
+    def human() -> None:
+        _print_labelled_evaluation(evaluation)
+        note(f"Report with plots: {report_path}")
+        note(f"Next:  {program()} predict {run_dir} sequences.fa.gz > labels.tsv")
+
+    found = classification.evaluation_dict(evaluation)
+    plain = {str(seed): result.__dict__ for seed, result in results.items()}
+    emit(json_out, {"run": str(run_dir), "results": plain, "evaluation": found}, human=human)
+
+
+def _evaluate_labelled(run, dataset: Path, training: Path, split: str, device: str):
+    from seqlab.classification.dataset import LabelledStore
+    from tasks import classification
+
+    bar, update = progress_bar("evaluating", "parts")
+    with bar:
+        return classification.evaluate_run(
+            run, LabelledStore.open(dataset), LabelledStore.open(training), split=split, device=device, progress=update
+        )
+
+
+def _print_labelled_evaluation(evaluation) -> None:
+    from tasks import classification
+
+    header, rows = classification.evaluation_rows(evaluation)
+    seeds = len(evaluation.seeds)
+    title = f"{evaluation.dataset}: {evaluation.n:,} sequences, {evaluation.split} split, {seeds} seed{'s' * (seeds != 1)}"
+    print_table(title, header, rows)
+    if known := classification.published_rows(evaluation):
+        print_table("Published by others, not measured here", ["model", classification.TITLES[evaluation.main], "source"], known)
+    note(classification.evaluation_verdict(evaluation))
+    for name, chosen in evaluation.details.items():
+        if chosen:
+            note(f"{name}: " + " | ".join(dict.fromkeys(chosen)))
+
+
+def _eval_labelled(loaded, run: Path, data, training: Path, split: str, contexts, device: str, out, json_out) -> None:
+    from tasks import classification
+
+    if contexts:
+        raise UserError("--context: a run of `train classify` reads whole sequences; leave it out (data.max_length cuts them)")
+
+    evaluation = _evaluate_labelled(loaded, data or training, training, split, device)
+    name = "evaluation-other" if data else "evaluation"
+    report_path = classification.write_report(loaded.directory, evaluation, name, out)
+
+    def human() -> None:
+        _print_labelled_evaluation(evaluation)
+        note(f"Report with plots: {report_path}")
+
+    emit(json_out, {"run": str(run), **classification.evaluation_dict(evaluation)}, human=human)
 
 
 # -- audio: prep, train, generate -----------------------------------------------------------------------------------
@@ -1203,12 +1478,13 @@ def eval_(
         raise UserError(f"{run}: no run.json beside the checkpoint, so its training split is unknown; give the run directory")
     training = Path(loaded.facts["dataset"])
     contexts = tuple(parse_context(c, "--context") for c in context or [])
-    if loaded.task in ("audio", "species"):
+    prepared_by = {"audio": "audio", "classify": "labelled", "species": "species"}.get(loaded.task)
+    if prepared_by is not None:
         if fasta:
             raise UserError(
-                f"--fasta: a run of `train {loaded.task}` is evaluated on a dataset of `seqlab prep {loaded.task}`; give --data"
+                f"--fasta: a run of `train {loaded.task}` is evaluated on a dataset of `seqlab prep {prepared_by}`; give --data"
             )
-        evaluate = _eval_audio if loaded.task == "audio" else _eval_species
+        evaluate = {"audio": _eval_audio, "classify": _eval_labelled, "species": _eval_species}[loaded.task]
         evaluate(loaded, run, data, training, split or "test", contexts, device, out, json_out)
         return
     with tempfile.TemporaryDirectory(prefix="seqlab-") as temporary:

@@ -418,6 +418,9 @@ class Reader:
         self._done = 0
 
     def sources(self) -> list[dict[str, Any]]:
+        for file in self.files:
+            if not isinstance(file["sha256"], str):
+                file["sha256"] = file["sha256"].hexdigest()
         return self.files
 
     def blocks(self, path: Path, wanted: str) -> Iterator[bytes]:
@@ -490,6 +493,65 @@ class Reader:
         except csv.Error as error:
             raise UserError(f"{path}: line {reader.line_num + start - 1}: not a readable table ({error})") from None
 
+    def parquet(self, path: Path, *, split: int | None = None, where: dict[str, str] | None = None) -> Iterator[Record]:
+        """Rows of a parquet file with a sequence and a label column; needs pyarrow."""
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise UserError(f"{path}: reading parquet needs pyarrow; type: pip install pyarrow, or export CSV") from None
+        check_source(path, "parquet file")
+        try:
+            table = parquet.read_table(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0][:80]})") from None
+        header = list(table.column_names)
+        sequence = _column(path, header, None, SEQUENCE_NAMES, "--sequence-column", "sequence")
+        label = _column(path, header, None, LABEL_NAMES, "--label-column", "label")
+        filters = {_column(path, header, key, (), "--where", key): value for key, value in (where or {}).items()}
+        stem = f"{SPLITS[split]}-" if split is not None else ""
+        columns = [column.to_pylist() for column in table.columns]
+        for number in range(table.num_rows):
+            if all(str(columns[c][number]) == value for c, value in filters.items()):
+                cells = [columns[c][number] for c in (sequence, label)]
+                text, name = ("" if cell is None else str(cell).strip() for cell in cells)
+                yield Record(f"{path}: row {number + 1}", f"{stem}{number + 1}", text.encode(), name, split)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.files.append({"path": str(path), "sha256": digest, "bytes": path.stat().st_size})
+
+    def small_file(self, path: Path) -> bytes:
+        """A file that is one sequence; of many such files, the manifest keeps one line for each folder."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        folder = str(path.parent)
+        if not self.files or self.files[-1]["path"] != folder:
+            self.files.append({"path": folder, "sha256": hashlib.sha256(), "bytes": 0, "files": 0})
+        last = self.files[-1]
+        last["sha256"].update(data)
+        last["bytes"] += len(data)
+        last["files"] += 1
+        return data
+
+    def column_values(self, path: Path, column: str) -> Counter:
+        """value -> rows of one column of a CSV or TSV; nothing if there is no such column."""
+        if path.suffix.lower() == ".parquet":
+            try:
+                from pyarrow import parquet
+            except ImportError:
+                raise UserError(f"{path}: reading parquet needs pyarrow; type: pip install pyarrow, or export CSV") from None
+            names = parquet.read_schema(path).names
+            return Counter(parquet.read_table(path, columns=[column])[column].to_pylist() if column in names else ())
+        lines = self.lines(path, "CSV or TSV file")
+        first = next(lines, "")
+        delimiter = _delimiter(path, first)
+        header = [cell.strip() for cell in first.split(delimiter)]
+        if column not in header:
+            return Counter()
+        at = header.index(column)
+        return Counter(row[at].strip() for row in csv.reader(lines, delimiter=delimiter) if len(row) > at)
+
     # -- FASTA -----------------------------------------------------------------------------------------------------
     def each_record(self, path: Path, use: Callable[[str, bytes], None]) -> None:
         """Call `use(header, letters)` for each record of a FASTA file, holding one record at a time."""
@@ -515,6 +577,7 @@ class Reader:
             if not found:
                 raise UserError(f"{place}: no label in the header (pattern {pattern}); give another --label-pattern")
             name = (header.split() or [f"record-{number}"])[0]
+            name = name if split is None else f"{SPLITS[split]}-{number}"  # files of public sets reuse names
             yield Record(place, name, letters, (found.group(1) or "").strip(), split)
 
     def fasta_with_label_file(
@@ -712,3 +775,48 @@ def _split_code(where: str, word: str) -> int:
     if code is None:
         raise UserError(f"{where}: split {word.strip()[:40]!r} is not one of {', '.join(SPLITS)}; mend it, or rename the column")
     return code
+
+
+def read_files(
+    reader: Reader,
+    files: dict[int | None, Path],
+    *,
+    genome: Path | None = None,
+    labels: Path | None = None,
+    label_from: str | None = None,
+    label_pattern: str | None = None,
+    sequence_column: str | None = None,
+    label_column: str | None = None,
+    name_column: str | None = None,
+    split_column: str | None = None,
+    columns: tuple[str, ...] = (),
+    where: dict[str, str] | None = None,
+) -> Iterator[Record]:
+    """Records of files by what they are: BED with `genome`, FASTA with `labels` or `label_from` "header", else a table.
+    `files` maps a split code (None: not said) to its file."""
+    if label_from not in (None, "column", "header"):
+        raise UserError(f"--label-from {label_from}: unknown; use column or header")
+    for split, path in files.items():
+        name = path.name.lower().removesuffix(".gz").removesuffix(".bgz")
+        if genome is not None or name.endswith(".bed"):
+            if genome is None:
+                raise UserError(f"{path}: a BED file needs the genome that it belongs to: --genome FASTA")
+            for record in reader.bed(path, genome, label_column=label_column, split_column=split_column):
+                if split is not None:
+                    record.split, record.name = split, f"{SPLITS[split]}-{record.name}"
+                yield record
+        elif labels is not None:
+            yield from reader.fasta_with_label_file(
+                path, labels, label_column=label_column, name_column=name_column, split_column=split_column
+            )
+        elif label_from == "header" or label_pattern is not None:
+            yield from reader.fasta_with_header_labels(path, label_pattern or HEADER_PATTERN, split)
+        elif name.endswith((".fa", ".fasta", ".fna")):
+            raise UserError(f"{path}: where are the labels of this FASTA? Give --label-from header, or --labels FILE")
+        elif name.endswith(".parquet"):
+            yield from reader.parquet(path, split=split, where=where)
+        else:
+            yield from reader.table(
+                path, sequence_column=sequence_column, label_column=label_column, name_column=name_column,
+                split_column=split_column, columns=columns, split=split, where=where,
+            )  # fmt: skip

@@ -25,7 +25,7 @@ from seqlab.training.fit import FitResult, read_run_facts, write_run_facts
 from seqlab.training.fit import fit as fit_task
 from seqlab.training.task import Task
 
-MODULES = {"audio": "tasks.audio", "dna": "tasks.dna", "species": "tasks.species"}
+MODULES = {"audio": "tasks.audio", "classify": "tasks.classification", "dna": "tasks.dna", "species": "tasks.species"}
 """Task name -> module. A task's imports (plots, baselines) are paid by its own commands only."""
 
 
@@ -127,7 +127,7 @@ def load_run(path: Path, *, task: str | None = None) -> LoadedRun:
 
 def discard_empty(run_dir: Path) -> None:
     """Remove a run directory in which nothing has been trained yet, so that a refused run leaves nothing behind."""
-    if run_dir.is_dir() and not any((run_dir / "checkpoints").glob("*/*.safetensors")):
+    if run_dir.is_dir() and not any(run_dir.glob("**/checkpoints/*/*.safetensors")):
         shutil.rmtree(run_dir, ignore_errors=True)
         if run_dir.parent.name == "runs" and not any(run_dir.parent.iterdir()):
             run_dir.parent.rmdir()

@@ -24,7 +24,7 @@ from seqlab.classification.metrics import Kind
 from seqlab.tokenizers import nucleotide
 
 K_MERS = (1, 2, 3, 4, 5, 6)
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # C of logistic regression on standardised features, strongest penalty first
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of logistic regression on standardised features, strongest penalty first
 
 
 @dataclass(frozen=True)
