@@ -1072,7 +1072,7 @@ def _eval_labelled(loaded, run: Path, data, training: Path, split: str, contexts
         raise UserError("--context: a run of `train classify` reads whole sequences; leave it out (data.max_length cuts them)")
 
     evaluation = _evaluate_labelled(loaded, data or training, training, split, device)
-    name = "evaluation-other" if data else "evaluation"
+    name = "evaluation-other" if data else "evaluation" if split == "test" else f"evaluation-{split}"
     report_path = classification.write_report(loaded.directory, evaluation, name, out)
 
     def human() -> None:

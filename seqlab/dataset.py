@@ -70,6 +70,8 @@ class TokenStore:
             raise UserError(
                 f"{path}: dataset version {manifest.get('version')!r}, this program reads {VERSION}; prepare it again"
             )
+        if manifest.get("kind") == "labelled":
+            raise UserError(f"{directory}: holds labelled sequences; those are for `seqlab train classify --data`")
         return cls(directory, manifest, hashlib.sha256(raw).hexdigest())
 
     def __reduce__(self):

@@ -690,7 +690,8 @@ def evaluation_dict(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation", out: Path | None = None) -> Path:
-    """Plots, `{name}.json` and report.md of a run, in `out` (default: the run); returns the report's path."""
+    """Plots, `{name}.json` and report.md (`{name}.md` if it is not "evaluation") of a run, in `out` (default: the run);
+    returns the report's path."""
     run_dir, out = Path(run_dir), Path(out or run_dir)
     plots = out / "plots"
     write_json(out / f"{name}.json", evaluation_dict(evaluation))
@@ -727,8 +728,9 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
             f"({facts.get('git')}), torch {facts.get('torch')}.",
             "",
         ]
-    write_text(out / "report.md", "\n".join(lines))
-    return out / "report.md"
+    path = out / ("report.md" if name == "evaluation" else f"{name}.md")
+    write_text(path, "\n".join(lines))
+    return path
 
 
 def _plots(evaluation: Evaluation, plots: Path, name: str) -> dict[Path, str]:

@@ -127,6 +127,8 @@ class LabelledStore:
         Without a validation split of its own, `valid_share` of the training sequences validate, stratified by label and
         drawn anew for each seed; the others train.
         """
+        if split not in SPLITS:
+            raise UserError(f"{split!r}: no such split; choose one of {', '.join(SPLITS)}")
         code = SPLITS.index(split)
         if self.has_valid() or split == "test":
             rows = np.flatnonzero(self.split == code)

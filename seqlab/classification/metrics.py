@@ -112,7 +112,7 @@ def _multi_label(labels: np.ndarray, probabilities: np.ndarray, class_names: Seq
     f1 = [float(metrics.f1_score(labels[:, c], predicted[:, c], zero_division=0)) for c in columns]
     auroc = [_auroc(labels[:, c], probabilities[:, c]) for c in columns]
     auprc = [_auprc(labels[:, c], probabilities[:, c]) for c in columns]
-    mcc = [float(metrics.matthews_corrcoef(labels[:, c], predicted[:, c])) for c in columns]
+    mcc = [_mcc(labels[:, c], predicted[:, c]) for c in columns]
     p = probabilities.clip(1e-12, 1 - 1e-12)
     confidence = np.where(predicted, probabilities, 1 - probabilities)
     return {
@@ -164,6 +164,13 @@ def _auprc(is_class: np.ndarray, score: np.ndarray) -> float | None:
     from sklearn import metrics
 
     return float(metrics.average_precision_score(is_class, score)) if is_class.any() else None
+
+
+def _mcc(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Matthews correlation of two boolean arrays; 0 where one of them does not vary."""
+    if labels.all() or not labels.any() or predicted.all() or not predicted.any():
+        return 0.0
+    return float(np.corrcoef(labels, predicted)[0, 1])
 
 
 def _mean(values: list[float | None]) -> float | None:

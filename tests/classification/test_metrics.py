@@ -65,7 +65,9 @@ def test_multi_label_by_hand():
     assert m["label_accuracy"] == pytest.approx(4 / 6)
     assert m["f1_macro"] == pytest.approx((0.8 + 0) / 2)
     assert m["f1_micro"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
-    assert m["auroc"] == 1.0
+    assert m["auroc"] == 1.0 and m["mcc"] == 0.0  # nothing predicted varies
+    varied = evaluate_predictions(labels, np.array([[0.9, 0.4], [0.4, 0.9], [0.1, 0.2]]), ["x", "y"], "multi-label")
+    assert varied["mcc"] == pytest.approx((sk.matthews_corrcoef([1, 1, 0], [1, 0, 0]) + 1) / 2)
     assert m["classes"]["x"]["support"] == 2
 
 

@@ -1,0 +1,142 @@
+"""Benchmarks from tiny files in the layouts of the public downloads, and the published figures beside them."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from data_prep.benchmarks import find_benchmarks, prepare_benchmark, species_sources
+from seqlab.classification import published
+from seqlab.classification.dataset import LabelledStore
+from seqlab.errors import UserError
+
+
+def bases(rng, n=30):
+    return "".join(rng.choice(list("ACGT"), n))
+
+
+def genomic(folder, seed=0, classes=("positive", "negative")):
+    """train and test, one folder a class, one sequence a .txt file."""
+    rng = np.random.default_rng(seed)
+    for split, n in (("train", 6), ("test", 3)):
+        for label in classes:
+            (folder / split / label).mkdir(parents=True)
+            for i in range(n):
+                (folder / split / label / f"{i}.txt").write_text(bases(rng))
+    return folder
+
+
+def stores(suite, path, out, tasks=()):
+    found = find_benchmarks(suite, path, tasks)
+    return {b.task: LabelledStore.open(prepare_benchmark(b, out / b.task)) for b in found}
+
+
+def test_genomic_benchmarks_as_unpacked(tmp_path):
+    genomic(tmp_path / "gb" / "human_nontata_promoters")
+    genomic(tmp_path / "gb" / "dummy_mouse_enhancers_ensembl", 1)
+    made = stores("genomic-benchmarks", tmp_path / "gb", tmp_path / "out")
+    assert sorted(made) == ["dummy_mouse_enhancers_ensembl", "human_nontata_promoters"]
+    store = made["human_nontata_promoters"]
+    assert store.classes == ["negative", "positive"] and np.bincount(store.split).tolist() == [12, 0, 6]
+    assert store.manifest["benchmark"] == {"suite": "genomic-benchmarks", "task": "human_nontata_promoters", "max_length": None}
+    assert made["dummy_mouse_enhancers_ensembl"].manifest["benchmark"]["max_length"] == 1024
+    first = (tmp_path / "gb" / "human_nontata_promoters" / "train" / "negative" / "0.txt").read_text()
+    assert store.names()[0] == "train/negative/0" and store.labels[0] == 0 and len(first) == store.lengths[0]
+    sources = store.manifest["sources"]
+    assert len(sources) == 4 and sources[0]["files"] == 6 and len(sources[0]["sha256"]) == 64
+    alone = stores("genomic-benchmarks", tmp_path / "gb" / "human_nontata_promoters", tmp_path / "alone")
+    assert np.array_equal(alone["human_nontata_promoters"].tokens, store.tokens)
+
+
+def test_genomic_benchmarks_as_csv(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        rows = "".join(f"{bases(rng)},{i % 2}\n" for i in range(8))
+        (tmp_path / f"{split}_human_nontata_promoters.csv").write_text("seq,label\n" + rows)
+    store = stores("genomic-benchmarks", tmp_path, tmp_path / "out")["human_nontata_promoters"]
+    assert store.classes == ["0", "1"] and np.bincount(store.split).tolist() == [8, 0, 8]
+
+
+def test_nucleotide_transformer_tasks_as_fasta(tmp_path):
+    rng = np.random.default_rng(0)
+    for task, head in {"H3": ">seq_{i}|{y}", "promoter_tata": ">promoter_{i}_{y}"}.items():
+        (tmp_path / "nt" / task).mkdir(parents=True)
+        for split in ("train", "test"):
+            text = "".join(head.format(i=i, y=i % 2) + f"\n{bases(rng)}\n" for i in range(6))
+            suffix = ".fna" if task == "H3" else ".fasta"
+            (tmp_path / "nt" / task / f"{split}{suffix}").write_text(text)
+    made = stores("nucleotide-transformer", tmp_path / "nt", tmp_path / "out")
+    assert sorted(made) == ["H3", "promoter_tata"]
+    for store in made.values():
+        assert store.classes == ["0", "1"] and store.labels.tolist() == [0, 1] * 6
+    assert made["H3"].manifest["benchmark"]["suite"] == "nucleotide-transformer"
+
+
+def test_nucleotide_transformer_revised_tables(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        rows = "".join(f"{bases(rng)}\tchr1:{i}-{i + 30}|{i % 2}\t{i % 2}\t{'H3K4me1' if i < 6 else 'enhancers'}\n" for i in range(12))
+        (tmp_path / f"{split}.tsv.gz").write_bytes(gzip.compress(("sequence\tname\tlabel\ttask\n" + rows).encode()))
+    made = stores("nucleotide-transformer", tmp_path, tmp_path / "out")
+    assert sorted(made) == ["H3K4me1", "enhancers"] and len(made["enhancers"]) == 12
+    assert made["H3K4me1"].manifest["benchmark"]["suite"] == "nucleotide-transformer-revised"
+    assert published.figures("nucleotide-transformer-revised", "H3K4me1") == ("mcc", [])
+    assert list(stores("nucleotide-transformer", tmp_path, tmp_path / "one", ("enhancers",))) == ["enhancers"]
+
+
+def test_great_apes(tmp_path):
+    for name in published.GREAT_APE_NAMES:
+        (tmp_path / name).mkdir()
+        for chromosome in ("1", "2A", "5", "13", "X", "MT", "Un_x"):
+            (tmp_path / name / f"chr{chromosome}.fna.gz").write_bytes(gzip.compress(b">x\nACGT\n"))
+    sources = species_sources("great-apes", tmp_path)
+    assert {s.species for s in sources} == set(published.GREAT_APE_NAMES)
+    splits = {s.path.name: s.split for s in sources if s.species == "human"}
+    assert splits == {
+        "chr1.fna.gz": "valid", "chr13.fna.gz": "valid", "chr5.fna.gz": "test", "chr2A.fna.gz": "train", "chrX.fna.gz": "train",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "suite, make, message",
+    [
+        ("genomic-benchmarks", lambda p: None, "holds no task of genomic-benchmarks"),
+        ("genomic-benchmark", lambda p: None, "unknown benchmark; did you mean 'genomic-benchmarks'"),
+        ("nucleotide-transformer", lambda p: genomic(p / "x"), "holds no task of nucleotide-transformer"),
+        ("genomic-benchmarks", lambda p: (genomic(p / "x") / "test" / "third").mkdir(), "class 'third' is in one split only"),
+        ("genomic-benchmarks", lambda p: genomic(p / "x", classes=("a",)), "only one class, 'a'"),
+        ("great-apes", lambda p: None, "bonobo: is missing"),
+    ],
+)
+def test_bad_folders_are_one_line(tmp_path, suite, make, message):
+    make(tmp_path)
+    with pytest.raises(UserError, match=message):
+        if suite == "great-apes":
+            species_sources(suite, tmp_path)
+        stores(suite, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out" / "x").exists()
+
+
+def test_an_empty_class_is_one_line(tmp_path):
+    for file in (genomic(tmp_path / "x") / "train" / "negative").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="class 'negative' is empty"):
+        stores("genomic-benchmarks", tmp_path, tmp_path / "out")
+
+
+def test_published_figures():
+    metric, figures = published.figures("genomic-benchmarks", "human_nontata_promoters")
+    assert metric == "accuracy" and len(figures) == 6
+    assert figures[4] == ("Caduceus-Ph 470K", 0.946, 0.007, "C")
+    metric, figures = published.figures("nucleotide-transformer", "splice_sites_acceptors")
+    assert metric == "f1" and max(figures, key=lambda f: f.score).model == "NT-v2-500M"
+    assert published.figures("genomic-benchmarks", "mine") == ("accuracy", [])
+    for task, (metric, *scores) in published.NT_TASKS.items():
+        assert len(scores) == len(published.NT_MODELS) and metric == published.nt_metric(task), task
+    for rows in published.GENOMIC_BENCHMARKS.values():
+        assert len(rows) == len(published.GENOMIC_MODELS)
+    table, source = published.species_figures(["Human", "chimpanzee", "gorilla", "orangutan", "bonobo"])
+    assert table["Mamba 7M"][1 << 20] == 0.8131 and "Mamba" in source
+    assert published.species_figures(["human", "mouse"]) is None
+    json.dumps(published.GREAT_APES)
