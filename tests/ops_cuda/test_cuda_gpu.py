@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from seqlab.ops import causal_conv1d, selective_scan
+from seqlab.ops.selective_scan.ends import piece_ends, torch_piece_ends
 
 pytestmark = [
     pytest.mark.gpu,
@@ -181,3 +182,28 @@ def test_convolution(length, width, reverse, dtype, channels):
     mine, true = torch.autograd.grad(y, leaves, dy), torch.autograd.grad(y64, exact, dy.double())
     errors = [relative(a, r) for a, r in zip((y, *mine), (y64, *true), strict=True) if r.numel()]
     assert max(errors) < TOLERANCE[dtype], errors
+
+
+@pytest.mark.parametrize("dtype,tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)))
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("states", (16, 70))
+def test_what_a_piece_does_to_a_state(dtype, tolerance, reverse, states):
+    """ends.py: the kernels' summary of a piece, against the scan's own last state and its gradient in float64."""
+    torch.manual_seed(0)
+    batch, length, channels = 2, 5000, 130
+    x, delta, z, dy = (torch.randn(batch, length, channels, device="cuda").to(dtype) for _ in range(4))
+    B, C = (torch.randn(batch, length, states, device="cuda").to(dtype) for _ in range(2))
+    A, bias = -torch.rand(channels, states, device="cuda") * 0.1, torch.randn(channels, device="cuda") - 4
+    mask = torch.rand(batch, length, device="cuda") > 0.2
+    shared = (A, bias, True, mask, reverse)
+    end, sums = piece_ends(x, B, delta, *shared)
+    start, _ = piece_ends(dy, C, delta, *shared, gate=z, adjoint=True)
+    exact = [t.double() for t in (x, B, dy, C, delta, A, bias, z)]
+    for got, right in zip(
+        (end, sums, start),
+        (
+            *torch_piece_ends(exact[0], exact[1], exact[4], exact[5], exact[6], mask, True, reverse),
+            torch_piece_ends(exact[2], exact[3], exact[4], exact[5], exact[6], mask, True, reverse, exact[7], True)[0],
+        ),
+    ):
+        assert (got.double() - right).norm() / right.norm() < tolerance
