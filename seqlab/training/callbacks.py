@@ -67,10 +67,16 @@ class MemoryChoice(Callback):
         return planner.choose(model, task, batch, len(batches), train, trainer.precision == "bf16-mixed")
 
     def state_dict(self) -> dict:
-        return {} if self.memory is None else {"mode": self.memory.mode, "chunk_tokens": self.memory.chunk_tokens}
+        if self.memory is None:
+            return {}
+        sharing = self.train_config.context_parallel
+        return {"mode": self.memory.mode, "chunk_tokens": self.memory.chunk_tokens, "context_parallel": sharing}
 
     def load_state_dict(self, state: dict) -> None:
-        self.memory = Memory(**state) if state else None
+        state = dict(state)
+        # cut among another number of devices, a sequence is another load
+        same = state.pop("context_parallel", 1) == self.train_config.context_parallel
+        self.memory = Memory(**state) if state and same else None
 
 
 class Clock(Callback):
@@ -216,6 +222,9 @@ class Validation(Callback):
         self.stopped_early = False
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if module.stopping:
+            self.save_last(trainer, module)
+            return
         done = trainer.should_stop or trainer.global_step >= self.train_config.max_steps
         if trainer.global_step % self.train_config.validate_every == 0 or done:
             self.validate(trainer, module)

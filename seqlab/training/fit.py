@@ -5,8 +5,11 @@ import ctypes
 import json
 import logging
 import platform
+import signal
 import subprocess
+import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +91,8 @@ def fit(
     checkpoint = run_dir / "checkpoints" / "last" / "trainer.pt"
     interrupted = False
     try:
-        trainer.fit(module, ckpt_path=checkpoint if resume else None)
+        with interrupts_shared(module) if trainer.world_size > 1 else contextlib.nullcontext():
+            trainer.fit(module, ckpt_path=checkpoint if resume else None)
         interrupted = trainer.interrupted
     except KeyboardInterrupt:
         interrupted = True
@@ -105,7 +109,8 @@ def fit(
         ) from error
     finally:
         bar.stop()
-    if interrupted and trainer.global_step > 0:
+    interrupted = interrupted or module.stopping
+    if interrupted and not module.stopping and trainer.global_step > 0:
         validation.save_last(trainer, module)
     ended = "interrupted" if interrupted else "stopped early" if validation.stopped_early else "finished"
     return FitResult(
@@ -117,6 +122,26 @@ def fit(
         tokens_per_second=history.tokens / max(clock.elapsed, 1e-9),
         ended=ended,
     )
+
+
+@contextlib.contextmanager
+def interrupts_shared(module: TrainingModule) -> Iterator[None]:
+    """Ctrl-C in a run of several processes: the first one ends the run with the step, in all of them; a second one is the
+    usual KeyboardInterrupt. A process that left in the middle of a step would keep the others waiting."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number, frame) -> None:
+        if module.stop_asked:
+            raise KeyboardInterrupt
+        module.stop_asked = True
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def lost_contact(error: RuntimeError) -> bool:

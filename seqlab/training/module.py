@@ -119,6 +119,8 @@ class TrainingModule(lightning.LightningModule):
             self.ema = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=_average(train.ema_decay))
             self.ema.requires_grad_(False)  # several ranks: DDP waits for a gradient of whatever asks for one
         self.memory = Memory()  # set by the MemoryChoice callback
+        self.stop_asked = False  # this process was told to stop; the next step passes it on
+        self.stopping = False  # and all processes know that the step was the last one
         self.progress_share = lambda: 0.0  # set by the Clock callback, which knows the time
 
     @property
@@ -154,8 +156,8 @@ class TrainingModule(lightning.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = [float(sum(count(batch) for batch in batches)) for count in (self.task.weight, self.task.tokens)]
-        sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
-        total, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        sums = torch.tensor([*sums, float(self.stop_asked)], dtype=torch.float64, device=self.device)
+        total, tokens, stop = self.trainer.strategy.reduce(sums, reduce_op="sum")
         total = total.float().clamp(min=1.0)
         loss_sum = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
@@ -175,6 +177,8 @@ class TrainingModule(lightning.LightningModule):
         optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
+        if stop.item():
+            self.stopping = self.trainer.should_stop = True
         return {"loss": mean, "lr": lr, "grad_norm": norm, "tokens": int(tokens)}
 
     @torch.no_grad()

@@ -1,9 +1,12 @@
 """Context parallelism: several processes with a piece of the sequence each, against one process with all of it."""
 
+import contextlib
 import functools
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -197,3 +200,98 @@ def test_a_shared_block_is_never_fused(monkeypatch):
     assert layer._fusible(x, None)
     layer.mixer.ranks = object()
     assert not layer._fusible(x, None)
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+TOY = "--config dna_demo --context 250 --max-steps 60 --set model.d_model=16 --set model.n_layer=2 --set model.d_state=4"
+TOY += " --set model.direction=bidirectional --set model.strand=equivariant --set train.tokens_per_step=1024"
+TOY += " --set train.max_minutes=null --set train.log_every=1 --set train.validate_every=4 --set train.validation_tokens=1000"
+TOY += " --set train.accelerator=cpu --set train.ema_decay=0.5 --set eval.max_order=2 --set eval.contexts=[64]"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+
+
+def command(folder, run, *options, launcher=(sys.executable,)):
+    arguments = ["-m", "cli", "train", "dna", "--out", str(folder / run), *options]
+    environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([*launcher, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process, code=0):
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == code, stderr[-3000:]
+    return stderr
+
+
+def rank_of_run(run, rank, seconds=120):
+    """Process id of a rank, once the run has saved something."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (run / "checkpoints" / "last" / "trainer.pt").exists():
+            for path in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    words = (path / "cmdline").read_bytes().decode().split("\0")
+                    settings = (path / "environ").read_bytes().decode().split("\0")
+                    if str(run) in words and "torch.distributed.run" not in words and f"LOCAL_RANK={rank}" in settings:
+                        return int(path.name)
+        time.sleep(0.05)
+    raise AssertionError("the run saved nothing")
+
+
+@pytest.fixture(scope="module")
+def genome(tmp_path_factory):
+    path = tmp_path_factory.mktemp("genome") / "g.fa"
+    bases = torch.randint(0, 4, (20_000,), generator=torch.Generator().manual_seed(0))
+    path.write_text(">chr\n" + "".join("ACGT"[i] for i in bases) + "\n")
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_killed_rank_ends_the_run_which_goes_on_with_any_number_of_ranks(tmp_path, genome):
+    options = ["--fasta", genome, *TOY.split()]
+    finish(command(tmp_path, "whole", *options))
+    process = command(
+        tmp_path, "killed", *options, "--context-parallel", "2", "--set", "train.max_steps=100000", launcher=[*TORCHRUN, "2"]
+    )
+    os.kill(rank_of_run(tmp_path / "killed", 1), signal.SIGKILL)
+    started = time.monotonic()
+    stderr = finish(process, code=1)
+    assert time.monotonic() - started < 60
+    assert "Signal 9 (SIGKILL) received" in stderr or "lost contact with the other processes" in stderr
+
+    process = command(tmp_path, "stopped", *options, "--context-parallel", "2", launcher=[*TORCHRUN, "2"])
+    os.kill(rank_of_run(tmp_path / "stopped", 0), signal.SIGKILL)
+    finish(process, code=1)
+    finish(command(tmp_path, "stopped", "--resume", "--context-parallel", "2", launcher=[*TORCHRUN, "4"]))
+    for which in ("best", "last"):
+        one, other = weights(tmp_path / "whole", which), weights(tmp_path / "stopped", which)
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_ctrl_c_ends_all_ranks_with_the_step(tmp_path, genome):
+    options = ["--fasta", genome, *TOY.split(), "--set", "train.max_steps=100000", "--devices", "2", "--context-parallel", "2"]
+    process = command(tmp_path, "run", *options)
+    for rank in (1, 0):
+        os.kill(rank_of_run(tmp_path / "run", rank) if rank else process.pid, signal.SIGINT)
+    stderr = finish(process, code=130)
+    assert "saved. Go on with:" in stderr
+    rows = read_history(tmp_path / "run" / "metrics.csv")
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last" / "trainer.pt", weights_only=True)
+    assert state["global_step"] == rows[-1]["step"]
+
+
+@pytest.mark.slow
+def test_srun_starts_the_processes_too(tmp_path, genome):
+    """Slurm's environment, without Slurm: ranks and the mesh come from it."""
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    slurm |= {"SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NAME": "seqlab", "SLURM_JOB_ID": str(os.getpid())}
+    options = ["--fasta", genome, *TOY.split(), "--max-steps", "4", "--context-parallel", "2"]
+    processes = []
+    for rank in range(2):
+        launcher = ["env", *(f"{k}={v}" for k, v in slurm.items()), f"SLURM_PROCID={rank}", f"SLURM_LOCALID={rank}"]
+        processes.append(command(tmp_path, "run", *options, launcher=[*launcher, sys.executable]))
+    lines = [finish(process) for process in processes]
+    assert "Trained 4 steps" in lines[0] and "Trained" not in lines[1]
