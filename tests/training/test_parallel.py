@@ -197,9 +197,9 @@ def test_a_shared_block_is_never_fused(monkeypatch):
     monkeypatch.setattr("seqlab.backbones.mamba.block.unavailable", lambda *arguments: None)
     model = build(CASES[0])
     layer, x = model.backbone.layers[0], torch.zeros(1, 4, 6)
-    assert layer._fusible(x, None)
+    assert layer._fusible(x)
     layer.mixer.ranks = object()
-    assert not layer._fusible(x, None)
+    assert not layer._fusible(x)
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
