@@ -72,16 +72,35 @@ def test_both_sums_are_those_of_the_definition(monkeypatch, run, reverse, option
         torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-11)
 
 
-def test_a_long_piece_is_left_as_soon_as_nothing_remains(monkeypatch):
-    """Steps of 1 forget a state in a few hundred steps: what lies further is not even read."""
-    x, B = torch.ones(1, 100_000, 2), torch.ones(1, 100_000, 3)
-    A, delta = -torch.ones(2, 3), torch.full((1, 100_000, 2), 0.5413)  # softplus(0.5413) = 1
-    near, _ = torch_piece_ends(x, B, delta, A, None, None, True, False)
-    monkeypatch.setitem(piece_ends.__globals__, "ELEMENTS", 6 * 200)
-    x[:, :-1000] = float("nan")
-    end, sums = torch_piece_ends(x, B, delta, A, None, None, True, False)
-    torch.testing.assert_close(end, near)
-    assert (sums > 88).all(), "exp(-sums) is 0 in float32"
+@pytest.mark.parametrize("reverse,adjoint", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_long_piece_is_left_as_soon_as_nothing_remains(monkeypatch, reverse, adjoint):
+    """Steps of 1 forget a state in some twenty steps: what lies further is not even read."""
+    x, vector, z = torch.ones(1, 20_000, 2), torch.ones(1, 20_000, 3), torch.ones(1, 20_000, 2)
+    A, delta = -torch.ones(2, 3), torch.full((1, 20_000, 2), 0.5413)  # softplus(0.5413) = 1
+    options = dict(delta_softplus=True, reverse=reverse, gate=z, adjoint=adjoint)
+    whole, _ = piece_ends(x.double(), vector.double(), delta.double(), A.double(), **options)
+    monkeypatch.setitem(piece_ends.__globals__, "NEAR", {"cpu": 10})
+    x[:, 100:-100] = float("nan")
+    end, sums = piece_ends(x, vector, delta, A, **options)
+    torch.testing.assert_close(end.double(), whole, rtol=1e-6, atol=0)
+    assert (sums > 20).all() and (sums < 100).all()
+    if not adjoint:  # without softplus steps may be negative and everything counts
+        end, _ = piece_ends(x, vector, delta.abs(), A, reverse=reverse)
+        assert end.isnan().all()
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_summed_up_part_by_part(monkeypatch, size, reverse):
+    monkeypatch.setitem(piece_ends.__globals__, "NEAR", {"cpu": size})
+    c = case(65, masked=True)
+    last, wanted, steps = expected(c, reverse)
+    c = poison(c)
+    options = dict(delta_bias=c["bias"], delta_softplus=True, mask=c["mask"], reverse=reverse)
+    end, sums = piece_ends(c["x"], c["B"], c["delta"], c["A"], **options)
+    start, _ = piece_ends(c["dy"], c["C"], c["delta"], c["A"], **options, gate=c["z"], adjoint=True)
+    for got, right in ((end, last), (start, wanted), (sums, steps)):
+        torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("forced", ["reference", "cpu"])

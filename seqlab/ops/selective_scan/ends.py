@@ -23,6 +23,10 @@ from seqlab.ops.selective_scan import cpu, cuda
 
 ELEMENTS = 1 << 22
 """b x steps x d x n of one round of the torch version: bounds its memory."""
+NEAR = {"cpu": 8192, "cuda": 65536}
+"""Steps summed up before looking whether anything is left; twice as many then, and so on."""
+FORGOTTEN = {torch.float32: -20.0, torch.float64: -708.0}
+"""Logarithm of what is left of a state when the rest no longer matters."""
 
 
 def piece_ends(
@@ -46,9 +50,11 @@ def piece_ends(
         delta, A, delta_bias, delta_softplus, mask, reverse: those of `selective_scan`, as is `gate`, its z (adjoint only).
 
     Returns:
-        (b d n), (b d), float32, or float64 for float64 data. Not differentiable. With softplus (steps >= 0) and A < 0 the
-        sum ends where nothing is left of a state in its precision: a long piece costs no more than the memory is long. The
-        sum of steps may then be short of the rest, which no longer changes anything.
+        (b d n), (b d), float32, or float64 for float64 data. Not differentiable.
+
+    The walk starts at the end where the sum is wanted. With softplus (steps >= 0) and A < 0 the weight of a step only falls
+    as it goes on, so it ends where no state keeps more than 2^-29 (float64: nothing) of what lies further: a long piece costs no
+    more than the model's memory is long. The sum of steps is then short of the rest, which no longer changes anything.
     """
     data, state = x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32
     x, vector, delta = x.detach(), vector.detach().to(data), delta.detach().to(data)
@@ -60,7 +66,21 @@ def piece_ends(
         wanted = os.environ.get(dispatch.ENVIRONMENT) in (None, "", "auto", name)
         if wanted and x.numel() and x.device.type == name and backend.unavailable(request) is None:
             run = backend.piece_ends
-    return run(x, vector, delta, A, delta_bias, mask, delta_softplus, reverse, gate, adjoint)
+    length, rightward = x.shape[1], adjoint != reverse
+    total = A.new_zeros(x.shape[0], *A.shape)
+    passed = A.new_zeros(x.shape[0], A.shape[0])
+    start, size = 0, NEAR[x.device.type] if x.device.type in NEAR else length
+    while start < length:
+        stop = min(start + size, length)
+        part = slice(start, stop) if rightward else slice(length - stop, length - start)
+        x_, vector_, delta_, gate_, mask_ = (None if t is None else t[:, part] for t in (x, vector, delta, gate, mask))
+        ends, steps = run(x_, vector_, delta_, A, delta_bias, mask_, delta_softplus, reverse, gate_, adjoint)
+        total = total + torch.exp(passed.unsqueeze(-1) * A) * ends
+        passed = passed + steps
+        if stop < length and delta_softplus and (passed.unsqueeze(-1) * A).amax().item() < FORGOTTEN[state]:
+            break
+        start, size = stop, 2 * size
+    return total, passed
 
 
 @torch.no_grad()
@@ -71,7 +91,6 @@ def torch_piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: b
     passed = A.new_zeros(batch, channels)
     rightward = adjoint != reverse  # the walk starts where the sum is wanted
     stretch = max(1, ELEMENTS // max(1, batch * A.numel()))
-    forgotten = torch.log(torch.tensor(torch.finfo(A.dtype).tiny, dtype=torch.float64)).item()
     for start in range(0, length, stretch):
         stop = min(start + stretch, length)
         part = slice(start, stop) if rightward else slice(length - stop, length - start)
@@ -95,6 +114,4 @@ def torch_piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: b
             between, value = through[:, :-1], value * step
         total += torch.einsum("btdn,btd,btn->bdn", torch.exp(between.unsqueeze(-1) * A), value, weight)
         passed = through[:, -1]
-        if softplus and stop < length and (passed.unsqueeze(-1) * A).amax().item() < forgotten:
-            break
     return total, passed
