@@ -113,6 +113,8 @@ class AudioConfig:
 
     task: Literal["audio"] = "audio"
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=VOCAB, tie_embeddings=False))
+    # start with embeddings and output weights that are smooth functions of the code, so that neighbours are alike
+    smooth_init: bool = False
     sound: SoundConfig = field(default_factory=SoundConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -130,7 +132,21 @@ Config = AudioConfig
 
 
 def build_model(config: AudioConfig) -> nn.Module:
-    return build_language_model(config.model)
+    model = build_language_model(config.model)
+    if config.smooth_init:
+        for weight in (model.embedding.weight, model.lm_head.weight):
+            smooth_codes(weight)
+    return model
+
+
+@torch.no_grad()
+def smooth_codes(weight: Tensor) -> None:
+    """Fill (codes d) with waves along the codes, of half a period to 32 periods over all of them; variance as `normal_` of
+    standard deviation 0.02."""
+    codes, width = weight.shape
+    periods = 0.5 * 64 ** torch.rand(width)
+    phase = 2 * math.pi * (torch.arange(codes)[:, None] / codes * periods + torch.rand(width))
+    weight.copy_(0.02 * math.sqrt(2) * torch.cos(phase))
 
 
 class AudioModeling:
