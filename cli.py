@@ -1384,6 +1384,54 @@ def _check_sample_folder(folder: Path, overwrite: bool) -> None:
             path.unlink()
 
 
+@command(generate_app, "dna")
+def generate_dna(
+    run: Annotated[Path, typer.Argument(help="Run directory or checkpoint of a causal model.")],
+    out: Annotated[str, typer.Option("--out", help="FASTA file to write; - for standard output.")] = "-",
+    length: Annotated[int, typer.Option("--length", help="Bases of each sequence, without the prompt.")] = 1000,
+    num: Annotated[int, typer.Option("--num", help="How many sequences.")] = 1,
+    prompt: Annotated[str, typer.Option("--prompt", help="Bases to go on from.")] = "",
+    temperature: Annotated[float, typer.Option("--temperature", help="1: as learned; 0: always the likeliest.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many likeliest bases; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest bases of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences made side by side.")] = 256,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", help="Back end of the decoder; auto: the fastest.")] = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw DNA from a causal model: A, C, G and T only, with the log-likelihood of each sequence.
+
+    Example:  seqlab generate dna runs/dna_demo --length 2000 --num 4 --prompt ATGAAACGC --out drawn.fa
+    """
+    from seqlab.ops.decode import Sampling
+    from tasks import dna_generation, runs
+
+    device = resolve_device(device)
+    if out != "-" and Path(out).exists() and not overwrite:
+        raise UserError(f"{out}: exists; choose another --out, or add --overwrite")
+    try:
+        sampling = Sampling(temperature, top_k, top_p, seed)
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+    loaded = runs.load_run(run, task="dna")
+    bar, update = progress_bar("generating", "k bases", 1e3)
+    with bar:
+        sequences, seconds, used = dna_generation.generate(
+            loaded, length=length, num=num, prompt=prompt, sampling=sampling, device=device, backend=backend, batch=batch,
+            progress=update,
+        )  # fmt: skip
+    text = "".join(sequence.fasta() for sequence in sequences)
+    if out == "-":
+        print(text, end="")
+    else:
+        from seqlab.training.checkpoint import write_text
+
+        write_text(Path(out), text)
+    rate = length * num / max(seconds, 1e-9)
+    note(f"{num} sequences of {length:,} bases in {seconds:.1f} s: {rate:,.0f} bases/s ({used} decoder on {device})")
+
+
 # -- plan -----------------------------------------------------------------------------------------------------------
 
 

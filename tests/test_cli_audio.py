@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -251,16 +250,54 @@ def test_other_wrong_input(trained, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("words", [["prep", "audio"], ["train", "audio"], ["generate", "audio"]])
+@pytest.mark.parametrize("words", [["prep", "audio"], ["train", "audio"], ["generate", "audio"], ["generate", "dna"]])
 def test_help_shows_an_example(words):
     result = CliRunner().invoke(app, [*words, "--help"])
     assert result.exit_code == 0 and "Example:" in result.stdout
 
 
-def test_dna_runs_do_not_make_sound(trained, tmp_path):
-    (tmp_path / "g.fa").write_text(">a\n" + "ACGT" * 2000 + "\n")
+@pytest.fixture(scope="module")
+def dna(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dna")
+    (folder / "g.fa").write_text(">a\n" + "ACGT" * 2000 + "\n")
     toy = ["--set", "model.d_model=8", "--set", "model.n_layer=1", "--context", "64", "--set", "train.tokens_per_step=128"]
     toy += ["--set", "train.accelerator=cpu", "--set", "eval.max_order=1"]
-    run("train", "dna", "--fasta", tmp_path / "g.fa", "--max-steps", 1, "--out", tmp_path / "r", *toy)
-    assert "is a run of `train dna`" in error_of("generate", "audio", tmp_path / "r", "--out", tmp_path / "x")
-    assert os.path.isdir(trained)
+    run("train", "dna", "--fasta", folder / "g.fa", "--max-steps", 1, "--out", folder / "r", *toy)
+    return folder / "r"
+
+
+def test_dna_runs_do_not_make_sound_nor_audio_runs_dna(trained, dna, tmp_path):
+    assert "is a run of `train dna`" in error_of("generate", "audio", dna, "--out", tmp_path / "x")
+    assert "is a run of `train audio`" in error_of("generate", "dna", trained / "run")
+
+
+def test_dna_is_drawn_as_fasta(dna, tmp_path):
+    import torch
+
+    from seqlab.tokenizers import nucleotide
+    from tasks import runs
+
+    base = ["generate", "dna", dna, "--length", 90, "--num", 3, "--prompt", "ACGTACGTACGNNA"]
+    text, stderr = run(*base)
+    assert "bases/s" in stderr
+    run(*base, "--batch", 2, "--out", tmp_path / "a.fa")
+    assert (tmp_path / "a.fa").read_text() == text
+    assert run(*base, "--seed", 1)[0] != text
+    records = [part.split("\n", 1) for part in text.split(">")[1:]]
+    assert len(records) == 3
+    model = runs.load_run(dna).model.eval()
+    for header, body in records:
+        bases = body.replace("\n", "")
+        assert len(bases) == 104 and bases.startswith("ACGTACGTACGNNA") and set(bases[14:]) <= set("ACGT")
+        ids = torch.from_numpy(nucleotide.encode(bases).astype(np.int64))[None]
+        with torch.no_grad():
+            logits, _ = model(ids[:, :-1])
+        scores = logits[0, 13:, list(nucleotide.BASES)].log_softmax(-1)
+        expected = scores.gather(-1, ids[0, 14:, None] - nucleotide.BASES[0]).sum().item()
+        assert float(header.split("log_likelihood=")[1].split()[0]) == pytest.approx(expected, abs=2e-3)
+    free = run("generate", "dna", dna, "--length", 50, "--num", 2)[0]
+    assert [len(part.split("\n", 1)[1].replace("\n", "")) for part in free.split(">")[1:]] == [50, 50]
+    assert "is no base" in error_of(*base, "--prompt", "ACGX")
+    assert "must be 1 or more" in error_of("generate", "dna", dna, "--length", 0)
+    assert "exists" in error_of(*base, "--out", tmp_path / "a.fa")
+    assert "--temperature: must be" in error_of(*base, "--temperature", -1)
