@@ -153,6 +153,7 @@ class AudioModeling:
     """The task that `seqlab.training` trains; see seqlab/training/task.py for the protocol."""
 
     metric = "bits per sample"
+    positionwise = True
 
     def __init__(self, config: AudioConfig, store: TokenStore):
         self.config, self.store = resolve(config, store), store

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from seqlab.errors import UserError
 from seqlab.training.task import Batch
 
 
@@ -29,6 +30,12 @@ class Place:
         if self.context == 1:
             return batch
         rank = self.rank % self.context
+        shortest = min((x.shape[1] for x in batch.values() if x.dim() > 1), default=self.context)
+        if shortest < self.context:
+            raise UserError(
+                f"--context-parallel {self.context}: a sequence of {shortest} positions cannot be shared by {self.context} "
+                "devices; use fewer for each sequence"
+            )
         return {
             key: x.tensor_split(self.context, dim=1)[rank].contiguous() if x.dim() > 1 else x for key, x in batch.items()
         }

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from seqlab.errors import UserError
+from seqlab.model import LanguageModel, ModelConfig
 from seqlab.training.callbacks import read_history
 from seqlab.training.module import TrainConfig
 from seqlab.training.parallel import share_mixers, share_sequences
@@ -179,6 +180,8 @@ def test_tasks_and_models_that_cannot_be_cut_are_refused():
 
     with pytest.raises(UserError, match="Identity mixes positions outside its Mamba blocks"):
         share_mixers(OtherBackbone(), None)
+    with pytest.raises(UserError, match="UNet mixes positions outside its Mamba blocks"):
+        share_mixers(LanguageModel(ModelConfig(d_model=8, n_layer=2, architecture="unet", pool=(2,))), None)
 
 
 def test_a_batch_is_cut_along_its_positions():
@@ -190,6 +193,8 @@ def test_a_batch_is_cut_along_its_positions():
     assert [p["ids"].shape[1] for p in pieces] == [4, 3, 3]
     assert all(torch.equal(p["start"], batch["start"]) for p in pieces)
     assert Place(0, 2).piece(batch) is batch
+    with pytest.raises(UserError, match="a sequence of 10 positions cannot be shared by 11 devices"):
+        Place(0, 11, 11).piece(batch)
 
 
 def test_a_shared_block_is_never_fused(monkeypatch):
