@@ -10,6 +10,7 @@ typedef unsigned int u32;
 #define KERNEL extern "C" __global__ void
 #define BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define DEVICE __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 #define SHARED_FLOATS(name) extern __shared__ float4 name##_raw[]; float* name = (float*)name##_raw
 
 // 2^x on the special-function unit: 2 ulp, denormals flushed.

@@ -24,6 +24,7 @@ static inline unsigned __float_as_uint(float f) { unsigned v; memcpy(&v, &f, 4);
 #define KERNEL extern "C" void
 #define BOUNDS(threads, blocks)
 #define DEVICE static inline
+#define DEVICE_MEMBER inline
 #define SHARED_FLOATS(name) float* name = (float*)emulated::shared.data()
 #define __restrict__
 template <class T> static inline T __ldg(const T* p) { return *p; }

@@ -3,7 +3,8 @@
 // A thread owns VEC neighbouring channels and a run of steps; the window lives in its registers, the rows to come are
 // copied to shared memory in the background, AHEAD of them. Logical time i runs in filter order; position = i, or length-1-i when reversed.
 //
-// Set from outside: WIDTH (1..8), VEC, BF16, PAIRED (ignored).
+// Set from outside: WIDTH (1..8), VEC, BF16, SILU, MASKED (1: only the positions in `order` exist, as many in each batch row
+// as `counts` says), PAIRED (ignored).
 
 #ifndef AHEAD
 #define AHEAD 16        // rows on their way from memory, a thread and tensor: a ring in shared memory
@@ -26,10 +27,6 @@
 #define PAST (WIDTH - 1)
 #define THREADS 128
 
-#ifndef MASKED
-#define MASKED 0        // 1: only the positions in `order` exist, as many in each batch row as `counts` says
-#endif
-
 struct Params {
     const i64 *order, *counts;            // (b l), real positions first, left to right; (b)
     const elem *x, *dy, *initial;         // (b l d), (b l d), (b w-1 d)
@@ -41,10 +38,16 @@ struct Params {
     elem* y_too;
     i64 x_b, x_t, dy_b, dy_t, dx_b, dx_t, dy_too_b, dy_too_t;
     i64 batch, length, channels, run, runs;
-    i64 silu, reverse, add;               // add: dx is added to what is there
+    i64 reverse, add;                     // add: dx is added to what is there
 };
 
-struct alignas(VEC * sizeof(elem)) Vec { elem e[VEC]; };
+// VEC neighbouring channels of one row, as words: as an array of 16-bit elements the compiler reads and writes each alone.
+#define BYTES (VEC * (BF16 ? 2 : 4))
+#if BYTES >= 4
+struct alignas(BYTES) Vec { u32 w[BYTES / 4]; };
+#else
+struct Vec { elem w[1]; };
+#endif
 
 // A thread's place: its channels, its batch row (of so many real steps), its run of them.
 struct Place {
@@ -86,65 +89,99 @@ DEVICE Line line(const Params& p, const elem* base, i64 stride_b, i64 stride_t, 
 #endif
     return r;
 }
-// Logical step i0 + j.
-DEVICE const elem* row_of(const Line& a, i64 i0, int j) {
+// Walks along logical steps.
+struct Cursor {
+    const elem* base;
+    i64 step;
 #if MASKED
-    return a.at + a.order[(i0 + j) * a.way] * a.step;
+    const i64* order;
+    int way;
+    DEVICE_MEMBER const elem* next() {
+        const elem* at = base + *order * step;
+        order += way;
+        return at;
+    }
+    DEVICE_MEMBER void skip() { order += way; }
 #else
-    return a.at + i0 * a.step + (i64)j * a.step;
+    DEVICE_MEMBER const elem* next() {
+        const elem* at = base;
+        base += step;
+        return at;
+    }
+    DEVICE_MEMBER void skip() { base += step; }
 #endif
+};
+DEVICE Cursor cursor(const Line& a, i64 i) {
+    Cursor r;
+    r.step = a.step;
+#if MASKED
+    r.base = a.at;
+    r.order = a.order + i * a.way;
+    r.way = a.way;
+#else
+    r.base = a.at + i * a.step;
+#endif
+    return r;
 }
 DEVICE Vec zero_row() {
     Vec r;
 #pragma unroll
-    for (int e = 0; e < VEC; e++) r.e[e] = (elem)0;
+    for (int k = 0; k < (BYTES + 3) / 4; k++) r.w[k] = 0;
     return r;
 }
 // Input row at logical step i, i >= -(w-1); before the start comes the initial state, or zeros.
 DEVICE Vec input_row(const Params& p, const Line& x, const Place& q, i64 i) {
-    if (i >= 0 && i < q.length) return *(const Vec*)row_of(x, i, 0);
+    if (i >= 0 && i < q.length) return *(const Vec*)cursor(x, i).next();
     if (i < 0 && p.initial != 0) return *(const Vec*)(p.initial + (q.b * PAST + (p.reverse ? -1 - i : i + PAST)) * p.channels + q.c);
     return zero_row();
 }
+DEVICE float channel(const Vec& r, int e) {
+#if BYTES < 4
+    return to_float(r.w[0]);
+#elif BF16
+    return e % 2 ? bf16_high(r.w[e / 2]) : bf16_low(r.w[e / 2]);
+#else
+    return __uint_as_float(r.w[e]);
+#endif
+}
 DEVICE void widen(float (&v)[VEC], const Vec& r) {
 #pragma unroll
-    for (int e = 0; e < VEC; e++) v[e] = to_float(r.e[e]);
+    for (int e = 0; e < VEC; e++) v[e] = channel(r, e);
 }
 DEVICE void store_row(elem* at, const float (&v)[VEC]) {
     Vec r;
-#if BF16 && VEC >= 2
+#if BYTES < 4
+    r.w[0] = from_float(v[0]);
+#elif BF16
 #pragma unroll
-    for (int e = 0; e < VEC; e += 2) {
-        const u32 two = pack_bf16(v[e], v[e + 1]);
-        r.e[e] = (elem)(two & 0xffffu);
-        r.e[e + 1] = (elem)(two >> 16);
-    }
+    for (int k = 0; k < VEC / 2; k++) r.w[k] = pack_bf16(v[2 * k], v[2 * k + 1]);
 #else
 #pragma unroll
-    for (int e = 0; e < VEC; e++) r.e[e] = from_float(v[e]);
+    for (int k = 0; k < VEC; k++) r.w[k] = __float_as_uint(v[k]);
 #endif
     *(Vec*)at = r;
 }
 
-// A thread's own ring of rows in shared memory: no other thread looks at it, so no barrier is needed. Rows beyond the end
-// of the sequence are zeros. AHEAD rows, STEP of them a batch.
-DEVICE void fetch_row(Vec* slot, const Line& a, i64 i0, int j, i64 length) {
-    if (i0 + j >= 0 && i0 + j < length) {
-        const elem* at = row_of(a, i0, j);
-        if (sizeof(Vec) >= 4) copy_bytes<sizeof(Vec) >= 4 ? (int)sizeof(Vec) : 4>(slot, at);
-        else *slot = *(const Vec*)at;
-    } else {
-        *slot = zero_row();
-    }
-}
-DEVICE void fetch(Vec* ring, int slot, const Line& a, i64 i0, i64 length) {
+// A thread's own ring of rows in shared memory: no other thread looks at it, so no barrier is needed. AHEAD rows, STEP of
+// them a batch. Steps are counted from the run's first; not INSIDE: those outside [low, room) are zeros.
+template <bool INSIDE> DEVICE void fetch(Vec* ring, int slot, Cursor& a, int t, int low, int room) {
 #pragma unroll
-    for (int j = 0; j < STEP; j++) fetch_row(ring + (slot + j) * THREADS, a, i0, j, length);
+    for (int j = 0; j < STEP; j++) {
+        Vec* to = ring + (slot + j) * THREADS;
+        if (INSIDE || (t + j >= low && t + j < room)) {
+            if (BYTES >= 4) copy_bytes<BYTES >= 4 ? BYTES : 4>(to, a.next());
+            else *to = *(const Vec*)a.next();
+        } else {
+            *to = zero_row();
+            a.skip();
+        }
+    }
 }
 DEVICE void take(Vec (&rows)[STEP], const Vec* ring, int slot) {
 #pragma unroll
     for (int j = 0; j < STEP; j++) rows[j] = ring[(slot + j) * THREADS];
 }
+DEVICE int count(i64 n) { return n < (1 << 30) ? (int)n : 1 << 30; }
 
 // A filter and its bias. MIRRORED: of the other direction, whose output at step i - (w-1) sees the rows that this one's
 // output at step i sees, in the opposite order.
@@ -164,18 +201,45 @@ DEVICE float filtered(const float (&w)[WIDTH][VEC], const float (&bias)[VEC], co
     return v;
 }
 
+DEVICE void shift(float (&v)[PAST + STEP][VEC]) {
+#pragma unroll
+    for (int k = 0; k < PAST; k++)
+#pragma unroll
+        for (int e = 0; e < VEC; e++) v[k][e] = v[STEP + k][e];
+}
+
+// STEP outputs, from step t of the run's `own` on. All are computed before any is stored: a branch between them would make
+// the exponentials of one row wait for those of the row before.
+template <bool INSIDE> DEVICE void forward_steps(Cursor& y, const float (&w)[WIDTH][VEC], const float (&bias)[VEC],
+                                                 const float (&row)[PAST + STEP][VEC], int t, int own) {
+    float r[STEP][VEC];
+#pragma unroll
+    for (int j = 0; j < STEP; j++)
+#pragma unroll
+        for (int e = 0; e < VEC; e++) {
+            r[j][e] = filtered(w, bias, row + j, e);
+            if (SILU) r[j][e] *= sigmoid(r[j][e]);
+        }
+#pragma unroll
+    for (int j = 0; j < STEP; j++) {
+        if (INSIDE || (t + j >= 0 && t + j < own)) store_row((elem*)y.next(), r[j]);
+        else y.skip();
+    }
+}
+
 // PAIR: both directions of x in one pass, y left to right and y_too right to left.
 template <bool PAIR> DEVICE void forward_pass(const Params& p) {
     SHARED_FLOATS(shared);
     Vec* ring = (Vec*)shared + threadIdx.x;
     Place q;
     if (!place(q, p)) return;
-    const Line x = line(p, p.x, p.x_b, p.x_t, q), y = line(p, p.y, p.length * p.channels, p.channels, q);
-    const Line too = line(p, p.y_too, p.length * p.channels, p.channels, q);
-    const i64 last = PAIR ? q.end + PAST : q.end;
+    const Line x = line(p, p.x, p.x_b, p.x_t, q);
+    const int own = (int)(q.end - q.begin), room = count(q.length - q.begin), last = PAIR ? own + PAST : own;
+    Cursor in = cursor(x, q.begin), y = cursor(line(p, p.y, p.length * p.channels, p.channels, q), q.begin), too = y;
+    if (PAIR) too = cursor(line(p, p.y_too, p.length * p.channels, p.channels, q), q.begin - PAST);
 #pragma unroll
     for (int s = 0; s < AHEAD; s += STEP) {
-        fetch(ring, s, x, q.begin + s, q.length);
+        fetch<false>(ring, s, in, s, 0, room);
         end_batch();
     }
     float w[WIDTH][VEC], bias[VEC], v[WIDTH][VEC], bias_too[VEC], row[PAST + STEP][VEC];
@@ -184,38 +248,27 @@ template <bool PAIR> DEVICE void forward_pass(const Params& p) {
 #pragma unroll
     for (int k = 0; k < PAST; k++) widen(row[k], input_row(p, x, q, q.begin - PAST + k));
     int slot = 0;
-    for (i64 i0 = q.begin; i0 < last; i0 += STEP) {
+    for (int t = 0; t < last; t += STEP) {
         Vec now[STEP];
         wait_batches<AHEAD / STEP - 1>();
         take(now, ring, slot);
-        if (i0 + AHEAD < last) fetch(ring, slot, x, i0 + AHEAD, q.length);
-        end_batch();
-        slot = slot + STEP == AHEAD ? 0 : slot + STEP;
-#pragma unroll
-        for (int j = 0; j < STEP; j++) {
-            float r[VEC];
-            widen(row[PAST + j], now[j]);
-            if (i0 + j < q.end) {
-#pragma unroll
-                for (int e = 0; e < VEC; e++) {
-                    r[e] = filtered(w, bias, row + j, e);
-                    if (p.silu) r[e] *= sigmoid(r[e]);
-                }
-                store_row((elem*)row_of(y, i0, j), r);
-            }
-            if (PAIR && i0 + j - PAST >= q.begin && i0 + j - PAST < q.end) {
-#pragma unroll
-                for (int e = 0; e < VEC; e++) {
-                    r[e] = filtered(v, bias_too, row + j, e);
-                    if (p.silu) r[e] *= sigmoid(r[e]);
-                }
-                store_row((elem*)row_of(too, i0 - PAST, j), r);
-            }
+        if (t + AHEAD >= last) {  // nothing more
+        } else if (t + AHEAD + STEP <= room) {
+            fetch<true>(ring, slot, in, 0, 0, 0);
+        } else {
+            fetch<false>(ring, slot, in, t + AHEAD, 0, room);
         }
+        end_batch();
+        slot = (slot + STEP) % AHEAD;
 #pragma unroll
-        for (int k = 0; k < PAST; k++)
-#pragma unroll
-            for (int e = 0; e < VEC; e++) row[k][e] = row[STEP + k][e];
+        for (int j = 0; j < STEP; j++) widen(row[PAST + j], now[j]);
+        if (t + STEP <= own) forward_steps<true>(y, w, bias, row, 0, 0);
+        else forward_steps<false>(y, w, bias, row, t, own);
+        if (PAIR) {
+            if (t >= PAST && t + STEP - PAST <= own) forward_steps<true>(too, v, bias_too, row, 0, 0);
+            else forward_steps<false>(too, v, bias_too, row, t - PAST, own);
+        }
+        shift(row);
     }
 }
 KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) conv_forward(const Params p) { forward_pass<false>(p); }
@@ -239,11 +292,11 @@ template <bool MIRRORED> DEVICE void start(Side& q, const Params& p, i64 c) {
     }
 }
 // Step j of a round: g from dy, its share of dw and dbias if it is the run's own, its share of dx added to v.
-template <bool MIRRORED> DEVICE void one_step(Side& q, float (&v)[VEC], const Vec& dy, const float (*row)[VEC], int j, i64 silu, bool own) {
+template <bool MIRRORED> DEVICE void one_step(Side& q, float (&v)[VEC], const Vec& dy, const float (*row)[VEC], int j, bool own) {
 #pragma unroll
     for (int e = 0; e < VEC; e++) {
-        float d = to_float(dy.e[e]);
-        if (silu) {
+        float d = channel(dy, e);
+        if (SILU) {
             const float pre = filtered(q.w, q.bias, row, e), f = sigmoid(pre);
             d *= f * (1.f + pre * (1.f - f));
         }
@@ -266,42 +319,38 @@ template <bool MIRRORED> DEVICE void finish(const Side& q, const Params& p, i64 
         out[WIDTH * p.channels + e] = q.db[e];
     }
 }
-DEVICE void shift(float (&v)[PAST + STEP][VEC]) {
-#pragma unroll
-    for (int k = 0; k < PAST; k++)
-#pragma unroll
-        for (int e = 0; e < VEC; e++) v[k][e] = v[STEP + k][e];
-}
-// STEP steps from i0 on. INSIDE: all are the run's own, and so are the STEP steps of dx that come out.
+// STEP steps from t on. INSIDE: all are the run's own, and so are the STEP steps of dx that come out.
 template <bool INSIDE, bool PAIR> DEVICE void backward_steps(Side& one, Side& two, float (&row)[PAST + STEP][VEC], const Params& p, const Place& q,
                                                              const Vec (&x)[STEP], const Vec (&dy)[STEP], const Vec (&dy_too)[STEP],
-                                                             const Line& dx, i64 i0) {
+                                                             Cursor& dx, int t, int own) {
     Vec before[STEP];
+    Cursor reading = dx;
     if (!PAIR && p.add) {
 #pragma unroll
-        for (int j = 0; j < STEP; j++) {
-            const i64 s = i0 + j - PAST;
-            if (INSIDE || (s >= q.begin && s < q.end)) before[j] = *(const Vec*)row_of(dx, i0 - PAST, j);
-        }
+        for (int j = 0; j < STEP; j++)
+            if (INSIDE || (t + j >= PAST && t + j - PAST < own)) before[j] = *(const Vec*)reading.next();
+            else reading.skip();
     }
 #pragma unroll
     for (int j = 0; j < STEP; j++) {
-        const i64 i = i0 + j, s = i - PAST;
-        const bool inside = INSIDE || (s >= q.begin && s < q.end);
+        const bool inside = INSIDE || (t + j >= PAST && t + j - PAST < own);
         float v[VEC];
         widen(row[PAST + j], x[j]);
 #pragma unroll
         for (int e = 0; e < VEC; e++) v[e] = 0.f;
-        one_step<false>(one, v, dy[j], row + j, j, p.silu, INSIDE || i < q.end);
-        if (PAIR) one_step<true>(two, v, dy_too[j], row + j, j, p.silu, inside);
+        one_step<false>(one, v, dy[j], row + j, j, INSIDE || t + j < own);
+        if (PAIR) one_step<true>(two, v, dy_too[j], row + j, j, inside);
         if (inside) {
             if (!PAIR && p.add) {
 #pragma unroll
-                for (int e = 0; e < VEC; e++) v[e] += to_float(before[j].e[e]);
+                for (int e = 0; e < VEC; e++) v[e] += channel(before[j], e);
             }
-            store_row((elem*)row_of(dx, i0 - PAST, j), v);
-        } else if (!PAIR && s < 0 && q.begin == 0 && p.dinitial != 0) {
-            store_row(p.dinitial + (q.b * PAST + (p.reverse ? -1 - s : s + PAST)) * p.channels + q.c, v);
+            store_row((elem*)dx.next(), v);
+        } else {
+            dx.skip();
+            const int s = t + j - PAST;
+            if (!PAIR && s < 0 && q.begin == 0 && p.dinitial != 0)
+                store_row(p.dinitial + (q.b * PAST + (p.reverse ? -1 - s : s + PAST)) * p.channels + q.c, v);
         }
     }
     shift(row);
@@ -314,14 +363,17 @@ template <bool PAIR> DEVICE void backward_pass(const Params& p) {
     Vec *ring_x = (Vec*)shared + threadIdx.x, *ring_dy = ring_x + AHEAD * THREADS, *ring_too = ring_dy + AHEAD * THREADS;
     Place q;
     if (!place(q, p)) return;
-    const Line x = line(p, p.x, p.x_b, p.x_t, q), dy = line(p, p.dy, p.dy_b, p.dy_t, q);
-    const Line too = line(p, p.dy_too, p.dy_too_b, p.dy_too_t, q), dx = line(p, p.dx, p.dx_b, p.dx_t, q);
-    const i64 last = q.end + PAST;
+    const Line x = line(p, p.x, p.x_b, p.x_t, q);
+    const int own = (int)(q.end - q.begin), room = count(q.length - q.begin), last = own + PAST;
+    const int low = q.begin < PAST ? PAST - (int)q.begin : 0;  // of the mirrored direction, counted from PAST before
+    Cursor in = cursor(x, q.begin), dy = cursor(line(p, p.dy, p.dy_b, p.dy_t, q), q.begin), too = dy;
+    if (PAIR) too = cursor(line(p, p.dy_too, p.dy_too_b, p.dy_too_t, q), q.begin - PAST);
+    Cursor dx = cursor(line(p, p.dx, p.dx_b, p.dx_t, q), q.begin - PAST);
 #pragma unroll
     for (int s = 0; s < AHEAD; s += STEP) {
-        fetch(ring_x, s, x, q.begin + s, q.length);
-        fetch(ring_dy, s, dy, q.begin + s, q.length);
-        if (PAIR) fetch(ring_too, s, too, q.begin + s - PAST, q.length);
+        fetch<false>(ring_x, s, in, s, 0, room);
+        fetch<false>(ring_dy, s, dy, s, 0, room);
+        if (PAIR) fetch<false>(ring_too, s, too, s, low, room + PAST);
         end_batch();
     }
     Side one, two;
@@ -332,21 +384,26 @@ template <bool PAIR> DEVICE void backward_pass(const Params& p) {
     for (int k = 0; k < PAST; k++) widen(row[k], input_row(p, x, q, q.begin - PAST + k));
     // The first PAST steps give dx of the run before; those after the end only complete this run's dx.
     int slot = 0;
-    for (i64 i0 = q.begin; i0 < last; i0 += STEP) {
+    for (int t = 0; t < last; t += STEP) {
         Vec rx[STEP], rd[STEP], rt[STEP];
         wait_batches<AHEAD / STEP - 1>();
         take(rx, ring_x, slot);
         take(rd, ring_dy, slot);
         if (PAIR) take(rt, ring_too, slot);
-        if (i0 + AHEAD < last) {
-            fetch(ring_x, slot, x, i0 + AHEAD, q.length);
-            fetch(ring_dy, slot, dy, i0 + AHEAD, q.length);
-            if (PAIR) fetch(ring_too, slot, too, i0 + AHEAD - PAST, q.length);
+        if (t + AHEAD >= last) {  // nothing more
+        } else if (t + AHEAD + STEP <= room) {
+            fetch<true>(ring_x, slot, in, 0, 0, 0);
+            fetch<true>(ring_dy, slot, dy, 0, 0, 0);
+            if (PAIR) fetch<true>(ring_too, slot, too, 0, 0, 0);
+        } else {
+            fetch<false>(ring_x, slot, in, t + AHEAD, 0, room);
+            fetch<false>(ring_dy, slot, dy, t + AHEAD, 0, room);
+            if (PAIR) fetch<false>(ring_too, slot, too, t + AHEAD, 0, room + PAST);
         }
         end_batch();
-        slot = slot + STEP == AHEAD ? 0 : slot + STEP;
-        if (i0 >= q.begin + PAST && i0 + STEP <= q.end) backward_steps<true, PAIR>(one, two, row, p, q, rx, rd, rt, dx, i0);
-        else backward_steps<false, PAIR>(one, two, row, p, q, rx, rd, rt, dx, i0);
+        slot = (slot + STEP) % AHEAD;
+        if (t >= PAST && t + STEP <= own) backward_steps<true, PAIR>(one, two, row, p, q, rx, rd, rt, dx, t, own);
+        else backward_steps<false, PAIR>(one, two, row, p, q, rx, rd, rt, dx, t, own);
     }
     finish<false>(one, p, q.r, q.c);
     if (PAIR) finish<true>(two, p, q.r, q.c);

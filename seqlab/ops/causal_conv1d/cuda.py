@@ -105,7 +105,7 @@ def _outputs(x: Tensor, real: Real | None) -> Tensor:
     return make(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, real: Real | None, silu: bool, reverse: bool):
+def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, real: Real | None, reverse: bool):
     p = nvrtc.params_type(SOURCE)()
     if real is not None:
         p.order, p.counts = real.order.data_ptr(), real.counts.data_ptr()
@@ -114,13 +114,13 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor |
     p.initial = 0 if initial is None or initial.numel() == 0 else initial.data_ptr()
     p.x_b, p.x_t = x.stride(0), x.stride(1)
     p.batch, p.length, p.channels = x.shape
-    p.silu, p.reverse = int(silu), int(reverse)
+    p.reverse = int(reverse)
     return p
 
 
-def _defines(x: Tensor, width: int, vector: int, real: Real | None) -> tuple[tuple[str, int], ...]:
+def _defines(x: Tensor, width: int, vector: int, silu: bool, real: Real | None) -> tuple[tuple[str, int], ...]:
     half, masked = int(x.dtype == torch.bfloat16), int(real is not None)
-    return (("WIDTH", width), ("VEC", vector), ("BF16", half), ("PAIRED", 0), ("MASKED", masked))
+    return (("WIDTH", width), ("VEC", vector), ("BF16", half), ("PAIRED", 0), ("SILU", int(silu)), ("MASKED", masked))
 
 
 def forward(
@@ -139,11 +139,11 @@ def forward(
     y = _outputs(x, real)
     vector = _vector(VECTOR, x, initial)
     groups = x.shape[2] // vector
-    p = _arguments(x, weight, bias, initial, real, silu, reverse)
+    p = _arguments(x, weight, bias, initial, real, reverse)
     p.y = y.data_ptr()
     p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, FORWARD_RUN)
     p.runs = math.ceil(x.shape[1] / p.run)
-    module = device.module(_defines(x, weight.shape[1], vector, real))
+    module = device.module(_defines(x, weight.shape[1], vector, silu, real))
     ring = AHEAD * THREADS * vector * x.element_size()
     module.launch("conv_forward", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
     return y
@@ -173,7 +173,7 @@ def backward(
     dinitial = torch.empty((0,) if initial is None else initial.shape, dtype=x.dtype, device=x.device)
     vector = _vector(VECTOR, x, dy, dx, initial)
     groups = channels // vector
-    p = _arguments(x, weight, bias, initial, real, silu, reverse)
+    p = _arguments(x, weight, bias, initial, real, reverse)
     p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)
     p.dx, p.dx_b, p.dx_t, p.add = dx.data_ptr(), dx.stride(0), dx.stride(1), int(add)
     p.dweight = dweight.data_ptr()
@@ -183,7 +183,7 @@ def backward(
     p.runs = math.ceil(x.shape[1] / p.run)
     partial = torch.empty(p.batch * p.runs * (width + 1) * channels, dtype=torch.float32, device=x.device)
     p.partial = partial.data_ptr()
-    module = device.module(_defines(x, width, vector, real))
+    module = device.module(_defines(x, width, vector, silu, real))
     ring = 2 * AHEAD * THREADS * vector * x.element_size()
     module.launch("conv_backward", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
     module.launch("conv_reduce", math.ceil((width + 1) * channels / 32), 1024, 4096, p)
@@ -198,13 +198,13 @@ def forward_pair(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], 
     y, y_too = _outputs(x, real), _outputs(x, real)
     vector = _vector(VECTOR, x)
     groups = x.shape[2] // vector
-    p = _arguments(x, weights[0], biases[0], None, real, silu, False)
+    p = _arguments(x, weights[0], biases[0], None, real, False)
     _second_filter(p, weights[1], biases[1])
     p.y, p.y_too = y.data_ptr(), y_too.data_ptr()
     p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, FORWARD_RUN)
     p.runs = math.ceil(x.shape[1] / p.run)
     ring = AHEAD * THREADS * vector * x.element_size()
-    module = device.module(_defines(x, weights[0].shape[1], vector, real))
+    module = device.module(_defines(x, weights[0].shape[1], vector, silu, real))
     module.launch("conv_forward_pair", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
     return y, y_too
 
@@ -229,7 +229,7 @@ def backward_pair(
     dweight, dbias = torch.empty(2, channels, width, **new), torch.empty(2, channels, **new)
     vector = _vector(VECTOR, x, dy, dy_too, into)
     groups = channels // vector
-    p = _arguments(x, weights[0], biases[0], None, real, silu, False)
+    p = _arguments(x, weights[0], biases[0], None, real, False)
     _second_filter(p, weights[1], biases[1])
     p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)
     p.dy_too, p.dy_too_b, p.dy_too_t = dy_too.data_ptr(), dy_too.stride(0), dy_too.stride(1)
@@ -240,7 +240,7 @@ def backward_pair(
     partial = torch.empty(2 * p.batch * p.runs * (width + 1) * channels, **new)
     p.partial = partial.data_ptr()
     ring = 3 * AHEAD * THREADS * vector * x.element_size()
-    module = device.module(_defines(x, width, vector, real))
+    module = device.module(_defines(x, width, vector, silu, real))
     module.launch("conv_backward_pair", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
     module.launch("conv_reduce", 2 * math.ceil((width + 1) * channels / 32), 1024, 4096, p)
     return dweight, dbias
