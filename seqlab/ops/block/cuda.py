@@ -141,7 +141,7 @@ def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight,
             spec.reverse[i], segment,
         )  # fmt: skip
         del c, delta
-        total = y if total is None else total.add_(y)
+        total = y if total is None else norm.add(total, y, total)
         if spec.keep:
             kept += [dbl, snapshots]
         if spec.return_state:
@@ -150,7 +150,7 @@ def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight,
     del xz, u, z
     out = F.linear(total, _half(out_weight, dtype), _half(out_bias, dtype))
     if spec.residual:
-        out = torch.add(x, out)
+        out = norm.add(x, out, torch.empty_like(x))
     return out, *after, [total, *kept] if spec.keep else []
 
 
@@ -187,7 +187,13 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
             spec.reverse[i], scan.segment_length(*u.shape),
         )  # fmt: skip
         del delta
-        dz.copy_(dz_here) if i == 0 else dz.add_(dz_here)
+        if len(directions) == 1:
+            dz.copy_(dz_here)
+        elif i == 0:
+            dz_before = dz_here
+        else:
+            norm.add(dz_before, dz_here, dz)
+            del dz_before
         del dz_here
         ddelta = ddelta.flatten(0, 1)
         ddbl = torch.cat(((ddelta @ w_dt).unflatten(0, (batch, length)), dB, dC), -1).flatten(0, 1)

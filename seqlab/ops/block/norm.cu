@@ -11,6 +11,8 @@
 
 struct Params {
     const void *x, *residual;       // (rows d); residual may be 0
+    const elem* other;              // (rows d): what add_rows adds to x
+    i64 x_t, other_t, dx_t;         // of add_rows: elements from row to row
     const elem* dy;                 // (rows d)
     const float* weight;            // (d)
     elem* y;                        // (rows d)
@@ -125,6 +127,32 @@ KERNEL BOUNDS(128, 1) norm_backward(const Params p) {
         store_row((wide*)p.dx + row * CHANNELS, g, lane);
     }
     store_row(p.partial + first * CHANNELS, dw, lane);
+}
+
+// dx = x + other, row by row, rows any distance apart. Four of a thread's sums are on their way at a time.
+KERNEL BOUNDS(128, 1) add_rows(const Params p) {
+    const int groups = CHANNELS / VEC;
+    const i64 all = p.rows * groups, stride = (i64)gridDim.x * 128;
+    for (i64 first = (i64)blockIdx.x * 128 + threadIdx.x; first < all; first += 4 * stride) {
+        Vec<wide> a[4];
+        Vec<elem> b[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const i64 i = first + j * stride, row = i / groups, c = i % groups * VEC;
+            if (i >= all) continue;
+            a[j] = *(const Vec<wide>*)((const wide*)p.x + row * p.x_t + c);
+            b[j] = *(const Vec<elem>*)(p.other + row * p.other_t + c);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const i64 i = first + j * stride, row = i / groups, c = i % groups * VEC;
+            if (i >= all) continue;
+            Vec<wide> sum;
+#pragma unroll
+            for (int e = 0; e < VEC; e++) round_to(sum.e[e], as_float(a[j].e[e]) + as_float(b[j].e[e]));
+            *(Vec<wide>*)((wide*)p.dx + row * p.dx_t + c) = sum;
+        }
+    }
 }
 
 // Sums over warps in a fixed order: 32 channels and 32 shares of the warps a block of 1024 threads.
