@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlab.backbones import build_backbone
@@ -39,6 +40,7 @@ class ClassifierConfig(BackboneConfig):
     strand: Literal["none", "augment", "average", "equivariant"] = "average"
     pooling: Literal["mean", "max", "last"] = "mean"
     length_scale: bool = False  # pooling: mean; learn how much surer to be of longer sequences
+    kmer: int = 0  # DNA: beside each base, an embedding of the k-mer that ends there; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +48,8 @@ class ClassifierConfig(BackboneConfig):
             raise ValueError(f"vocab_size: must be 1 or more, got {self.vocab_size}")
         if self.length_scale and self.pooling != "mean":
             raise ValueError(f"length_scale: true needs pooling: mean, got pooling: {self.pooling}")
+        if self.kmer and not 2 <= self.kmer <= 10:
+            raise ValueError(f"kmer: must be 0 (none) or lie in 2 .. 10, got {self.kmer}")
         if self.pooling == "last" and self.direction == "bidirectional":
             raise ValueError(
                 "pooling: last needs direction: causal (the last position of a bidirectional model is no better than any "
@@ -63,6 +67,36 @@ class StreamState(NamedTuple):
 
     backbone: list[MixerState] | None
     pooled: Pooled | None
+    tail: Tensor | None = None  # (b k-1) the last ids, for the k-mers of the next piece
+
+
+class KmerEmbedding(nn.Module):
+    """ids (b l) -> (b l d_model): a vector for the k-mer that ends at each position, zero where it holds anything but A, C,
+    G, T or begins before the sequence. What k-mer logistic regression knows is one linear map away from here.
+
+    `before` (b k-1): the ids that precede this piece.
+    """
+
+    def __init__(self, k: int, d_model: int):
+        super().__init__()
+        self.k = k
+        self.table = nn.Embedding(4**k + 1, d_model, padding_idx=4**k)
+        with torch.no_grad():
+            self.table.weight[:-1].normal_(std=0.02)
+
+    def forward(self, ids: Tensor, before: Tensor | None = None) -> Tensor:
+        if before is None:
+            before = ids.new_full((ids.shape[0], self.k - 1), nucleotide.PAD)
+        digit = torch.cat([before.to(ids.dtype), ids], 1).long() - nucleotide.A
+        is_base = (digit >= 0) & (digit < 4)
+        digit = torch.where(is_base, digit, 0)
+        length = ids.shape[1]
+        code = torch.zeros_like(ids, dtype=torch.long)
+        known = torch.ones_like(ids, dtype=torch.bool)
+        for i in range(self.k):  # the first letter is the most significant
+            code = code * 4 + digit[:, i : i + length]
+            known &= is_base[:, i : i + length]
+        return self.table(torch.where(known, code, 4**self.k))
 
 
 class SequenceClassifier(nn.Module):
@@ -79,6 +113,7 @@ class SequenceClassifier(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        self.kmer_embedding = KmerEmbedding(config.kmer, config.d_model) if config.kmer else None
         self.dropout = nn.Dropout(config.dropout)
         self.backbone = build_backbone(config)
         self.head = ClassificationHead(config.d_model, n_outputs, config.pooling, config.length_scale)
@@ -100,10 +135,18 @@ class SequenceClassifier(nn.Module):
         return 0.5 * (there + back)
 
     def features(
-        self, ids: Tensor, mask: Tensor | None = None, state: list[MixerState] | None = None, return_state: bool = False
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        state: list[MixerState] | None = None,
+        return_state: bool = False,
+        tail: Tensor | None = None,
     ) -> tuple[Tensor, list[MixerState] | None]:
-        """(b l) -> (b l d_model) of one strand, and the backbone's state if asked for."""
-        return self.backbone(self.dropout(self.embedding(ids.long())), state, mask, return_state=return_state)
+        """(b l) -> (b l d_model) of one strand, and the backbone's state if asked for. `tail`: see StreamState."""
+        x = self.embedding(ids.long())
+        if self.kmer_embedding is not None:
+            x = x + self.kmer_embedding(ids, tail)
+        return self.backbone(self.dropout(x), state, mask, return_state=return_state)
 
     def feed(
         self, ids: Tensor, mask: Tensor | None = None, state: StreamState | None = None, more: bool = False
@@ -111,8 +154,12 @@ class SequenceClassifier(nn.Module):
         """One piece of one strand, in order. `more`: further pieces follow, so the backbone's state is made."""
         before = StreamState(None, None) if state is None else state
         carried = more and self.backbone.is_causal
-        features, backbone = self.features(ids, mask, before.backbone, return_state=carried)
-        return StreamState(backbone, self.head.pool(features, mask, before.pooled))
+        features, backbone = self.features(ids, mask, before.backbone, carried, before.tail)
+        tail = None
+        if more and self.config.kmer:
+            tail = ids if before.tail is None else torch.cat([before.tail, ids], 1)
+            tail = F.pad(tail, (self.config.kmer, 0), value=nucleotide.PAD)[:, 1 - self.config.kmer :]
+        return StreamState(backbone, self.head.pool(features, mask, before.pooled), tail)
 
     def finish(self, state: StreamState) -> Tensor:
         """(b n_outputs) of everything that was fed."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from seqlab.classifier import ClassifierConfig, SequenceClassifier, load_pretrained
+from seqlab.classifier import ClassifierConfig, KmerEmbedding, SequenceClassifier, load_pretrained
 from seqlab.errors import UserError
 from seqlab.heads.classification import ClassificationHead, evenly_spread_ends
 from seqlab.model import ModelConfig, build_model
@@ -33,6 +33,7 @@ KINDS = [
     dict(pooling="mean", length_scale=True),
     dict(pooling="last"),
     dict(pooling="max", strand="augment"),
+    dict(kmer=3),
     dict(direction="bidirectional"),
     dict(direction="bidirectional", pooling="max", strand="equivariant"),
 ]
@@ -55,7 +56,7 @@ def test_padding_and_company_change_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.get("direction") != "bidirectional"], ids=str)
-@pytest.mark.parametrize("cuts", [(20, 50), (1, 2), (64, 96)])
+@pytest.mark.parametrize("cuts", [(20, 50), (1, 2), (64, 89)])
 def test_pieces_equal_the_whole(kind, cuts):
     model = classifier(**kind)
     ids = sequence(100)
@@ -76,6 +77,17 @@ def test_pieces_of_a_bidirectional_model_are_averaged_by_length():
         state = model.feed(b, state=model.feed(a, more=True))
         expected = 0.8 * model(a) + 0.2 * model(b)
         assert torch.allclose(model.finish(state), expected, atol=1e-5)
+
+
+def test_kmers_are_those_that_end_at_each_position():
+    embedding = KmerEmbedding(3, 2)
+    with torch.no_grad():
+        embedding.table.weight[:-1, 0] = torch.arange(64.0)
+    ids = torch.from_numpy(nucleotide.encode("ACGTNACG"))[None]
+    codes = embedding(ids)[0, :, 0].tolist()
+    acg, cgt = 0 * 16 + 1 * 4 + 2, 1 * 16 + 2 * 4 + 3
+    assert codes == [0, 0, acg, cgt, 0, 0, 0, acg] and embedding(ids)[0, 4].abs().sum() == 0
+    assert embedding(ids[:, 2:], ids[:, :2])[0, 0, 0] == acg
 
 
 def test_a_sequence_of_padding_alone_answers_with_the_bias():
@@ -139,6 +151,7 @@ def test_length_scale_changes_confidence_not_decisions():
     (dict(pooling="last", direction="bidirectional"), "causal"),
     (dict(pooling="max", length_scale=True), "mean"),
     (dict(vocab_size=0), "vocab_size"),
+    (dict(kmer=1), "kmer"),
 ])
 def test_impossible_configurations(bad, word):
     with pytest.raises(ValueError, match=word):

@@ -82,7 +82,7 @@ class ClassificationHead(nn.Module):
         backbone, ends (k) in 1 .. l. A row with fewer real positions (padded on the right) answers for all it has."""
         if self.pooling == "max":
             raise ValueError("pooling: max has no outputs for prefixes; use mean or last")
-        features = features.float()
+        features, ends = features.float(), ends.to(features.device)
         with torch.autocast(features.device.type, enabled=False):
             if self.pooling == "last":
                 at = (ends - 1).expand(features.shape[0], -1)
