@@ -1,8 +1,8 @@
 """How far sharing one sequence scales: a model of compute and links, not a measurement.
 
 A step on n GPUs, all of which share one sequence (seqlab/training/parallel.py), is a chain of stretches of compute with an
-all-gather after each: per layer and direction two in the forward pass (convolution halo, state), two more where blocks
-are recomputed, two in the backward pass; then one all-reduce of the gradients. Every all-gather waits for the slowest
+all-gather after each: per layer and direction two in the forward pass (convolution halo, state) and two in the backward
+pass; then one all-reduce of the gradients. Every all-gather waits for the slowest
 rank. Assumptions, all of them options:
 
     rate        tokens/s of one GPU running a shared block, measured (benchmarks/bench_context_parallel.py, `shared`,
@@ -50,7 +50,6 @@ class Model:
     d_conv: int = 4
     directions: int = 1
     parameters: float = 7e6
-    recompute: bool = True
     kept: float = 1024.0  # bytes a token and layer (float32 residual stream)
     at_work: float = 20e3  # bytes a token, of the one block at work
 
@@ -64,7 +63,7 @@ class Model:
         state = 4.0 * self.d_inner * (self.d_state + 1)
         forward = [halo, state]
         backward = [4.0 * self.d_inner * self.d_state, 2.0 * (self.d_conv - 1) * self.d_inner]
-        return forward * (2 if self.recompute else 1) + backward
+        return forward + backward
 
 
 def collective(machine: Machine, n: int, received: float) -> float:

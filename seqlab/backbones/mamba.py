@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from seqlab.ops import block, causal_conv1d, selective_scan
 
@@ -331,6 +331,8 @@ class Mamba(nn.Module):
         # A run-time choice, not part of the model: recompute blocks in the backward pass instead of keeping them.
         # It renames no parameter and changes no result.
         self.checkpoint_blocks = False
+        # What a block and its recomputation run under (torch.utils.checkpoint), for those who have something to remember.
+        self.checkpoint_contexts = noop_context_fn
 
     def make_mixer(self, config: BackboneConfig) -> nn.Module:
         return make_mixer(config)
@@ -346,7 +348,9 @@ class Mamba(nn.Module):
         for i, layer in enumerate(self.layers):
             before = None if state is None else state[i]
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x, after = checkpoint(layer, x, before, mask, return_state, use_reentrant=False)
+                x, after = checkpoint(
+                    layer, x, before, mask, return_state, use_reentrant=False, context_fn=self.checkpoint_contexts
+                )
             else:
                 x, after = layer(x, before, mask, return_state)
             states.append(after)

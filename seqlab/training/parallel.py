@@ -16,8 +16,9 @@ state, that one gradient carries everything that later ranks want of this one's 
 Shapes: b batch, l length of the local piece, d channels, n states, w width of the convolution, k ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,8 @@ class Ranks:
         self.group, self.two_strands = group, two_strands
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.traffic = Traffic()
+        self._recorded: list | None = None
+        self._replayed: Iterator | None = None
 
     def __deepcopy__(self, memo) -> "Ranks":
         return self  # a process group cannot be copied; a copied model runs on the same ranks
@@ -70,6 +73,20 @@ class Ranks:
         self.traffic.collectives += 1
         self.traffic.bytes += x.nbytes
         return gathered
+
+    def remembered(self, make: Callable[[], Any]) -> Any:
+        """make(), or in a block's recomputation what it returned in the block's first run: nothing is sent again."""
+        if self._replayed is not None:
+            return next(self._replayed)
+        made = make()
+        if self._recorded is not None:
+            self._recorded.append(made)
+        return made
+
+    def checkpoint_contexts(self) -> tuple["_Recording", "_Replay"]:
+        """For torch.utils.checkpoint: what the run of a block and its recomputation happen under."""
+        tape: list = []
+        return _Recording(self, tape), _Replay(self, tape)
 
     def rows(self, batch: int) -> Iterator[tuple[slice, bool]]:
         """(rows of the batch, whether their pieces lie on the ranks from right to left)."""
@@ -111,11 +128,15 @@ class Ranks:
         reverse: bool = False,
     ) -> Tensor:
         """`seqlab.ops.selective_scan` of the whole sequence, u (b l d) and the result being this rank's piece."""
-        with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
+
+        def summarise() -> tuple[Tensor, Tensor]:
             ends, steps = piece_ends(u, B, delta, A, delta_bias, delta_softplus, mask, reverse)
             gathered = self.all_gather(torch.cat((ends, steps.unsqueeze(-1)), -1))  # (k b d n+1)
-            sums = gathered[..., -1]
-            entering = self.carried(gathered[..., :-1], sums, A, reverse)
+            sums = gathered[..., -1].contiguous()
+            return self.carried(gathered[..., :-1], sums, A, reverse), sums
+
+        with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
+            entering, sums = self.remembered(summarise)
         y, left = ops.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, entering, mask, reverse, return_final_state=True
         )
@@ -140,12 +161,36 @@ class Ranks:
         return torch.cat(parts)
 
 
+class _Recording:
+    """While a block runs: what `remembered` makes goes on the tape."""
+
+    def __init__(self, ranks: Ranks, tape: list):
+        self.ranks, self.tape = ranks, tape
+
+    def __enter__(self) -> None:
+        self.ranks._recorded = self.tape
+
+    def __exit__(self, *error) -> None:
+        self.ranks._recorded = None
+
+
+class _Replay(_Recording):
+    """While a block is run again: `remembered` reads the tape from its start."""
+
+    def __enter__(self) -> None:
+        self.ranks._replayed = iter(self.tape)
+
+    def __exit__(self, *error) -> None:
+        self.ranks._replayed = None
+
+
 class _Halo(torch.autograd.Function):
     """tail (b w-1 d) and real (b w-1) of every rank -> the inputs just before this rank's piece (b w-1 d)."""
 
     @staticmethod
     def forward(ctx, tail: Tensor, real: Tensor, ranks: Ranks, reverse: bool) -> Tensor:
-        gathered = ranks.all_gather(torch.cat((tail, real.unsqueeze(-1).to(tail.dtype)), -1))  # (k b w-1 d+1)
+        flagged = torch.cat((tail, real.unsqueeze(-1).to(tail.dtype)), -1)
+        gathered = ranks.remembered(lambda: ranks.all_gather(flagged))  # (k b w-1 d+1)
         source = _sources(gathered[..., -1] > 0.5, ranks, reverse)  # (k b w-1)
         ctx.save_for_backward(source)
         ctx.ranks = ranks
@@ -263,4 +308,5 @@ def share_mixers(model: nn.Module, group: dist.ProcessGroup) -> Ranks:
     for module in model.modules():
         if isinstance(module, MambaMixer):
             module.ranks = ranks
+    backbone.checkpoint_contexts = ranks.checkpoint_contexts
     return ranks

@@ -94,6 +94,8 @@ def test_bytes_sent_do_not_depend_on_the_length(outcomes, size):
     for rank in range(size):
         for name in ("causal", "causal ten times as long"):
             assert outcomes[rank][size, name]["traffic"] == expected
+        # a recomputed block sends nothing again
+        assert outcomes[rank][size, "causal checkpointed"]["traffic"] == expected
         both_ways = outcomes[rank][size, "bidirectional"]["traffic"]
         assert both_ways == tuple(2 * n for n in expected)
 
@@ -300,3 +302,18 @@ def test_srun_starts_the_processes_too(tmp_path, genome):
         processes.append(command(tmp_path, "run", *options, launcher=[*launcher, sys.executable]))
     lines = [finish(process) for process in processes]
     assert "Trained 4 steps" in lines[0] and "Trained" not in lines[1]
+
+
+def test_the_scaling_model_counts_what_is_sent():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from simulate_scaling import GPUS, TOKENS, Machine, Model, step
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    halo, state = 3 * 13 + 3 * 12, 12 * 5 + 12 * 4  # numbers a layer, as in the test of the bytes that are sent
+    assert sum(Model(d_model=6, d_state=4).payloads()) == 2 * halo + 4 * state
+    for tokens in TOKENS:
+        rows = [step(Machine(), Model(), n, tokens) for n in GPUS]
+        assert all(0 < row["efficiency"] <= 1 for row in rows)
+        efficiency = [row["efficiency"] for row in rows]
+        assert efficiency == sorted(efficiency, reverse=True), "more GPUs on one sequence are never better used"
