@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 
 ARCHITECTURES = (80, 90, 100)
 SCAN = ((16, 4, 1, 1), (5, 1, 0, 0))  # states, warps, bf16, paired
-CONV = ((4, 4, 1, 0), (8, 1, 0, 0))  # width, vector, bf16, paired
+CONV = ((4, 4, 1, 0, 1, 0), (8, 1, 0, 0, 0, 1))  # width, vector, bf16, paired, silu, masked
 NORM = ((256, 4, 1, 1, 0), (7, 1, 0, 1, 0))  # channels, vector, bf16, wide, paired
 
 
@@ -33,7 +33,7 @@ def test_scan_compiles(arch, values):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("values", CONV)
 def test_convolution_compiles(arch, values):
-    defines = tuple(zip(("WIDTH", "VEC", "BF16", "PAIRED"), values, strict=True))
+    defines = tuple(zip(("WIDTH", "VEC", "BF16", "PAIRED", "SILU", "MASKED"), values, strict=True))
     image = nvrtc.compile_source(nvrtc.source(conv.SOURCE), nvrtc.options(defines, arch), conv.SOURCE)
     assert image[:4] == b"\x7fELF"
     for kernel in conv.KERNELS:
@@ -70,7 +70,7 @@ def test_gpu_older_than_the_compiler_is_refused():
 
 def test_cache_is_used_checked_and_mended(tmp_path, monkeypatch):
     monkeypatch.setenv(nvrtc.CACHE, str(tmp_path))
-    defines = (("WIDTH", 2), ("VEC", 1), ("BF16", 0), ("PAIRED", 0))
+    defines = (("WIDTH", 2), ("VEC", 1), ("BF16", 0), ("PAIRED", 0), ("SILU", 1), ("MASKED", 0))
     first = nvrtc.code(conv.SOURCE, defines, 90)
     (stored,) = (tmp_path / "kernels").iterdir()
     with monkeypatch.context() as m:
@@ -84,5 +84,5 @@ def test_cache_is_used_checked_and_mended(tmp_path, monkeypatch):
 def test_cache_folder_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(nvrtc.CACHE, str(tmp_path / "file"))
-    defines = (("WIDTH", 2), ("VEC", 1), ("BF16", 0), ("PAIRED", 0))
+    defines = (("WIDTH", 2), ("VEC", 1), ("BF16", 0), ("PAIRED", 0), ("SILU", 1), ("MASKED", 0))
     assert nvrtc.code(conv.SOURCE, defines, 90)[:4] == b"\x7fELF"
