@@ -799,6 +799,8 @@ def _print_species_evaluation(evaluation) -> None:
 
     header, rows = species.evaluation_rows(evaluation)
     print_table(f"{len(evaluation.classes)} species, {evaluation.split} split: accuracy, mean over species", header, rows)
+    if known := species.published_rows(evaluation):
+        print_table("Published by others for these species, not measured here", *known)
     note(species.evaluation_verdict(evaluation))
     for result in evaluation.results:
         if result.details:

@@ -495,15 +495,7 @@ class Reader:
 
     def parquet(self, path: Path, *, split: int | None = None, where: dict[str, str] | None = None) -> Iterator[Record]:
         """Rows of a parquet file with a sequence and a label column; needs pyarrow."""
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise UserError(f"{path}: reading parquet needs pyarrow; type: pip install pyarrow, or export CSV") from None
-        check_source(path, "parquet file")
-        try:
-            table = parquet.read_table(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0][:80]})") from None
+        table = _read_parquet(path)
         header = list(table.column_names)
         sequence = _column(path, header, None, SEQUENCE_NAMES, "--sequence-column", "sequence")
         label = _column(path, header, None, LABEL_NAMES, "--label-column", "label")
@@ -537,12 +529,8 @@ class Reader:
     def column_values(self, path: Path, column: str) -> Counter:
         """value -> rows of one column of a CSV or TSV; nothing if there is no such column."""
         if path.suffix.lower() == ".parquet":
-            try:
-                from pyarrow import parquet
-            except ImportError:
-                raise UserError(f"{path}: reading parquet needs pyarrow; type: pip install pyarrow, or export CSV") from None
-            names = parquet.read_schema(path).names
-            return Counter(parquet.read_table(path, columns=[column])[column].to_pylist() if column in names else ())
+            table = _read_parquet(path)
+            return Counter(table[column].to_pylist() if column in table.column_names else ())
         lines = self.lines(path, "CSV or TSV file")
         first = next(lines, "")
         delimiter = _delimiter(path, first)
@@ -643,6 +631,19 @@ class Reader:
                 text = text.translate(_COMPLEMENT_TEXT)[::-1]
             strand = "-" if row.is_reverse else "+"
             yield Record(row.where, f"{row.chrom}:{row.start}-{row.end}({strand})", text, row.label, row.split)
+
+
+def _read_parquet(path: Path):
+    """A pyarrow table. Raises UserError: no pyarrow, no file, no parquet."""
+    check_source(path, "parquet file")
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow; type: pip install pyarrow, or export CSV") from None
+    try:
+        return parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0][:80]})") from None
 
 
 _COMPLEMENT_TEXT = bytes.maketrans(b"ACGTUNRYSWKMBDHVacgtunryswkmbdhv", b"TGCAANYRSWMKVHDBtgcaanyrswmkvhdb")

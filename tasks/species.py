@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlab import report
+from seqlab.classification import published
 from seqlab.classification.baselines import BaselineResult, Sequences, cnn_baseline, kmer_baseline
 from seqlab.classification.metrics import evaluate_predictions, plot_calibration, plot_confusion
 from seqlab.classification.windows import ClassWindows, Windows
@@ -565,6 +566,17 @@ def evaluation_verdict(evaluation: Evaluation) -> str:
     )
 
 
+def published_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]] | None:
+    """Header and rows of the published figures for exactly these species, if there are any."""
+    found = published.species_figures(evaluation.classes)
+    if found is None:
+        return None
+    table, source = found
+    lengths = sorted({length for row in table.values() for length in row})
+    rows = [[model, *(f"{100 * row[n]:.2f} %" if n in row else "-" for n in lengths)] for model, row in table.items()]
+    return [source, *(f"{n:,}" for n in lengths)], rows
+
+
 def evaluation_dict(evaluation: Evaluation) -> dict[str, Any]:
     """Plain values for --json."""
     return {
@@ -629,6 +641,8 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
         "split and choose on its validation split:",
         "",
     ]
+    if known := published_rows(evaluation):
+        lines[-2:-2] = ["Published by others for these species, not measured here:", "", report.markdown_table(*known), ""]
     for result in evaluation.results:
         if result.details:
             lines.append(f"- {result.length:,}: " + "; ".join(f"{key} {text}" for key, text in result.details.items()))

@@ -10,6 +10,7 @@ HyenaDNA's own GenomicBenchmarks table is left out: it was tuned on the test spl
 other sequences than those of table 2, so no figure is shown for them.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 SOURCES = {
@@ -103,7 +104,7 @@ def nt_metric(task: str) -> str:
     return "accuracy" if task == "splice_sites_all" else "mcc"
 
 
-def species_figures(classes: list[str]) -> tuple[dict[str, dict[int, float]], str] | None:
+def species_figures(classes: Sequence[str]) -> tuple[dict[str, dict[int, float]], str] | None:
     """(model -> accuracy by length, source) of the published set that has exactly these species, if any."""
     for names, table, source in SPECIES_SETS.values():
         if sorted(name.lower() for name in classes) == sorted(names):

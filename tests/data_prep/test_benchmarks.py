@@ -140,3 +140,30 @@ def test_published_figures():
     assert table["Mamba 7M"][1 << 20] == 0.8131 and "Mamba" in source
     assert published.species_figures(["human", "mouse"]) is None
     json.dumps(published.GREAT_APES)
+
+
+def test_parquet_tables(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    from pyarrow import parquet
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "H4").mkdir()
+    for split in ("train", "test"):
+        texts = [bases(rng) for _ in range(6)]
+        table = pyarrow.table({"sequence": texts, "name": [f"s{i}" for i in range(6)], "label": [0, 1] * 3})
+        parquet.write_table(table, tmp_path / "H4" / f"{split}-00000-of-00001.parquet")
+    store = stores("nucleotide-transformer", tmp_path, tmp_path / "out")["H4"]
+    assert store.classes == ["0", "1"] and np.bincount(store.split).tolist() == [6, 0, 6]
+    for split in ("test", "train"):
+        (tmp_path / "H4" / f"{split}-00000-of-00001.parquet").write_bytes(b"PAR1 not really")
+        with pytest.raises(UserError, match=f"{split}.*not a readable parquet file"):
+            stores("nucleotide-transformer", tmp_path, tmp_path / "out2")
+
+
+def test_without_pyarrow_parquet_says_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "H4").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "H4" / f"{split}.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        stores("nucleotide-transformer", tmp_path, tmp_path / "out")

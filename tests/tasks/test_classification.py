@@ -354,3 +354,14 @@ def test_prep_labelled_says_what_it_wants(data, tmp_path):
         assert re.search(message, error_of("prep", "labelled", *arguments, *out)), message
     assert not (tmp_path / "d").exists()
     assert "unknown benchmark" in error_of("prep", "benchmark", "gnomic", tmp_path, *out)
+
+
+def test_published_figures_of_species_need_exactly_those_species():
+    from types import SimpleNamespace
+
+    from tasks.species import published_rows
+
+    header, rows = published_rows(SimpleNamespace(classes=("bonobo", "chimpanzee", "gorilla", "human", "orangutan")))
+    assert header[1:] == ["1,024", "4,096", "16,384", "65,536", "262,144", "1,048,576"] and "Mamba" in header[0]
+    assert rows[2] == ["Mamba 7M", "30.00 %", "29.01 %", "31.48 %", "43.73 %", "56.60 %", "81.31 %"]
+    assert published_rows(SimpleNamespace(classes=("human", "mouse"))) is None
