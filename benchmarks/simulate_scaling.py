@@ -8,7 +8,8 @@ rank. Assumptions, all of them options:
     rate        tokens/s of one GPU running a shared block, measured (benchmarks/bench_context_parallel.py, `shared`,
                 divided by the ranks): constant down to the floor
     floor       time of a layer and direction, forward + backward, however short the piece: kernel launches
-    jitter      standard deviation of a stretch's duration, as a share of it; the slowest of n is drawn (normal, fixed seed)
+    jitter      standard deviation of a stretch's duration, as a share of it; how far the slowest of n is behind is drawn
+                (normal, fixed seed)
     links       a collective among n GPUs takes latency * ceil(log2 n) + bytes received / bandwidth; within a host of 8
                 the NVLink pair of numbers, beyond it the network's
     combine     every rank reads the n gathered states three times at the memory's bandwidth
@@ -19,6 +20,7 @@ rank. Assumptions, all of them options:
 """
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -75,9 +77,11 @@ def collective(machine: Machine, n: int, received: float) -> float:
     return near * machine.nvlink_latency + (rounds - near) * machine.network_latency + received / machine.network
 
 
-def slowest(random_: random.Random, jitter: float, n: int) -> float:
-    """Duration of a stretch for the slowest of n ranks, as a multiple of the mean one."""
-    return 1.0 + max(0.0, max(random_.gauss(0.0, jitter) for _ in range(n)))
+@functools.cache
+def slowest(n: int, draws: int = 200) -> float:
+    """How many standard deviations the slowest of n ranks is behind the mean one: the average over draws."""
+    random_ = random.Random(n)
+    return sum(max(random_.gauss(0.0, 1.0) for _ in range(n)) for _ in range(draws)) / draws
 
 
 def step(machine: Machine, model: Model, n: int, tokens: float) -> dict:
@@ -85,8 +89,7 @@ def step(machine: Machine, model: Model, n: int, tokens: float) -> dict:
     payloads, units = model.payloads(), model.n_layer * model.directions
     piece = tokens / n
     compute = max(piece / machine.rate / units, machine.floor)  # of a layer and direction
-    random_ = random.Random(n)
-    waiting = compute * sum(slowest(random_, machine.jitter, n) - 1.0 for _ in payloads) / len(payloads)
+    waiting = compute * machine.jitter * slowest(n)
     links = sum(collective(machine, n, n * payload) for payload in payloads)
     combine = 3.0 * n * sum(payloads) / machine.memory
     reduce = collective(machine, n, 2 * 4.0 * model.parameters)
