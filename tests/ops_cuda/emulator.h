@@ -1,4 +1,5 @@
-// Runs a CUDA kernel on the processor: one fibre per GPU thread, switched at barriers and warp exchanges.
+// Runs a CUDA kernel on the processor: one fibre per GPU thread, switched at barriers and warp exchanges. The blocks of a
+// cluster (CLUSTER, 1 unless set) run together, the clusters one after another.
 // Enough of the language for the kernels of this package; shared memory starts as NaN, so that a read of something
 // nobody wrote shows.
 #pragma once
@@ -21,24 +22,30 @@ static dim threadIdx, blockIdx, gridDim, blockDim;
 static inline float __uint_as_float(unsigned v) { float f; memcpy(&f, &v, 4); return f; }
 static inline unsigned __float_as_uint(float f) { unsigned v; memcpy(&v, &f, 4); return v; }
 
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+#define CLUSTERED
 #define KERNEL extern "C" void
 #define BOUNDS(threads, blocks)
 #define DEVICE static inline
 #define DEVICE_MEMBER inline
-#define SHARED_FLOATS(name) float* name = (float*)emulated::shared.data()
+#define SHARED_FLOATS(name) float* name = (float*)emulated::shared[emulated::block()].data()
 #define __restrict__
 template <class T> static inline T __ldg(const T* p) { return *p; }
 #define FULL 0xffffffffu
 
 namespace emulated {
-static std::vector<float4> shared;
+static std::vector<float4> shared[CLUSTER];
 struct Fibre { ucontext_t context; std::vector<char> stack; bool done; };
 static std::vector<Fibre> fibres;
 static ucontext_t scheduler;
-static unsigned current, waiting_block, block_round;
+static unsigned current;  // fibre: threads of the first block, then of the second, ...
+static unsigned waiting_block[CLUSTER], block_round[CLUSTER], waiting_cluster, cluster_round;
 static std::vector<unsigned> waiting_warp, warp_round;
 static std::vector<float> slot;
-static int votes, votes_out;
+static int votes[CLUSTER], votes_out[CLUSTER];
+static unsigned block() { return current / blockDim.x; }
 
 static void yield() { unsigned me = current; swapcontext(&fibres[me].context, &scheduler); }
 static void warp_barrier() {
@@ -54,16 +61,38 @@ static float exchange(float v, unsigned from) {
     return r;
 }
 static int block_barrier(int vote) {
-    unsigned mine = block_round;
-    votes |= vote;
-    if (++waiting_block == blockDim.x) { waiting_block = 0; votes_out = votes; votes = 0; block_round++; return votes_out; }
-    while (block_round == mine) yield();
-    return votes_out;
+    unsigned b = block(), mine = block_round[b];
+    votes[b] |= vote;
+    if (++waiting_block[b] == blockDim.x) {
+        waiting_block[b] = 0;
+        votes_out[b] = votes[b];
+        votes[b] = 0;
+        block_round[b]++;
+        return votes_out[b];
+    }
+    while (block_round[b] == mine) yield();
+    return votes_out[b];
+}
+static void cluster_barrier() {
+    unsigned mine = cluster_round;
+    if (++waiting_cluster == blockDim.x * CLUSTER) { waiting_cluster = 0; cluster_round++; return; }
+    while (cluster_round == mine) yield();
 }
 }
 static inline void __syncthreads() { emulated::block_barrier(0); }
 static inline int __syncthreads_or(int v) { return emulated::block_barrier(v != 0); }
 static inline void __syncwarp() { emulated::warp_barrier(); }
+DEVICE void cluster_barrier() { emulated::cluster_barrier(); }
+#define CALLED static
+DEVICE void arrivals_begin(unsigned long long*) {}
+DEVICE void arrivals_expect(unsigned long long*, unsigned) {}
+DEVICE void arrivals_wait(unsigned long long*, unsigned) { emulated::cluster_barrier(); }
+DEVICE void remote_store(float* at, int rank, float4 v, unsigned long long*) {
+    float* here = (float*)emulated::shared[emulated::block()].data();
+    *(float4*)((float*)emulated::shared[rank].data() + (at - here)) = v;
+}
+DEVICE float load_shared_global(const float* p) { return *p; }
+DEVICE float lane_from(float v, int lane) { return emulated::exchange(v, lane); }
 DEVICE float lane_xor(float v, int bit) { return emulated::exchange(v, (threadIdx.x % 32) ^ bit); }
 DEVICE bool warp_all(bool v) {
     float s = v ? 0.f : 1.f;
@@ -119,15 +148,18 @@ template <class P> static void run_grid(void (*kernel)(const P), const P* params
     Launch<P>::params = params;
     gridDim.x = grid;
     blockDim.x = block;
-    fibres.resize(block);
-    for (unsigned b = 0; b < grid; b++) {
-        blockIdx.x = b;
-        shared.assign(bytes / 16 + 1, make_float4(NAN, NAN, NAN, NAN));
-        slot.assign(block, 0.f);
-        waiting_warp.assign(block / 32 + 1, 0);
-        warp_round.assign(block / 32 + 1, 0);
-        waiting_block = 0;
-        for (unsigned t = 0; t < block; t++) {
+    unsigned count = block * CLUSTER;
+    fibres.resize(count);
+    for (unsigned b = 0; b < grid; b += CLUSTER) {
+        for (unsigned c = 0; c < CLUSTER; c++) {
+            shared[c].assign(bytes / 16 + 1, make_float4(NAN, NAN, NAN, NAN));
+            waiting_block[c] = 0;
+        }
+        slot.assign(count, 0.f);
+        waiting_warp.assign(count / 32 + 1, 0);
+        warp_round.assign(count / 32 + 1, 0);
+        waiting_cluster = 0;
+        for (unsigned t = 0; t < count; t++) {
             Fibre& f = fibres[t];
             f.done = false;
             if (t < batches.size()) batches[t].clear();
@@ -138,12 +170,13 @@ template <class P> static void run_grid(void (*kernel)(const P), const P* params
             f.context.uc_link = nullptr;
             makecontext(&f.context, (void (*)())fibre_main<P>, 0);
         }
-        for (unsigned left = block; left > 0;) {
+        for (unsigned left = count; left > 0;) {
             left = 0;
-            for (unsigned t = 0; t < block; t++) {
+            for (unsigned t = 0; t < count; t++) {
                 if (fibres[t].done) continue;
                 current = t;
-                threadIdx.x = t;
+                threadIdx.x = t % block;
+                blockIdx.x = b + t / block;
                 swapcontext(&scheduler, &fibres[t].context);
                 if (!fibres[t].done) left++;
             }

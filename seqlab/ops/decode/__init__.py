@@ -7,6 +7,8 @@
 Whatever the back end, the tokens are those of `reference`: the model's forward pass on one token at a time and
 `sampling.sample`. Back ends differ in speed and in what they can run:
 
+    persistent   CUDA C++: one launch for a block of tokens; a thread block, or a cluster of them, keeps its streams
+    graph        a CUDA graph of the model's own steps: any causal model
     cpu          one compiled call for a block of tokens (numba)
     reference    the model, one token at a time: anywhere, any model
 """
@@ -22,13 +24,14 @@ from torch import Tensor, nn
 from seqlab.backbones.mamba import MixerState
 from seqlab.backbones.unet import PoolState, UNetState
 from seqlab.ops import dispatch
-from seqlab.ops.decode import cpu, reference
+from seqlab.ops.decode import cpu, graph, persistent, reference
+from seqlab.ops.decode.program import map_tensors
 from seqlab.ops.decode.request import Request
 from seqlab.ops.decode.sampling import Sampling, stream_key
 
 __all__ = ["BACKENDS", "Decoder", "Sampling", "unavailable"]
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"persistent": persistent, "graph": graph, "cpu": cpu, "reference": reference}
 """Fastest first: what "auto" tries in order."""
 
 PREFILL = 1 << 17
@@ -134,7 +137,7 @@ class Decoder:
             state, score = self._forward(piece, target, state, log_probs)
             scores.append(score)
         if same and state is not None:
-            state = _map(state, lambda t: t.expand(self.batch, *t.shape[1:]))
+            state = map_tensors(state, lambda t: t.expand(self.batch, *t.shape[1:]))
         self._runner.load(state)
         self._token = ids[:, -1].clone()
         self.position += ids.shape[1]
@@ -202,7 +205,7 @@ class Decoder:
         if self._token is None:
             raise ValueError("no state yet: call prefill first")
         tensors: list[Tensor] = []
-        _map(self._runner.state(), tensors.append)
+        map_tensors(self._runner.state(), tensors.append)
         return sum(t.numel() * t.element_size() for t in tensors) // self.batch
 
     @torch.inference_mode()
@@ -259,12 +262,3 @@ def _choose(backend: str, request: Request) -> str:
         listing = "; ".join(f"{name}: {why or 'can run this'}" for name, why in reasons.items())
         raise RuntimeError(f"decode: back end {backend!r} (asked for by {where}) cannot run this. {listing}")
     return backend
-
-
-def _map(state, function):
-    """`state` with every tensor replaced by function(tensor)."""
-    if isinstance(state, Tensor):
-        return function(state)
-    if isinstance(state, tuple):
-        return type(state)(*(_map(s, function) for s in state))
-    return [_map(s, function) for s in state] if isinstance(state, list) else state

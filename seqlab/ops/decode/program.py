@@ -204,3 +204,12 @@ def one_phase(phase: int | Tensor) -> int:
     if (phase != phase[0]).any():
         raise ValueError("the rows of this U-Net state stand at different positions of a frame; decode them apart")
     return int(phase[0])
+
+
+def map_tensors(state, function):
+    """A backbone's state with every tensor replaced by function(tensor)."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, tuple):
+        return type(state)(*(map_tensors(s, function) for s in state))
+    return [map_tensors(s, function) for s in state] if isinstance(state, list) else state

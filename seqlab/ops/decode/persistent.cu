@@ -1,0 +1,579 @@
+// Token after token through a whole stack, drawing included, in one launch: a cluster of CLUSTER thread blocks (one block
+// where clusters do not exist) keeps STREAMS streams and never meets anyone else.
+//
+// The residual stream x of every stream lies in the shared memory of every block of the cluster, the same in all. A block
+// of the cluster owns d_inner / CLUSTER channels of each mixer:
+//
+//     in_proj    rows of its own channels, all of x          no exchange: convolution and gate are its channels' affair
+//     x_proj     all rows, columns of its own channels       partial sums go to all blocks   -> cluster barrier
+//     dt_proj, scan, gate: its own channels
+//     out_proj   all rows, columns of its own channels       partial sums go to all blocks   -> cluster barrier
+//
+// so a mixer costs two barriers of the cluster. Pools and head work like out_proj; drawing is done by every block alike.
+//
+// Matrices: a warp takes 32 rows and a share of the columns, a lane is a row; weights lie as [16 bytes of k][row] and are
+// read once for all streams, x is read from shared memory at the same address by all lanes. Shares are added up through
+// shared memory. Sums, states and drawing are float32; BF16 says how matrices are stored.
+//
+// Set from outside: CLUSTER, STREAMS, STATES (n), WIDTH (of the convolution), WARPS, BF16.
+
+struct Params {
+    const i64* ops;          // (count of operations, FIELDS)
+    const i64* phases;       // of every operation, at the start
+    const float* embedding;  // (vocab d_model)
+    const float* base;       // (b d_model), added to the embedding, or 0
+    const uint4* head;
+    const float* head_bias;  // (vocab): 0, or -inf for what may not be drawn
+    const float* settings;   // epsilon, temperature, top_p
+    const i64* keys;         // (b)
+    const i64* forced;       // (b count), or 0
+    const i64* tokens;       // (b)
+    i64* out;                // (b count)
+    float* log_probs;        // (b count)
+    i64 operations, batch, count, position, d_model, vocab, top_k;
+    i64 x_pitch, inner_pitch, slots, rows_max, part_floats, exchange_rows, input_pitch;
+};
+
+typedef unsigned long long u64;
+#define FIELDS 26
+enum { KIND, SAVE, ADD, SLOT, JUMP, WIDE, INNER, RANK, POOL, D_OUT, INDEX, W_IN, W_X, W_OUT, B_IN, W_CONV, B_CONV, W_DT, B_DT,
+       W_A, W_D, B_OUT, CONV, SSM, PENDING, HELD };
+enum { BLOCK_OP, DOWN_OP, UP_OP };
+
+#define THREADS (32 * WARPS)
+#if BF16
+#define UNIT 8  // numbers in 16 bytes of a matrix
+#else
+#define UNIT 4
+#endif
+#define LANES 4                            // threads that share the states of a channel
+#define EACH ((STATES + LANES - 1) / LANES)
+
+#ifndef SEQLAB_EMULATED
+#define CALLED __device__ __noinline__  // one copy of the code: the loop over a stack has to fit the instruction cache
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+// Orders everything, global memory too, among all threads of the cluster: a microsecond, and the first-level cache is lost.
+DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What exchanges use instead: data that count themselves in at a barrier of the block that they go to.
+DEVICE void arrivals_begin(u64* barriers) {
+    for (int i = 0; i < 2; i++)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"((u32)__cvta_generic_to_shared(barriers + i)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+DEVICE void arrivals_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((u32)__cvta_generic_to_shared(barrier)), "r"(bytes) : "memory");
+}
+DEVICE void arrivals_wait(u64* barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra READY;\nbra AGAIN;\nREADY:\n}" ::"r"(
+            (u32)__cvta_generic_to_shared(barrier)),
+        "r"(parity)
+        : "memory");
+}
+// Four floats to the same place of a block of the cluster, counted at its barrier.
+DEVICE void remote_store(float* at, int rank, float4 v, u64* barrier) {
+    asm volatile(
+        "{\n.reg .u32 a, b;\nmapa.shared::cluster.u32 a, %0, %2;\nmapa.shared::cluster.u32 b, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [a], {%3, %4, %5, %6}, [b];\n}" ::"r"(
+            (u32)__cvta_generic_to_shared(at)),
+        "r"((u32)__cvta_generic_to_shared(barrier)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+        : "memory");
+}
+#else
+#define CLUSTERED
+DEVICE void cluster_barrier() {}
+#endif
+DEVICE float lane_from(float v, int lane) { return __shfl_sync(FULL, v, lane); }
+// Past the first-level cache, which does not see what other blocks write.
+DEVICE float load_shared_global(const float* p) { float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v; }
+#endif
+
+DEVICE float sum4(float v) { v += lane_xor(v, 1); return v + lane_xor(v, 2); }
+DEVICE float warp_sum(float v) { for (int b = 16; b; b >>= 1) v += lane_xor(v, b); return v; }
+DEVICE float warp_max(float v) { for (int b = 16; b; b >>= 1) v = fmaxf(v, lane_xor(v, b)); return v; }
+
+DEVICE int round_up(int n, int to) { return (n + to - 1) / to * to; }
+DEVICE int shares(int rows, int units) {  // how many warps divide the columns of a row group among them
+    int s = WARPS / (rows / 32);
+    return s < 1 ? 1 : s > units ? units : s;
+}
+
+// part[share][stream][row] = sums over the share's columns. rows: a multiple of 32; units: columns / UNIT. in and part are
+// offsets in shared memory: pointers to it would be of unknown kind behind a call.
+CALLED void product(const uint4* __restrict__ w, int rows, int units, int in_at, int pitch, int part_at) {
+    SHARED_FLOATS(shared);
+    const float* in = shared + in_at;
+    float* part = shared + part_at;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = rows / 32, n = shares(rows, units);
+    for (int job = warp; job < groups * n; job += WARPS) {
+        int row = job % groups * 32 + lane, share = job / groups;
+        int k = units * share / n, end = units * (share + 1) / n;
+        const uint4* at = w + (i64)k * rows + row;
+        float sum[STREAMS];
+#pragma unroll
+        for (int s = 0; s < STREAMS; s++) sum[s] = 0.f;
+#pragma unroll 4
+        for (; k < end; k++, at += rows) {
+            uint4 v = __ldg(at);
+#if BF16
+            float f[8] = {bf16_low(v.x), bf16_high(v.x), bf16_low(v.y), bf16_high(v.y),
+                          bf16_low(v.z), bf16_high(v.z), bf16_low(v.w), bf16_high(v.w)};
+#else
+            float f[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+#endif
+#pragma unroll
+            for (int s = 0; s < STREAMS; s++) {
+                const float4* x = (const float4*)(in + s * pitch + k * UNIT);
+#pragma unroll
+                for (int j = 0; j < UNIT / 4; j++) {
+                    float4 a = x[j];
+                    sum[s] += f[4 * j] * a.x;
+                    sum[s] += f[4 * j + 1] * a.y;
+                    sum[s] += f[4 * j + 2] * a.z;
+                    sum[s] += f[4 * j + 3] * a.w;
+                }
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < STREAMS; s++) part[(share * STREAMS + s) * rows + row] = sum[s];
+    }
+}
+
+// i = s * n + j; the division is worth avoiding
+#if STREAMS == 1
+#define SPLIT(i, n, s, j) const int s = 0, j = (int)(i)
+#else
+#define SPLIT(i, n, s, j) const int s = (int)(i) / (n), j = (int)(i) % (n)
+#endif
+
+DEVICE float add_shares(const float* part, int rows, int n, int s, int row) {
+    float v = 0.f;
+    for (int i = 0; i < n; i++) v += part[(i * STREAMS + s) * rows + row];
+    return v;
+}
+
+struct Place {  // shared memory
+    float* shared;  // its beginning
+    float *x, *slots, *u, *gate, *y, *part, *exchange, *projected, *logits, *weights, *scale, *input;
+    int *token, *phase;
+    u64* barriers;
+    i64* ops;
+};
+struct Turn {  // of the two halves of the exchange
+    int half;
+    u32 parity;
+};
+
+#if CLUSTER > 1
+// Adds up the shares of part and sends the sums to every block of the cluster, itself too; returns when all have come.
+CALLED void send_and_wait(int part_at, int exchange_at, int exchange_rows, int rows, int n, int rank, int barrier_at, u32 parity) {
+    SHARED_FLOATS(shared);
+    const float* part = shared + part_at;
+    u64* barrier = (u64*)(shared + barrier_at);
+    int quads = rows / 4;
+    if (threadIdx.x == 0) arrivals_expect(barrier, CLUSTER * STREAMS * rows * 4);
+    float* mine = shared + exchange_at + rank * STREAMS * exchange_rows;
+    for (int i = threadIdx.x; i < quads * STREAMS; i += THREADS) {
+        SPLIT(i, quads, s, quad);
+        int row = 4 * quad;
+        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int j = 0; j < n; j++) {
+            float4 a = *(const float4*)(part + (j * STREAMS + s) * rows + row);
+            v.x += a.x; v.y += a.y; v.z += a.z; v.w += a.w;
+        }
+#pragma unroll
+        for (int c = 0; c < CLUSTER; c++) remote_store(mine + s * exchange_rows + row, c, v, barrier);
+    }
+    arrivals_wait(barrier, parity);
+}
+#endif
+
+// Makes the sums of part whole, across the cluster if there is one: afterwards whole(...) gives them, in every block.
+//
+// A block sends its next but one sums, into this same half of the exchange, only after it has received everyone's next
+// ones, and those are sent by threads that have read these: nothing is overwritten too early.
+DEVICE void gather(const Params& p, const Place& m, int rows, int n, int rank, Turn& turn) {
+    __syncthreads();
+#if CLUSTER > 1
+    turn.half ^= 1;
+    turn.parity ^= turn.half;  // a half's barrier ends phases 0, 1, 0, ...
+    int exchange = (int)(m.exchange - m.shared) + turn.half * CLUSTER * STREAMS * (int)p.exchange_rows;
+    int barrier = (int)((float*)(m.barriers + turn.half) - m.shared);
+    send_and_wait((int)(m.part - m.shared), exchange, p.exchange_rows, rows, n, rank, barrier, turn.parity);
+#endif
+}
+DEVICE float whole(const Params& p, const Place& m, int rows, int n, const Turn& turn, int s, int row) {
+#if CLUSTER > 1
+    const float* at = m.exchange + (turn.half * CLUSTER * STREAMS + s) * (int)p.exchange_rows + row;
+    float v = 0.f;
+#pragma unroll
+    for (int c = 0; c < CLUSTER; c++) v += at[c * STREAMS * (int)p.exchange_rows];
+    return v;
+#else
+    return add_shares(m.part, rows, n, s, row);
+#endif
+}
+
+#define OFFSET(pointer) ((int)((pointer) - m.shared))
+
+// 1 / rms of every stream's x, by one warp each; visible after the next barrier.
+DEVICE void norms(const Params& p, const Place& m, int d) {
+    int lane = threadIdx.x % 32;
+    for (int s = threadIdx.x / 32; s < STREAMS; s += WARPS) {
+        float v = 0.f;
+        for (int i = lane; i < d; i += 32) { float x = m.x[s * p.x_pitch + i]; v += x * x; }
+        v = warp_sum(v);
+        if (lane == 0) m.scale[s] = 1.f / sqrtf(v / d + p.settings[0]);
+    }
+}
+
+DEVICE void load_state(float* h, const float* at, int lane) {
+#if STATES % 16 == 0
+#pragma unroll
+    for (int i = 0; i < EACH; i += 4) {
+        float4 v = *(const float4*)(at + lane * EACH + i);
+        h[i] = v.x; h[i + 1] = v.y; h[i + 2] = v.z; h[i + 3] = v.w;
+    }
+#else
+#pragma unroll
+    for (int i = 0; i < EACH; i++) h[i] = lane * EACH + i < STATES ? at[lane * EACH + i] : 0.f;
+#endif
+}
+DEVICE void store_state(const float* h, float* at, int lane) {
+#if STATES % 16 == 0
+#pragma unroll
+    for (int i = 0; i < EACH; i += 4) *(float4*)(at + lane * EACH + i) = make_float4(h[i], h[i + 1], h[i + 2], h[i + 3]);
+#else
+#pragma unroll
+    for (int i = 0; i < EACH; i++) if (lane * EACH + i < STATES) at[lane * EACH + i] = h[i];
+#endif
+}
+
+// x += mixer(norm(x)), then the operation's add and save.
+DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank, Turn& turn) {
+    int d = op[WIDE], inner = op[INNER], own = inner / CLUSTER, start = rank * own, r = op[RANK];
+    int own_units = round_up(own, UNIT) / UNIT, pitch = p.inner_pitch;
+    int in_rows = round_up(2 * own, 32), in_units = round_up(d, UNIT) / UNIT;
+    norms(p, m, d);
+    product((const uint4*)op[W_IN] + (i64)rank * in_rows * in_units, in_rows, in_units, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
+    __syncthreads();
+
+    int n = shares(in_rows, in_units);
+    const float* conv_weight = (const float*)op[W_CONV];
+    const float* bias = (const float*)op[B_IN];
+    for (int i = threadIdx.x; i < own * STREAMS; i += THREADS) {
+        SPLIT(i, own, s, c);
+        int channel = start + c;
+        float scale = m.scale[s];
+        float u = scale * add_shares(m.part, in_rows, n, s, c) + __ldg(bias + channel);
+        float z = scale * add_shares(m.part, in_rows, n, s, own + c) + __ldg(bias + inner + channel);
+        m.gate[s * pitch + c] = z * sigmoid(z);
+        float v = __ldg((const float*)op[B_CONV] + channel) + __ldg(conv_weight + channel * WIDTH + WIDTH - 1) * u;
+        if (s < streams) {
+            float* seen = (float*)op[CONV] + (first + s) * (WIDTH - 1) * inner + channel;
+            float past[WIDTH];
+#pragma unroll
+            for (int k = 0; k < WIDTH - 1; k++) past[k] = seen[k * inner];
+            past[WIDTH - 1] = u;
+#pragma unroll
+            for (int k = 0; k < WIDTH - 1; k++) {
+                v += __ldg(conv_weight + channel * WIDTH + k) * past[k];
+                seen[k * inner] = past[k + 1];
+            }
+        }
+        m.u[s * pitch + c] = v * sigmoid(v);
+    }
+    __syncthreads();
+
+    // what the scan will need from memory is asked for now
+    int items = own * STREAMS * LANES, lane = threadIdx.x % LANES;
+    float h[EACH], a[EACH];
+    {
+        SPLIT(threadIdx.x / LANES, own, s, c);
+        int channel = start + c;
+        if (threadIdx.x < items && s < streams) {
+            load_state(h, (const float*)op[SSM] + ((first + s) * inner + channel) * STATES, lane);
+            load_state(a, (const float*)op[W_A] + (i64)channel * STATES, lane);
+        }
+    }
+    int projected = r + 2 * STATES, x_rows = round_up(projected, 32);
+    product((const uint4*)op[W_X] + (i64)rank * x_rows * own_units, x_rows, own_units, OFFSET(m.u), pitch, OFFSET(m.part));
+    n = shares(x_rows, own_units);
+    gather(p, m, x_rows, n, rank, turn);
+    for (int i = threadIdx.x; i < projected * STREAMS; i += THREADS) {
+        SPLIT(i, projected, s, row);
+        m.projected[i] = whole(p, m, x_rows, n, turn, s, row);
+    }
+    __syncthreads();
+
+    const float* dt_weight = (const float*)op[W_DT];
+    for (int base = 0; base < items; base += THREADS) {
+        int item = base + threadIdx.x;
+        bool live = item < items;
+        SPLIT(live ? item / LANES : 0, own, s, c);
+        int channel = start + c;
+        const float* row = m.projected + s * projected;
+        float dt = 0.f;
+        for (int k = lane; k < r; k += LANES) dt += __ldg(dt_weight + (i64)channel * r + k) * row[k];
+        dt = softplus(sum4(dt) + __ldg((const float*)op[B_DT] + channel));
+        bool real = live && s < streams;
+        float* state = (float*)op[SSM] + ((first + s) * inner + channel) * STATES;
+        if (base > 0 && real) {
+            load_state(h, state, lane);
+            load_state(a, (const float*)op[W_A] + (i64)channel * STATES, lane);
+        }
+        float u = m.u[s * pitch + c], y = 0.f;
+        if (real) {
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                if (lane * EACH + i < STATES) {
+                    h[i] = exp2_fast(dt * a[i]) * h[i] + dt * u * row[r + lane * EACH + i];
+                    y += h[i] * row[r + STATES + lane * EACH + i];
+                }
+            }
+            store_state(h, state, lane);
+        }
+        y = sum4(y);
+        if (live && lane == 0) m.y[s * pitch + c] = (y + __ldg((const float*)op[W_D] + channel) * u) * m.gate[s * pitch + c];
+    }
+    __syncthreads();
+
+    int out_rows = round_up(d, 32);
+    product((const uint4*)op[W_OUT] + (i64)rank * out_rows * own_units, out_rows, own_units, OFFSET(m.y), pitch, OFFSET(m.part));
+    n = shares(out_rows, own_units);
+    gather(p, m, out_rows, n, rank, turn);
+    for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
+        SPLIT(i, d, s, j);
+        float* x = m.x + s * p.x_pitch + j;
+        float v = *x + whole(p, m, out_rows, n, turn, s, j) + __ldg((const float*)op[B_OUT] + j);
+        if (op[ADD] >= 0) v += m.slots[s * p.slots + op[ADD] + j];
+        if (op[SAVE] >= 0) m.slots[s * p.slots + op[SAVE] + j] = v;
+        *x = v;
+    }
+    __syncthreads();
+}
+
+// Stores the position in its frame and hears the frame before; true if the frame is full, x then being the pooled frame.
+DEVICE bool down(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank, Turn& turn) {
+    int d = op[WIDE], pool = op[POOL], d_out = op[D_OUT], phase = m.phase[op[INDEX]];
+    bool full = phase + 1 == pool;
+    float* pending = (float*)op[PENDING];
+    for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
+        SPLIT(i, d, s, j);
+        float x = m.x[s * p.x_pitch + j], heard = 0.f;
+        if (s < streams) {
+            heard = load_shared_global((const float*)op[HELD] + ((first + s) * pool + phase) * d + j);
+            if (!full) pending[((first + s) * (pool - 1) + phase) * d + j] = x;
+        }
+        m.slots[s * p.slots + op[SLOT] + j] = x + heard;
+        if (!full) m.x[s * p.x_pitch + j] = x + heard;
+    }
+    int units = round_up((pool * d + CLUSTER - 1) / CLUSTER, UNIT) / UNIT, share = units * UNIT;
+    if (full) {
+        for (int i = threadIdx.x; i < share * STREAMS; i += THREADS) {
+            SPLIT(i, share, s, column);
+            int k = rank * share + column, at = k / d, j = k % d;
+            float v = 0.f;
+            if (s < streams && at < pool)
+                v = at + 1 < pool ? pending[((first + s) * (pool - 1) + at) * d + j] : m.x[s * p.x_pitch + j];
+            m.input[s * p.input_pitch + column] = v;
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) m.phase[op[INDEX]] = full ? 0 : phase + 1;
+    if (!full) return false;
+    int rows = round_up(d_out, 32);
+    product((const uint4*)op[W_IN] + (i64)rank * rows * units, rows, units, OFFSET(m.input), p.input_pitch, OFFSET(m.part));
+    int n = shares(rows, units);
+    gather(p, m, rows, n, rank, turn);
+    for (int i = threadIdx.x; i < d_out * STREAMS; i += THREADS) {
+        SPLIT(i, d_out, s, j);
+        float v = whole(p, m, rows, n, turn, s, j) + __ldg((const float*)op[B_IN] + j);
+        m.x[s * p.x_pitch + j] = v;
+        m.slots[s * p.slots + op[SAVE] + j] = v;
+    }
+    __syncthreads();
+    return true;
+}
+
+// The frame's words for its successor's positions; each block writes its own share of the rows.
+DEVICE void up(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank) {
+    int d = op[WIDE], pool = op[POOL], d_out = op[D_OUT], total = pool * d_out;
+    int own = (total + CLUSTER - 1) / CLUSTER, rows = round_up(own, 32), units = round_up(d, UNIT) / UNIT;
+    product((const uint4*)op[W_IN] + (i64)rank * rows * units, rows, units, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
+    __syncthreads();
+    int n = shares(rows, units);
+    for (int i = threadIdx.x; i < own * STREAMS; i += THREADS) {
+        SPLIT(i, own, s, mine);
+        int row = rank * own + mine;
+        if (s < streams && row < total)
+            ((float*)op[HELD])[(first + s) * total + row] = add_shares(m.part, rows, n, s, mine) + __ldg((const float*)op[B_IN] + row);
+    }
+    for (int i = threadIdx.x; i < d_out * STREAMS; i += THREADS) {
+        SPLIT(i, d_out, s, j);
+        m.x[s * p.x_pitch + j] = m.slots[s * p.slots + op[SLOT] + j];
+    }
+    __syncthreads();
+    cluster_barrier();  // the other blocks will read these rows
+}
+
+DEVICE float uniform(i64 key, i64 position) {  // sampling.draw
+    u64 z = (u64)key + (u64)position * 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    z ^= z >> 31;
+    return ((float)(u32)(z >> 41) + 0.5f) * 1.1920928955078125e-7f;
+}
+
+// sampling.sample for one stream by one warp; a lane has `each` neighbouring tokens. Returns the token and sets
+// *normaliser to log sum exp(logits).
+DEVICE int draw(const Params& p, const float* logits, float* weights, float r, float* normaliser) {
+    int vocab = p.vocab, each = (vocab + 31) / 32, lane = threadIdx.x % 32;
+    int begin = lane * each < vocab ? lane * each : vocab, end = begin + each < vocab ? begin + each : vocab;
+    float temperature = p.settings[1], top_p = p.settings[2];
+    float top = __uint_as_float(0xff800000u);
+    for (int v = begin; v < end; v++) top = fmaxf(top, logits[v]);
+    top = warp_max(top);
+    float best = 1e9f, sum = 0.f;
+    for (int v = end - 1; v >= begin; v--) {
+        if (logits[v] == top) best = v;
+        sum += exp2_fast(LOG2E * (logits[v] - top));
+    }
+    best = -warp_max(-best);
+    *normaliser = top + LN2 * log2_fast(warp_sum(sum));
+    if (temperature == 0.f) return (int)best;
+    float per = LOG2E / temperature;
+    for (int v = begin; v < end; v++) weights[v] = exp2_fast(per * (logits[v] - top));
+    __syncwarp();
+    if (p.top_k || top_p < 1.f) {
+        u32 keep = 0;
+        float mass = 0.f;
+        for (int v = begin; v < end; v++) {
+            int above = 0;
+            for (int o = 0; o < vocab; o++) above += logits[o] > logits[v] || (logits[o] == logits[v] && o < v);
+            if (!p.top_k || above < p.top_k) { keep |= 1u << (v - begin); mass += weights[v]; }
+        }
+        mass = warp_sum(mass);
+        __syncwarp();
+        for (int v = begin; v < end; v++) if (!(keep >> (v - begin) & 1)) weights[v] = 0.f;
+        __syncwarp();
+        if (top_p < 1.f) {
+            for (int v = begin; v < end; v++) {
+                float before = 0.f;
+                for (int o = 0; o < vocab; o++)
+                    if (logits[o] > logits[v] || (logits[o] == logits[v] && o < v)) before += weights[o];
+                if (!(before < top_p * mass)) keep &= ~(1u << (v - begin));
+            }
+            __syncwarp();
+            for (int v = begin; v < end; v++) if (!(keep >> (v - begin) & 1)) weights[v] = 0.f;
+            __syncwarp();
+        }
+    }
+    float own = 0.f;
+    for (int v = begin; v < end; v++) own += weights[v];
+    float running = own;
+    for (int step = 1; step < 32; step *= 2) {
+        float other = lane_from(running, lane >= step ? lane - step : lane);
+        if (lane >= step) running += other;
+    }
+    float threshold = r * lane_from(running, 31);
+    running -= own;
+    float found = 1e9f, last = 0.f;
+    for (int v = begin; v < end; v++) {
+        if (weights[v] > 0.f) {
+            running += weights[v];
+            last = v;
+            if (running > threshold && found > 1e8f) found = v;
+        }
+    }
+    found = -warp_max(-found);
+    last = warp_max(last);
+    return (int)(found < last ? found : last);
+}
+
+KERNEL CLUSTERED BOUNDS(THREADS, 1) decode(const Params p) {
+    SHARED_FLOATS(shared);
+    int rank = blockIdx.x % CLUSTER;
+    i64 first = (i64)(blockIdx.x / CLUSTER) * STREAMS;
+    int streams = p.batch - first < STREAMS ? (int)(p.batch - first) : STREAMS;
+    Place m;
+    m.shared = shared;
+    float* next = shared;
+    m.ops = (i64*)next; next += round_up(2 * FIELDS * (int)p.operations, 4);
+    m.barriers = (u64*)next; next += 4;
+    m.x = next; next += STREAMS * p.x_pitch;
+    m.u = next; next += STREAMS * p.inner_pitch;
+    m.y = next; next += STREAMS * p.inner_pitch;
+    m.gate = next; next += STREAMS * p.inner_pitch;
+    m.input = next; next += STREAMS * p.input_pitch;
+    float* zero_end = next;
+    m.slots = next; next += STREAMS * p.slots;
+    m.part = next; next += p.part_floats;
+#if CLUSTER > 1
+    m.exchange = next; next += 2 * CLUSTER * STREAMS * p.exchange_rows;
+#endif
+    m.projected = next; next += round_up(STREAMS * (int)p.rows_max, 4);
+    m.logits = next; next += STREAMS * round_up((int)p.vocab, 4);
+    m.weights = next; next += STREAMS * round_up((int)p.vocab, 4);
+    m.scale = next; next += round_up(STREAMS, 4);
+    m.token = (int*)next; next += round_up(STREAMS, 4);
+    m.phase = (int*)next;
+
+    for (int i = threadIdx.x; i < FIELDS * p.operations; i += THREADS) m.ops[i] = p.ops[i];
+    for (float* q = m.x + threadIdx.x; q < zero_end; q += THREADS) *q = 0.f;
+    for (int i = threadIdx.x; i < p.operations; i += THREADS) m.phase[i] = (int)p.phases[i];
+    for (int s = threadIdx.x; s < STREAMS; s += THREADS) m.token[s] = s < streams ? (int)p.tokens[first + s] : 0;
+#if CLUSTER > 1
+    if (threadIdx.x == 0) arrivals_begin(m.barriers);
+#endif
+    __syncthreads();
+    cluster_barrier();  // nobody writes to a block that has not begun
+
+    int d = p.d_model, vocab = p.vocab, v_pitch = round_up(vocab, 4);
+    Turn turn = {0, 1};
+    int head_rows = round_up(vocab, 32), head_units = round_up((d + CLUSTER - 1) / CLUSTER, UNIT) / UNIT;
+    for (i64 step = 0; step < p.count; step++) {
+        for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
+            SPLIT(i, d, s, j);
+            float v = __ldg(p.embedding + (i64)m.token[s] * d + j);
+            if (p.base && s < streams) v += __ldg(p.base + (first + s) * d + j);
+            m.x[s * p.x_pitch + j] = v;
+            if (p.slots) m.slots[s * p.slots + j] = v;
+        }
+        __syncthreads();
+        for (int o = 0; o < p.operations;) {
+            const i64* op = m.ops + FIELDS * o++;
+            if (op[KIND] == BLOCK_OP) mixer(p, m, op, first, streams, rank, turn);
+            else if (op[KIND] == UP_OP) up(p, m, op, first, streams, rank);
+            else if (!down(p, m, op, first, streams, rank, turn)) o = (int)op[JUMP];
+        }
+        norms(p, m, d);
+        product(p.head + (i64)rank * head_rows * head_units, head_rows, head_units, OFFSET(m.x) + rank * head_units * UNIT, p.x_pitch,
+                OFFSET(m.part));
+        int n = shares(head_rows, head_units);
+        gather(p, m, head_rows, n, rank, turn);
+        for (int i = threadIdx.x; i < vocab * STREAMS; i += THREADS) {
+            SPLIT(i, vocab, s, v);
+            m.logits[s * v_pitch + v] = m.scale[s] * whole(p, m, head_rows, n, turn, s, v) + __ldg(p.head_bias + v);
+        }
+        __syncthreads();
+        for (int s = threadIdx.x / 32; s < streams; s += WARPS) {
+            float normaliser;
+            const float* logits = m.logits + s * v_pitch;
+            int token = draw(p, logits, m.weights + s * v_pitch, uniform(p.keys[first + s], p.position + step), &normaliser);
+            i64 place = (first + s) * p.count + step;
+            if (p.forced) token = (int)p.forced[place];
+            if (threadIdx.x % 32 == 0) {
+                m.token[s] = token;
+                if (rank == 0) {
+                    p.out[place] = token;
+                    p.log_probs[place] = logits[token] - normaliser;
+                }
+            }
+        }
+        __syncthreads();
+    }
+}

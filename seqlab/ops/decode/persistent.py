@@ -1,0 +1,299 @@
+"""Decoding in one launch a block of tokens: a thread block, or a cluster of them, keeps its streams from the first token
+to the last, drawing included. persistent.cu holds the kernel, compiled at first use (ops/nvrtc.py); this file lays out the
+weights, chooses the shape of the launch and fills in the addresses.
+
+`plan` weighs two sizes against each other: more blocks in a cluster share the reading of the weights and meet at barriers;
+more streams in a cluster share each weight that is read and add arithmetic.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqlab.ops import nvrtc
+from seqlab.ops.decode.program import BLOCK, DOWN, Carried, Operation, Program, reason
+from seqlab.ops.decode.request import Request
+from seqlab.ops.decode.sampling import Sampling
+
+SOURCE, KERNEL = "decode/persistent.cu", "decode"
+WARPS = 16
+VOCAB_MAX = 1024  # a lane keeps the fate of its 32 tokens in one word
+TOKENS_MAX = 1 << 14  # of one launch
+CLUSTERS, STREAMS = (1, 2, 4, 8), (1, 2, 4, 8, 16)
+FIELDS = ("kind save add slot jump wide inner rank pool d_out index w_in w_x w_out b_in w_conv b_conv w_dt b_dt "
+          "w_a w_d b_out conv ssm pending held").split()  # fmt: skip
+
+
+def unavailable(request: Request | None = None) -> str | None:
+    """Needs an NVIDIA GPU of compute capability 8.0 and a model of Mamba blocks whose activations fit shared memory."""
+    if (missing := nvrtc.machine()) is not None or request is None:
+        return missing
+    if request.device.type != "cuda":
+        return f"the decoder is on {request.device}; pass device='cuda'"
+    if (why := nvrtc.gpu(request.device.index) or reason(request.model)) is not None:
+        return why
+    if request.model.config.vocab_size > VOCAB_MAX:
+        return f"the vocabulary has {request.model.config.vocab_size} tokens; the kernel draws from {VOCAB_MAX} at most"
+    device = Device(request.device.index)
+    if plan(Program(request.model), request.batch, request.dtype == torch.bfloat16, device) is None:
+        return f"the activations of one stream do not fit {device.shared_limit} bytes of shared memory"
+    return None
+
+
+class Device:
+    """What the back end asks of a GPU."""
+
+    def __init__(self, index: int):
+        self.index = index
+        self.multiprocessors, self.shared_limit = nvrtc.multiprocessors(index), nvrtc.shared_limit(index)
+        self.clusters = torch.cuda.get_device_capability(index) >= (9, 0)
+
+    def module(self, defines: tuple[tuple[str, int], ...]) -> nvrtc.Module:
+        return nvrtc.module(SOURCE, defines, self.index)
+
+
+# --------------------------------------------------------------------------------------------------- shape of a launch
+class Shape(NamedTuple):
+    """Blocks in a cluster, streams of a cluster, numbers in 16 bytes of a matrix, warps in a block."""
+
+    cluster: int
+    streams: int
+    unit: int
+    warps: int = WARPS
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _shares(rows: int, units: int, warps: int) -> int:
+    return min(max(warps // (rows // 32), 1), units)
+
+
+def matrices(program: Program, shape: Shape) -> list[tuple[int, int]]:
+    """(padded rows, units of columns) of every matrix as one block of a cluster has it, the head's last."""
+    c, u, n = shape.cluster, shape.unit, program.d_state
+    out = []
+    for o in program.operations:
+        if o.kind == BLOCK:
+            own = _up(o.d_inner // c, u) // u
+            out += [(_up(2 * (o.d_inner // c), 32), _up(o.d_model, u) // u), (_up(o.rank + 2 * n, 32), own)]
+            out += [(_up(o.d_model, 32), own)]
+        elif o.kind == DOWN:
+            out.append((_up(o.d_out, 32), _up(-(-o.pool * o.d_model // c), u) // u))
+        else:
+            out.append((_up(-(-o.pool * o.d_out // c), 32), _up(o.d_model, u) // u))
+    return [*out, (_up(program.vocab_size, 32), _up(-(-program.d_model // c), u) // u)]
+
+
+def sizes(program: Program, shape: Shape) -> dict[str, int]:
+    """The kernel's sizes, in numbers of 4 bytes, and `shared`, the bytes of shared memory they come to."""
+    c, s, u = shape.cluster, shape.streams, shape.unit
+    operations, blocks = program.operations, program.blocks
+    head_columns = c * _up(-(-program.d_model // c), u)
+    out = {
+        "x_pitch": max([head_columns, *(_up(o.d_model, 8) for o in operations), *(_up(o.d_out, 8) for o in operations)]),
+        "inner_pitch": max(_up(o.d_inner // c, 8) for o in blocks),
+        "slots": _up(sum(program.slots), 4),
+        "rows_max": max(o.rank + 2 * program.d_state for o in blocks),
+        "input_pitch": max([4, *(_up(-(-o.pool * o.d_model // c), 8) for o in operations if o.kind == DOWN)]),
+        "part_floats": max(_shares(r, k, shape.warps) * r * s for r, k in matrices(program, shape)),
+    }
+    gathered = [_up(o.d_model, 32) for o in blocks] + [_up(o.d_out, 32) for o in operations if o.kind == DOWN]
+    gathered += [_up(out["rows_max"], 32), _up(program.vocab_size, 32)]
+    out["exchange_rows"] = max(gathered)
+    floats = _up(2 * len(FIELDS) * len(operations), 4) + 4 + s * (out["x_pitch"] + 3 * out["inner_pitch"] + out["input_pitch"])
+    floats += s * out["slots"] + out["part_floats"] + (2 * c * s * out["exchange_rows"] if c > 1 else 0)
+    floats += _up(s * out["rows_max"], 4) + 2 * s * _up(program.vocab_size, 4) + 2 * _up(s, 4) + len(operations) + 4
+    return {**out, "shared": 4 * floats}
+
+
+def cost(program: Program, batch: int, shape: Shape, multiprocessors: int) -> float:
+    """Microseconds a token of every stream takes, roughly: reading, multiplying, meeting. Fitted on an H100."""
+    per_token, work = {}, 1.0
+    for o in program.operations:  # how often each operation runs, per token
+        per_token[id(o)] = work / o.pool if o.kind == DOWN else work
+        if o.kind == DOWN:
+            work /= o.pool
+        if o.kind != BLOCK and o.kind != DOWN:
+            work *= o.pool
+    numbers = iter(matrices(program, shape))
+    weights = meetings = 0.0
+    for o in program.operations:
+        share = per_token[id(o)]
+        weights += share * sum(r * k * shape.unit for r, k in (next(numbers) for _ in range(3 if o.kind == BLOCK else 1)))
+        meetings += share * (2 if o.kind == BLOCK else 1)
+    r, k = next(numbers)
+    weights += r * k * shape.unit
+    waves = math.ceil(math.ceil(batch / shape.streams) * shape.cluster / multiprocessors)
+    read = weights * 16 / shape.unit / 90e3  # bytes a microsecond that one block reads from the second-level cache
+    multiply = weights * shape.streams / 110e3
+    meet = (meetings + 1) * (0.5 if shape.cluster == 1 else 1.1)
+    return waves * (max(read, multiply) + 0.3 * min(read, multiply) + meet)
+
+
+def plan(program: Program, batch: int, half: bool, device) -> Shape | None:
+    """The launch that `cost` thinks fastest; None where nothing fits."""
+    best = None
+    for cluster in CLUSTERS if device.clusters else (1,):
+        if any(o.d_inner % cluster for o in program.blocks):
+            continue
+        for streams in STREAMS:
+            shape = Shape(cluster, streams, 8 if half else 4)
+            if sizes(program, shape)["shared"] > device.shared_limit or (streams > 1 and streams >= 2 * batch):
+                continue
+            price = cost(program, batch, shape, device.multiprocessors)
+            if best is None or price < best[0]:
+                best = (price, shape)
+    return None if best is None else best[1]
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+def pack(parts: list[Tensor], rows: int, units: int, shape: Shape) -> Tensor:
+    """One matrix (r k) for each block of the cluster -> (cluster units rows unit): 16 bytes of k, rows side by side."""
+    dtype = torch.bfloat16 if shape.unit == 8 else torch.float32
+    out = []
+    for part in parts:
+        whole = part.new_zeros(rows, units * shape.unit)
+        whole[: part.shape[0], : part.shape[1]] = part
+        out.append(whole.unflatten(1, (units, shape.unit)).transpose(0, 1))
+    return torch.stack(out).to(dtype).contiguous()
+
+
+def _columns(weight: Tensor, cluster: int, width: int) -> list[Tensor]:
+    return [weight[:, c * width : (c + 1) * width] for c in range(cluster)]
+
+
+class Runner:
+    """Runs the tokens of all streams; the kernel works on the state tensors in place."""
+
+    def __init__(self, request: Request, device: Device | None = None, shape: Shape | None = None):
+        self.batch, self._torch_device = request.batch, request.device
+        self._device = Device(request.device.index) if device is None else device
+        program = self._program = Program(request.model)
+        self.shape = shape or plan(program, request.batch, request.dtype == torch.bfloat16, self._device)
+        self._carried = Carried(program, request.batch, request.device)
+        self._sizes = sizes(program, self.shape)
+        self._kept: list[Tensor] = []
+        cells = iter(matrices(program, self.shape))
+        rows = [self._row(o, cells) for o in program.operations]
+        self._operations = torch.tensor(rows, dtype=torch.int64).to(request.device)
+        share = _up(-(-program.d_model // self.shape.cluster), self.shape.unit)
+        head = pack(_columns(program.head, self.shape.cluster, share), *next(cells), self.shape)
+        bias = torch.zeros(program.vocab_size, device=request.device)
+        if request.allowed is not None:
+            bias.masked_fill_(~request.allowed, -torch.inf)
+        base = None if request.base is None else request.base.float()
+        self._fixed = {
+            "ops": self._keep(self._operations),
+            "embedding": self._keep(program.embedding),
+            "base": 0 if base is None else self._keep(base),
+            "head": self._keep(head),
+            "head_bias": self._keep(bias),
+            "operations": len(rows),
+            "batch": request.batch,
+            "d_model": program.d_model,
+            "vocab": program.vocab_size,
+            **{name: size for name, size in self._sizes.items() if name != "shared"},
+        }
+        defines = {
+            "CLUSTER": self.shape.cluster,
+            "STREAMS": self.shape.streams,
+            "STATES": program.d_state,
+            "WIDTH": program.d_conv,
+            "WARPS": self.shape.warps,
+            "BF16": int(self.shape.unit == 8),
+            "PAIRED": 0,
+        }
+        self._module = self._device.module(tuple(defines.items()))
+
+    def _keep(self, tensor: Tensor) -> int:
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _row(self, o: Operation, cells) -> list[int]:
+        """One operation as the kernel reads it."""
+        shape, t, offsets = self.shape, o.tensors, [0]
+        for width in self._program.slots:
+            offsets.append(offsets[-1] + width)
+
+        def slot(index: int) -> int:
+            return -1 if index < 0 else offsets[index]
+
+        row = dict.fromkeys(FIELDS, 0)
+        row |= {"kind": o.kind, "save": slot(o.save), "add": slot(o.add), "slot": slot(o.slot), "jump": o.jump}
+        row |= {"wide": o.d_model, "inner": o.d_inner, "rank": o.rank, "pool": o.pool, "d_out": o.d_out, "index": o.index}
+        carried, c = self._carried, shape.cluster
+        if o.kind == BLOCK:
+            own = o.d_inner // c
+            u, z = t["in_proj"].chunk(2)
+            rows = [torch.cat([u[i * own : (i + 1) * own], z[i * own : (i + 1) * own]]) for i in range(c)]
+            row["w_in"] = self._keep(pack(rows, *next(cells), shape))
+            row["w_x"] = self._keep(pack(_columns(t["x_proj"], c, own), *next(cells), shape))
+            row["w_out"] = self._keep(pack(_columns(t["out_proj"], c, own), *next(cells), shape))
+            names = {"b_in": "in_bias", "w_conv": "conv", "b_conv": "conv_bias", "w_dt": "dt_proj", "b_dt": "dt_bias", "w_a": "A",
+                     "w_d": "D", "b_out": "out_bias"}  # fmt: skip
+            row |= {field: self._keep(t[name]) for field, name in names.items()}
+            row |= {"conv": carried.conv[o.index].data_ptr(), "ssm": carried.ssm[o.index].data_ptr()}
+        else:
+            if o.kind == DOWN:
+                share = _up(-(-o.pool * o.d_model // c), shape.unit)
+                parts = _columns(t["weight"], c, share)
+            else:
+                share = -(-o.pool * o.d_out // c)
+                parts = [t["weight"][i * share : (i + 1) * share] for i in range(c)]
+            row["w_in"] = self._keep(pack(parts, *next(cells), shape))
+            row["b_in"] = self._keep(t["bias"])
+            row |= {"pending": carried.pending[o.index].data_ptr(), "held": carried.held[o.index].data_ptr()}
+        return list(row.values())
+
+    def load(self, state) -> None:
+        """Take over the backbone's state."""
+        self._carried.load(state)
+
+    def state(self):
+        """The backbone's state after all tokens so far."""
+        return self._carried.state()
+
+    def run(
+        self, token: Tensor, position: int, n: int, sampling: Sampling, keys: Tensor, forced: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """n tokens a stream, (b n) int64, and their log-probabilities (b n); see Decoder."""
+        parts, token = [], token.contiguous()
+        for start in range(0, n, TOKENS_MAX):
+            stop = min(n, start + TOKENS_MAX)
+            given = None if forced is None else forced[:, start:stop].long().contiguous()
+            launch = functools.partial(self._launch, position=position + start, n=stop - start, sampling=sampling)
+            if self._torch_device.type == "cuda":
+                parts.append(nvrtc.on_device(launch, token, keys, given))
+            else:
+                parts.append(launch(token, keys, given))
+            token = parts[-1][0][:, -1].contiguous()
+            self._carried.advance(stop - start)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([tokens for tokens, _ in parts], 1), torch.cat([log_probs for _, log_probs in parts], 1)
+
+    def _launch(self, token: Tensor, keys: Tensor, forced: Tensor | None, position: int, n: int, sampling: Sampling):
+        device = self._torch_device
+        tokens = torch.empty(self.batch, n, dtype=torch.int64, device=device)
+        log_probs = torch.empty(self.batch, n, device=device)
+        settings = torch.tensor([self._program.epsilon, sampling.temperature, sampling.top_p], device=device)
+        phases = [0] * len(self._program.operations)
+        phases[: len(self._carried.phase)] = self._carried.phase  # the kernel looks them up by pool
+        phases = torch.tensor(phases, device=device)
+        p = nvrtc.params_type(SOURCE)()
+        for name, value in self._fixed.items():
+            setattr(p, name, value)
+        p.phases, p.settings = phases.data_ptr(), settings.data_ptr()
+        p.keys, p.tokens = keys.data_ptr(), token.data_ptr()
+        p.forced = 0 if forced is None else forced.data_ptr()
+        p.out, p.log_probs = tokens.data_ptr(), log_probs.data_ptr()
+        p.count, p.position, p.top_k = n, position, sampling.top_k
+        grid = -(-self.batch // self.shape.streams) * self.shape.cluster
+        self._module.launch(KERNEL, grid, 32 * self.shape.warps, self._sizes["shared"], p)
+        return tokens, log_probs

@@ -1,0 +1,107 @@
+"""The persistent decoding kernel itself, run on the processor (emulate.py), against the model's own steps."""
+
+import emulate
+import pytest
+import torch
+
+from seqlab.model import ModelConfig, build_model
+from seqlab.ops.decode import persistent, reference
+from seqlab.ops.decode.request import Request
+from seqlab.ops.decode.sampling import Sampling, stream_key
+
+pytestmark = pytest.mark.skipif(emulate.COMPILER is None, reason="g++ is not installed; it compiles the emulated kernels")
+
+MODELS = {
+    "isotropic": {"d_model": 24, "n_layer": 2, "d_state": 5, "vocab_size": 20, "bias": True},
+    "unet": {"architecture": "unet", "d_model": 16, "n_layer": 1, "d_state": 16, "pool": (3, 2), "vocab_size": 70},
+    "classes": {"d_model": 40, "n_layer": 1, "d_conv": 3, "conv_bias": False, "vocab_size": 16, "n_classes": 4},
+}
+
+
+class Device(emulate.Device):
+    clusters = True
+
+    def __init__(self):
+        super().__init__(persistent.SOURCE, (persistent.KERNEL,))
+
+
+def make(name: str):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**MODELS[name])).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                parameter += 0.2 * torch.randn_like(parameter)
+            if "embedding" in parameter_name or "lm_head" in parameter_name:
+                parameter.mul_(20)
+    return model
+
+
+@torch.inference_mode()
+def errors(name, batch, cluster, streams, half=False, steps=14, sampling=None, allowed=None):
+    """Largest differences of log-probabilities and of every state tensor; whether all tokens agree."""
+    sampling = sampling or Sampling(seed=2)
+    model = make(name)
+    classes = torch.arange(batch) % 4 if model.config.n_classes else None
+    base = None if classes is None else model.class_embedding.weight[classes]
+    dtype = torch.bfloat16 if half else torch.float32
+    request = Request(model, batch, torch.device("cpu"), dtype, allowed, classes, base)
+    unit = 8 if half else 4
+    runner = persistent.Runner(request, Device(), persistent.Shape(cluster, streams, unit, warps=4))
+    exact = reference.Runner(Request(model, batch, torch.device("cpu"), torch.float32, allowed, classes, base))
+    if half:  # the same rounded weights for the model
+        rounded = build_model(model.config).eval()
+        rounded.load_state_dict(model.state_dict())
+        for layer in rounded.backbone.layers:
+            for linear in (layer.mixer.in_proj, layer.mixer.x_proj, layer.mixer.out_proj):
+                linear.weight.copy_(linear.weight.bfloat16().float())
+            layer.norm.weight.fill_(1.0)
+        rounded.backbone.norm_f.weight.fill_(1.0)
+        rounded.lm_head.weight.copy_(rounded.lm_head.weight.bfloat16().float())
+        exact = reference.Runner(Request(rounded, batch, torch.device("cpu"), torch.float32, allowed, classes, base))
+        for target in (model,):
+            target.load_state_dict(rounded.state_dict())
+        runner = persistent.Runner(request, Device(), persistent.Shape(cluster, streams, unit, warps=4))
+    keys = torch.tensor([stream_key(sampling.seed, s) for s in range(batch)])
+    prompt = torch.randint(0, model.config.vocab_size, (batch, 5))
+    state = model(prompt[:, :4], classes=classes)[1] if classes is not None else model(prompt[:, :4])[1]
+    runner.load(state)
+    exact.load(state)
+    got = [runner.run(prompt[:, 4], 5, 6, sampling, keys, None)]
+    got.append(runner.run(got[0][0][:, -1].contiguous(), 11, steps - 6, sampling, keys, None))
+    tokens, log_probs = (torch.cat(parts, 1) for parts in zip(*got))
+    expected, expected_lp = exact.run(prompt[:, 4], 5, steps, sampling, keys, None)
+    worst = float((log_probs - expected_lp).abs().max())
+    mine, theirs = runner.state(), exact.state()
+    for a, b in zip(getattr(mine, "blocks", mine), getattr(theirs, "blocks", theirs)):
+        worst = max(worst, float((a.ssm - b.ssm).abs().max()), float((a.conv - b.conv).abs().max()))
+    for a, b in zip(getattr(mine, "pools", ()), getattr(theirs, "pools", ())):
+        assert a.phase == b.phase
+        pending = (a.pending - b.pending)[:, : a.phase]
+        worst = max([worst, float((a.held - b.held).abs().max()), *pending.abs().flatten().tolist()])
+    return worst, torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch, cluster, streams", [(1, 1, 1), (3, 1, 2), (1, 2, 1), (3, 4, 2)])
+def test_steps_equal_the_models(name, batch, cluster, streams):
+    worst, same = errors(name, batch, cluster, streams)
+    assert worst < 2e-5 and same
+
+
+def test_rounded_weights():
+    worst, same = errors("isotropic", 2, 2, 2, half=True)
+    assert worst < 2e-5 and same
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.7, top_k=5, top_p=0.8), Sampling(1.2, top_p=0.9), Sampling(0.0)], ids=str)
+def test_drawing(sampling):
+    worst, same = errors("unet", 2, 1, 2, sampling=sampling, steps=30)
+    assert worst < 5e-5 and same
+
+
+def test_only_allowed_tokens():
+    allowed = torch.zeros(16, dtype=torch.bool)
+    allowed[7:11] = True
+    worst, same = errors("classes", 2, 1, 1, sampling=Sampling(3.0), allowed=allowed, steps=30)
+    assert worst < 2e-5 and same
