@@ -59,7 +59,8 @@ class BackboneConfig:
     pool: tuple[int, ...] = (4, 4)  # unet: pooling factors, outermost first
     pool_expand: int = 2  # unet: growth of d_model at each pool
     # the kind of block: one for all, or for a U-Net one a stage, from the outermost rate to the centre
-    blocks: tuple[Literal["s6"], ...] = ("s6",)
+    # s6: selective (this file); s4d, s4d_complex: a fixed recurrence, real or complex (s4d.py)
+    blocks: tuple[Literal["s6", "s4d", "s4d_complex"], ...] = ("s6",)
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layer", "d_state", "d_conv", "expand"):
@@ -84,6 +85,8 @@ class BackboneConfig:
         if len(self.blocks) not in (1, stages):
             allowed = f"1 or {stages} names, from the outermost stage to the centre" if stages > 1 else "1 name"
             raise ValueError(f"blocks: {allowed}, got {len(self.blocks)}")
+        if self.direction == "bidirectional" and self.blocks != ("s6",):
+            raise ValueError(f"blocks: a bidirectional stack is made of s6 blocks, got {list(self.blocks)}")
 
     def block_of(self, stage: int) -> str:
         """The kind of block of a stage (0: outermost)."""
@@ -137,12 +140,17 @@ class MambaMixer(nn.Module):
         """Section 3.6 and appendix: delta starts log-uniform in [dt_min, dt_max]."""
         config = self.config
         nn.init.uniform_(self.dt_proj.weight, -(config.rank**-0.5), config.rank**-0.5)
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
-        delta = torch.exp(torch.rand(config.d_inner) * (high - low) + low).clamp(min=config.dt_init_floor)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # inverse of softplus
+            self.dt_proj.bias.copy_(self.initial_dt_bias(config))
             # two residual branches of a Transformer become one here: GPT-2's 1/sqrt(number of residual adds)
             self.out_proj.weight /= math.sqrt(config.n_layer)
+
+    @staticmethod
+    def initial_dt_bias(config: BackboneConfig) -> Tensor:
+        """(d_inner) numbers whose softplus is log-uniform in [dt_min, dt_max]."""
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        delta = torch.exp(torch.rand(config.d_inner) * (high - low) + low).clamp(min=config.dt_init_floor)
+        return delta + torch.log(-torch.expm1(-delta))  # inverse of softplus
 
     def forward(
         self, x: Tensor, state: MixerState | None = None, mask: Tensor | None = None, return_state: bool = True
@@ -227,7 +235,11 @@ class MambaMixer(nn.Module):
 
 def make_mixer(config: BackboneConfig) -> nn.Module:
     """The causal mixer that `config.blocks` names."""
-    return MambaMixer(config)
+    if config.blocks[0] == "s6":
+        return MambaMixer(config)
+    from seqlab.backbones.s4d import S4DMixer  # which is made of parts of this file
+
+    return S4DMixer(config)
 
 
 class Block(nn.Module):

@@ -32,12 +32,12 @@ class OptimConfig:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay for matrices and embeddings; none for norms, biases, A_log and D (every one of them but A_log is 1-d)."""
+    """Decay for matrices and embeddings; none for norms, biases, and the parameters of the recurrence: A_log, A_imag, C, D."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():  # tied parameters appear once
         if not parameter.requires_grad:
             continue
-        is_free = parameter.ndim < 2 or name.rsplit(".", 1)[-1] == "A_log"
+        is_free = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in ("A_log", "A_imag", "C")
         (free if is_free else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
