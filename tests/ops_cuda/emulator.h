@@ -92,6 +92,25 @@ DEVICE void remote_store(float* at, int rank, float4 v, unsigned long long*) {
     *(float4*)((float*)emulated::shared[rank].data() + (at - here)) = v;
 }
 DEVICE float load_shared_global(const float* p) { return *p; }
+// mma.m16n8k16 as the PTX ISA lays its fragments out: lane 4 g + t has rows g, g + 8 and columns 2t, 2t + 1 (and 8 further on).
+namespace emulated { static std::vector<unsigned> fragments; }
+DEVICE float half_of(unsigned pair, int which) { return __uint_as_float(which ? pair & 0xffff0000u : pair << 16); }
+DEVICE void mma(float* sum, uint4 a, unsigned b0, unsigned b1) {
+    using namespace emulated;
+    if (fragments.size() < 6 * slot.size()) fragments.resize(6 * slot.size());
+    unsigned mine[6] = {a.x, a.y, a.z, a.w, b0, b1}, *warp = fragments.data() + current / 32 * 32 * 6;
+    memcpy(warp + current % 32 * 6, mine, sizeof mine);
+    warp_barrier();
+    for (int i = 0; i < 4; i++) {
+        int row = current % 32 / 4 + (i / 2) * 8, column = current % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            int t = k % 8 / 2, far = k / 8;
+            float x = half_of(warp[(row % 8 * 4 + t) * 6 + 2 * far + row / 8], k % 2);
+            sum[i] += x * half_of(warp[(column * 4 + t) * 6 + 4 + far], k % 2);
+        }
+    }
+    warp_barrier();
+}
 DEVICE float lane_from(float v, int lane) { return emulated::exchange(v, lane); }
 DEVICE float lane_xor(float v, int bit) { return emulated::exchange(v, (threadIdx.x % 32) ^ bit); }
 DEVICE bool warp_all(bool v) {

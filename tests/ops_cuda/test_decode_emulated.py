@@ -38,7 +38,7 @@ def make(name: str):
 
 
 @torch.inference_mode()
-def errors(name, batch, cluster, streams, half=False, steps=14, sampling=None, allowed=None):
+def errors(name, batch, cluster, streams, half=False, steps=14, sampling=None, allowed=None, given=False):
     """Largest differences of log-probabilities and of every state tensor; whether all tokens agree."""
     sampling = sampling or Sampling(seed=2)
     model = make(name)
@@ -46,8 +46,6 @@ def errors(name, batch, cluster, streams, half=False, steps=14, sampling=None, a
     base = None if classes is None else model.class_embedding.weight[classes]
     dtype = torch.bfloat16 if half else torch.float32
     request = Request(model, batch, torch.device("cpu"), dtype, allowed, classes, base)
-    unit = 8 if half else 4
-    runner = persistent.Runner(request, Device(), persistent.Shape(cluster, streams, unit, warps=4))
     exact = reference.Runner(Request(model, batch, torch.device("cpu"), torch.float32, allowed, classes, base))
     if half:  # the same rounded weights for the model
         rounded = build_model(model.config).eval()
@@ -59,18 +57,19 @@ def errors(name, batch, cluster, streams, half=False, steps=14, sampling=None, a
         rounded.backbone.norm_f.weight.fill_(1.0)
         rounded.lm_head.weight.copy_(rounded.lm_head.weight.bfloat16().float())
         exact = reference.Runner(Request(rounded, batch, torch.device("cpu"), torch.float32, allowed, classes, base))
-        for target in (model,):
-            target.load_state_dict(rounded.state_dict())
-        runner = persistent.Runner(request, Device(), persistent.Shape(cluster, streams, unit, warps=4))
+        model.load_state_dict(rounded.state_dict())
+    runner = persistent.Runner(request, Device(), persistent.Shape(cluster, streams, half, warps=4))
     keys = torch.tensor([stream_key(sampling.seed, s) for s in range(batch)])
     prompt = torch.randint(0, model.config.vocab_size, (batch, 5))
     state = model(prompt[:, :4], classes=classes)[1] if classes is not None else model(prompt[:, :4])[1]
     runner.load(state)
     exact.load(state)
-    got = [runner.run(prompt[:, 4], 5, 6, sampling, keys, None)]
-    got.append(runner.run(got[0][0][:, -1].contiguous(), 11, steps - 6, sampling, keys, None))
+    forced = torch.randint(0, model.config.vocab_size, (batch, steps)) if given else None
+    first, rest = (None, None) if forced is None else forced.split([6, steps - 6], 1)
+    got = [runner.run(prompt[:, 4], 5, 6, sampling, keys, first)]
+    got.append(runner.run(got[0][0][:, -1], 11, steps - 6, sampling, keys, rest))
     tokens, log_probs = (torch.cat(parts, 1) for parts in zip(*got))
-    expected, expected_lp = exact.run(prompt[:, 4], 5, steps, sampling, keys, None)
+    expected, expected_lp = exact.run(prompt[:, 4], 5, steps, sampling, keys, forced)
     worst = float((log_probs - expected_lp).abs().max())
     mine, theirs = runner.state(), exact.state()
     for a, b in zip(getattr(mine, "blocks", mine), getattr(theirs, "blocks", theirs)):
@@ -92,6 +91,33 @@ def test_steps_equal_the_models(name, batch, cluster, streams):
 def test_rounded_weights():
     worst, same = errors("isotropic", 2, 2, 2, half=True)
     assert worst < 2e-5 and same
+
+
+def test_tensor_cores():
+    """Eight streams of rounded weights: activations are rounded too, so nothing is exact but close."""
+    worst, _ = errors("isotropic", 3, 2, 8, half=True, given=True)
+    assert worst < 0.1
+
+
+def test_tensor_core_layout_is_exact_on_small_integers():
+    """Weights and inputs that bfloat16 holds exactly: a product must come out exactly."""
+    torch.manual_seed(0)
+    shape = persistent.Shape(1, 8, True)
+    weight, x = (torch.randint(-8, 9, size).float() for size in ((40, 50), (50, 8)))
+    packed = persistent.pack([weight], 48, 4, shape)  # (1 units groups g t far high pair)
+    lanes = packed.reshape(4, 3, 32, 2, 2, 2)
+    whole = torch.zeros(48, 64)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for far in range(2):
+            for high in range(2):
+                for pair in range(2):
+                    for unit in range(4):
+                        for group in range(3):
+                            value = lanes[unit, group, lane, far, high, pair]
+                            whole[16 * group + 8 * high + g, 16 * unit + 8 * far + 2 * t + pair] = value
+    assert torch.equal(whole[:40, :50] @ x, weight @ x)
+    assert not whole[40:].any() and not whole[:, 50:].any()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.7, top_k=5, top_p=0.8), Sampling(1.2, top_p=0.9), Sampling(0.0)], ids=str)

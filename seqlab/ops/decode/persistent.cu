@@ -13,9 +13,11 @@
 //
 // Matrices: a warp takes 32 rows and a share of the columns, a lane is a row; weights lie as [16 bytes of k][row] and are
 // read once for all streams, x is read from shared memory at the same address by all lanes. Shares are added up through
-// shared memory. Sums, states and drawing are float32; BF16 says how matrices are stored.
+// shared memory. Sums, states and drawing are float32; BF16 says how matrices are stored. With 8 streams or more the
+// products of bfloat16 matrices run on tensor cores (TENSOR): 16 rows and 8 streams a time, x rounded to bfloat16 too;
+// weights then lie as [16 of k][16 rows][lane], each lane's 8 numbers being its fragment.
 //
-// Set from outside: CLUSTER, STREAMS, STATES (n), WIDTH (of the convolution), WARPS, BF16.
+// Set from outside: CLUSTER, STREAMS, STATES (n), WIDTH (of the convolution), WARPS, BF16, TENSOR.
 
 struct Params {
     const i64* ops;          // (count of operations, FIELDS)
@@ -41,11 +43,18 @@ enum { KIND, SAVE, ADD, SLOT, JUMP, WIDE, INNER, RANK, POOL, D_OUT, INDEX, W_IN,
 enum { BLOCK_OP, DOWN_OP, UP_OP };
 
 #define THREADS (32 * WARPS)
-#if BF16
-#define UNIT 8  // numbers in 16 bytes of a matrix
+#if TENSOR
+#define UNIT 16  // columns that are worked on at a time
+#define GROUP 16  // rows of a warp
+#elif BF16
+#define UNIT 8
+#define GROUP 32
 #else
 #define UNIT 4
+#define GROUP 32
 #endif
+#define QUADS(rows, units) ((i64)(rows) * (units) * (TENSOR ? 2 : 1))  // uint4 of a matrix
+#define BATCH (STREAMS >= 4 ? 4 : 1)  // states that a thread of the scan has on their way at a time
 #define LANES 4                            // threads that share the states of a channel
 #define EACH ((STATES + LANES - 1) / LANES)
 
@@ -86,6 +95,14 @@ DEVICE void remote_store(float* at, int rank, float4 v, u64* barrier) {
 #define CLUSTERED
 DEVICE void cluster_barrier() {}
 #endif
+#if TENSOR
+// sum (16 rows, 8 streams) += a (16 rows, 16 k) b (16 k, 8 streams), in fragments of a warp.
+DEVICE void mma(float* sum, uint4 a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+#endif
 DEVICE float lane_from(float v, int lane) { return __shfl_sync(FULL, v, lane); }
 // Past the first-level cache, which does not see what other blocks write.
 DEVICE float load_shared_global(const float* p) { float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v; }
@@ -97,7 +114,7 @@ DEVICE float warp_max(float v) { for (int b = 16; b; b >>= 1) v = fmaxf(v, lane_
 
 DEVICE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 DEVICE int shares(int rows, int units) {  // how many warps divide the columns of a row group among them
-    int s = WARPS / (rows / 32);
+    int s = WARPS / (rows / GROUP);
     return s < 1 ? 1 : s > units ? units : s;
 }
 
@@ -107,7 +124,36 @@ CALLED void product(const uint4* __restrict__ w, int rows, int units, int in_at,
     SHARED_FLOATS(shared);
     const float* in = shared + in_at;
     float* part = shared + part_at;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = rows / 32, n = shares(rows, units);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = rows / GROUP, n = shares(rows, units);
+#if TENSOR
+    int row = lane / 4, pair = lane % 4 * 2;  // of a fragment, PTX ISA: mma.m16n8k16
+    for (int job = warp; job < groups * n; job += WARPS) {
+        int group = job % groups, share = job / groups;
+        int k = units * share / n, end = units * (share + 1) / n;
+        float sum[STREAMS / 8][4];
+#pragma unroll
+        for (int s = 0; s < STREAMS / 8; s++) sum[s][0] = sum[s][1] = sum[s][2] = sum[s][3] = 0.f;
+        const uint4* at = w + ((i64)k * groups + group) * 32 + lane;
+#pragma unroll 4
+        for (; k < end; k++, at += groups * 32) {
+            uint4 a = __ldg(at);
+#pragma unroll
+            for (int s = 0; s < STREAMS / 8; s++) {
+                const float* x = in + (8 * s + row) * pitch + 16 * k + pair;
+                float2 low = *(const float2*)x, high = *(const float2*)(x + 8);
+                mma(sum[s], a, pack_bf16(low.x, low.y), pack_bf16(high.x, high.y));
+            }
+        }
+        float* out = part + share * STREAMS * rows + 16 * group + row;
+#pragma unroll
+        for (int s = 0; s < STREAMS / 8; s++) {
+            out[(8 * s + pair) * rows] = sum[s][0];
+            out[(8 * s + pair + 1) * rows] = sum[s][1];
+            out[(8 * s + pair) * rows + 8] = sum[s][2];
+            out[(8 * s + pair + 1) * rows + 8] = sum[s][3];
+        }
+    }
+#else
     for (int job = warp; job < groups * n; job += WARPS) {
         int row = job % groups * 32 + lane, share = job / groups;
         int k = units * share / n, end = units * (share + 1) / n;
@@ -140,6 +186,7 @@ CALLED void product(const uint4* __restrict__ w, int rows, int units, int in_at,
 #pragma unroll
         for (int s = 0; s < STREAMS; s++) part[(share * STREAMS + s) * rows + row] = sum[s];
     }
+#endif
 }
 
 // i = s * n + j; the division is worth avoiding
@@ -258,7 +305,7 @@ DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int
     int own_units = round_up(own, UNIT) / UNIT, pitch = p.inner_pitch;
     int in_rows = round_up(2 * own, 32), in_units = round_up(d, UNIT) / UNIT;
     norms(p, m, d);
-    product((const uint4*)op[W_IN] + (i64)rank * in_rows * in_units, in_rows, in_units, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
+    product((const uint4*)op[W_IN] + rank * QUADS(in_rows, in_units), in_rows, in_units, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
     __syncthreads();
 
     int n = shares(in_rows, in_units);
@@ -288,19 +335,17 @@ DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int
     }
     __syncthreads();
 
-    // what the scan will need from memory is asked for now
+    // what the scan will need from memory first is asked for now
     int items = own * STREAMS * LANES, lane = threadIdx.x % LANES;
-    float h[EACH], a[EACH];
-    {
-        SPLIT(threadIdx.x / LANES, own, s, c);
-        int channel = start + c;
-        if (threadIdx.x < items && s < streams) {
-            load_state(h, (const float*)op[SSM] + ((first + s) * inner + channel) * STATES, lane);
-            load_state(a, (const float*)op[W_A] + (i64)channel * STATES, lane);
-        }
+    float h[BATCH][EACH];
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) {
+        int item = threadIdx.x + j * THREADS;
+        SPLIT(item / LANES, own, s, c);
+        if (item < items && s < streams) load_state(h[j], (const float*)op[SSM] + ((first + s) * inner + start + c) * STATES, lane);
     }
     int projected = r + 2 * STATES, x_rows = round_up(projected, 32);
-    product((const uint4*)op[W_X] + (i64)rank * x_rows * own_units, x_rows, own_units, OFFSET(m.u), pitch, OFFSET(m.part));
+    product((const uint4*)op[W_X] + rank * QUADS(x_rows, own_units), x_rows, own_units, OFFSET(m.u), pitch, OFFSET(m.part));
     n = shares(x_rows, own_units);
     gather(p, m, x_rows, n, rank, turn);
     for (int i = threadIdx.x; i < projected * STREAMS; i += THREADS) {
@@ -310,39 +355,45 @@ DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int
     __syncthreads();
 
     const float* dt_weight = (const float*)op[W_DT];
-    for (int base = 0; base < items; base += THREADS) {
-        int item = base + threadIdx.x;
-        bool live = item < items;
-        SPLIT(live ? item / LANES : 0, own, s, c);
-        int channel = start + c;
-        const float* row = m.projected + s * projected;
-        float dt = 0.f;
-        for (int k = lane; k < r; k += LANES) dt += __ldg(dt_weight + (i64)channel * r + k) * row[k];
-        dt = softplus(sum4(dt) + __ldg((const float*)op[B_DT] + channel));
-        bool real = live && s < streams;
-        float* state = (float*)op[SSM] + ((first + s) * inner + channel) * STATES;
-        if (base > 0 && real) {
-            load_state(h, state, lane);
-            load_state(a, (const float*)op[W_A] + (i64)channel * STATES, lane);
+    for (int base = 0; base < items; base += BATCH * THREADS) {
+        if (base > 0) {
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                int item = base + threadIdx.x + j * THREADS;
+                SPLIT(item / LANES, own, s, c);
+                if (item < items && s < streams)
+                    load_state(h[j], (const float*)op[SSM] + ((first + s) * inner + start + c) * STATES, lane);
+            }
         }
-        float u = m.u[s * pitch + c], y = 0.f;
-        if (real) {
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            int item = base + threadIdx.x + j * THREADS;
+            if (item - (int)threadIdx.x % 32 >= items) break;  // a whole warp: its lanes add up together
+            bool live = item < items;
+            SPLIT(live ? item / LANES : 0, own, s, c);
+            int channel = start + c;
+            const float* row = m.projected + s * projected;
+            float dt = 0.f, a[EACH];
+            load_state(a, (const float*)op[W_A] + (i64)channel * STATES, lane);
+            for (int k = lane; k < r; k += LANES) dt += __ldg(dt_weight + (i64)channel * r + k) * row[k];
+            dt = softplus(sum4(dt) + __ldg((const float*)op[B_DT] + channel));
+            float u = m.u[s * pitch + c], y = 0.f;
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
                 if (lane * EACH + i < STATES) {
-                    h[i] = exp2_fast(dt * a[i]) * h[i] + dt * u * row[r + lane * EACH + i];
-                    y += h[i] * row[r + STATES + lane * EACH + i];
+                    h[j][i] = exp2_fast(dt * a[i]) * h[j][i] + dt * u * row[r + lane * EACH + i];
+                    y += h[j][i] * row[r + STATES + lane * EACH + i];
                 }
             }
-            store_state(h, state, lane);
+            if (live && s < streams) store_state(h[j], (float*)op[SSM] + ((first + s) * inner + channel) * STATES, lane);
+            y = sum4(y);
+            if (live && lane == 0) m.y[s * pitch + c] = (y + __ldg((const float*)op[W_D] + channel) * u) * m.gate[s * pitch + c];
         }
-        y = sum4(y);
-        if (live && lane == 0) m.y[s * pitch + c] = (y + __ldg((const float*)op[W_D] + channel) * u) * m.gate[s * pitch + c];
     }
     __syncthreads();
 
     int out_rows = round_up(d, 32);
-    product((const uint4*)op[W_OUT] + (i64)rank * out_rows * own_units, out_rows, own_units, OFFSET(m.y), pitch, OFFSET(m.part));
+    product((const uint4*)op[W_OUT] + rank * QUADS(out_rows, own_units), out_rows, own_units, OFFSET(m.y), pitch, OFFSET(m.part));
     n = shares(out_rows, own_units);
     gather(p, m, out_rows, n, rank, turn);
     for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
@@ -386,7 +437,7 @@ DEVICE bool down(const Params& p, const Place& m, const i64* op, i64 first, int 
     if (threadIdx.x == 0) m.phase[op[INDEX]] = full ? 0 : phase + 1;
     if (!full) return false;
     int rows = round_up(d_out, 32);
-    product((const uint4*)op[W_IN] + (i64)rank * rows * units, rows, units, OFFSET(m.input), p.input_pitch, OFFSET(m.part));
+    product((const uint4*)op[W_IN] + rank * QUADS(rows, units), rows, units, OFFSET(m.input), p.input_pitch, OFFSET(m.part));
     int n = shares(rows, units);
     gather(p, m, rows, n, rank, turn);
     for (int i = threadIdx.x; i < d_out * STREAMS; i += THREADS) {
@@ -403,7 +454,7 @@ DEVICE bool down(const Params& p, const Place& m, const i64* op, i64 first, int 
 DEVICE void up(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank) {
     int d = op[WIDE], pool = op[POOL], d_out = op[D_OUT], total = pool * d_out;
     int own = (total + CLUSTER - 1) / CLUSTER, rows = round_up(own, 32), units = round_up(d, UNIT) / UNIT;
-    product((const uint4*)op[W_IN] + (i64)rank * rows * units, rows, units, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
+    product((const uint4*)op[W_IN] + rank * QUADS(rows, units), rows, units, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
     __syncthreads();
     int n = shares(rows, units);
     for (int i = threadIdx.x; i < own * STREAMS; i += THREADS) {
@@ -551,7 +602,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) decode(const Params p) {
             else if (!down(p, m, op, first, streams, rank, turn)) o = (int)op[JUMP];
         }
         norms(p, m, d);
-        product(p.head + (i64)rank * head_rows * head_units, head_rows, head_units, OFFSET(m.x) + rank * head_units * UNIT, p.x_pitch,
+        product(p.head + rank * QUADS(head_rows, head_units), head_rows, head_units, OFFSET(m.x) + rank * head_units * UNIT, p.x_pitch,
                 OFFSET(m.part));
         int n = shares(head_rows, head_units);
         gather(p, m, head_rows, n, rank, turn);

@@ -22,7 +22,7 @@ SOURCE, KERNEL = "decode/persistent.cu", "decode"
 WARPS = 16
 VOCAB_MAX = 1024  # a lane keeps the fate of its 32 tokens in one word
 TOKENS_MAX = 1 << 14  # of one launch
-CLUSTERS, STREAMS = (1, 2, 4, 8), (1, 2, 4, 8, 16)
+CLUSTERS, STREAMS = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
 FIELDS = ("kind save add slot jump wide inner rank pool d_out index w_in w_x w_out b_in w_conv b_conv w_dt b_dt "
           "w_a w_d b_out conv ssm pending held").split()  # fmt: skip
 
@@ -57,20 +57,30 @@ class Device:
 
 # --------------------------------------------------------------------------------------------------- shape of a launch
 class Shape(NamedTuple):
-    """Blocks in a cluster, streams of a cluster, numbers in 16 bytes of a matrix, warps in a block."""
+    """Blocks in a cluster, streams of a cluster, whether matrices are bfloat16, warps in a block."""
 
     cluster: int
     streams: int
-    unit: int
+    half: bool
     warps: int = WARPS
+
+    @property
+    def tensor(self) -> bool:
+        """Products run on tensor cores, eight streams at a time."""
+        return self.half and self.streams % 8 == 0
+
+    @property
+    def unit(self) -> int:
+        """Columns that a product takes at a time."""
+        return 16 if self.tensor else 8 if self.half else 4
+
+    def shares(self, rows: int, units: int) -> int:
+        """How many warps divide the columns of a group of rows among them."""
+        return min(max(self.warps // (rows // (16 if self.tensor else 32)), 1), units)
 
 
 def _up(n: int, to: int) -> int:
     return -(-n // to) * to
-
-
-def _shares(rows: int, units: int, warps: int) -> int:
-    return min(max(warps // (rows // 32), 1), units)
 
 
 def matrices(program: Program, shape: Shape) -> list[tuple[int, int]]:
@@ -93,14 +103,18 @@ def sizes(program: Program, shape: Shape) -> dict[str, int]:
     """The kernel's sizes, in numbers of 4 bytes, and `shared`, the bytes of shared memory they come to."""
     c, s, u = shape.cluster, shape.streams, shape.unit
     operations, blocks = program.operations, program.blocks
-    head_columns = c * _up(-(-program.d_model // c), u)
+
+    def pitch(*widths: int) -> int:  # tensor cores: the same columns of four streams must lie in different banks
+        widest = max(_up(w, 16) for w in widths)
+        return _up(widest, 32) + 8 if shape.tensor else widest
+
     out = {
-        "x_pitch": max([head_columns, *(_up(o.d_model, 8) for o in operations), *(_up(o.d_out, 8) for o in operations)]),
-        "inner_pitch": max(_up(o.d_inner // c, 8) for o in blocks),
+        "x_pitch": pitch(c * _up(-(-program.d_model // c), u), *(w for o in operations for w in (o.d_model, o.d_out))),
+        "inner_pitch": pitch(*(o.d_inner // c for o in blocks)),
         "slots": _up(sum(program.slots), 4),
         "rows_max": max(o.rank + 2 * program.d_state for o in blocks),
-        "input_pitch": max([4, *(_up(-(-o.pool * o.d_model // c), 8) for o in operations if o.kind == DOWN)]),
-        "part_floats": max(_shares(r, k, shape.warps) * r * s for r, k in matrices(program, shape)),
+        "input_pitch": pitch(4, *(-(-o.pool * o.d_model // c) for o in operations if o.kind == DOWN)),
+        "part_floats": max(shape.shares(r, k) * r * s for r, k in matrices(program, shape)),
     }
     gathered = [_up(o.d_model, 32) for o in blocks] + [_up(o.d_out, 32) for o in operations if o.kind == DOWN]
     gathered += [_up(out["rows_max"], 32), _up(program.vocab_size, 32)]
@@ -129,8 +143,8 @@ def cost(program: Program, batch: int, shape: Shape, multiprocessors: int) -> fl
     r, k = next(numbers)
     weights += r * k * shape.unit
     waves = math.ceil(math.ceil(batch / shape.streams) * shape.cluster / multiprocessors)
-    read = weights * 16 / shape.unit / 90e3  # bytes a microsecond that one block reads from the second-level cache
-    multiply = weights * shape.streams / 110e3
+    read = weights * (2 if shape.half else 4) / 90e3  # bytes a microsecond that a block reads from the second-level cache
+    multiply = weights * shape.streams / (800e3 if shape.tensor else 110e3)
     meet = (meetings + 1) * (0.5 if shape.cluster == 1 else 1.1)
     return waves * (max(read, multiply) + 0.3 * min(read, multiply) + meet)
 
@@ -142,7 +156,7 @@ def plan(program: Program, batch: int, half: bool, device) -> Shape | None:
         if any(o.d_inner % cluster for o in program.blocks):
             continue
         for streams in STREAMS:
-            shape = Shape(cluster, streams, 8 if half else 4)
+            shape = Shape(cluster, streams, half)
             if sizes(program, shape)["shared"] > device.shared_limit or (streams > 1 and streams >= 2 * batch):
                 continue
             price = cost(program, batch, shape, device.multiprocessors)
@@ -153,14 +167,21 @@ def plan(program: Program, batch: int, half: bool, device) -> Shape | None:
 
 # ------------------------------------------------------------------------------------------------------------ weights
 def pack(parts: list[Tensor], rows: int, units: int, shape: Shape) -> Tensor:
-    """One matrix (r k) for each block of the cluster -> (cluster units rows unit): 16 bytes of k, rows side by side."""
-    dtype = torch.bfloat16 if shape.unit == 8 else torch.float32
+    """One matrix (r k) for each block of the cluster -> (cluster units rows unit): 16 bytes of k, rows side by side.
+
+    For tensor cores (cluster units rows/16 lane 8): the lane of row g and of columns 2t has the columns 2t, 2t + 1 of rows g
+    and g + 8, and the same of the columns 8 further on.
+    """
     out = []
     for part in parts:
         whole = part.new_zeros(rows, units * shape.unit)
         whole[: part.shape[0], : part.shape[1]] = part
-        out.append(whole.unflatten(1, (units, shape.unit)).transpose(0, 1))
-    return torch.stack(out).to(dtype).contiguous()
+        if shape.tensor:
+            tiles = whole.reshape(rows // 16, 2, 8, units, 2, 4, 2)  # (group high g unit far t pair)
+            out.append(tiles.permute(3, 0, 2, 5, 4, 1, 6))  # (unit group g t far high pair)
+        else:
+            out.append(whole.unflatten(1, (units, shape.unit)).transpose(0, 1))
+    return torch.stack(out).to(torch.bfloat16 if shape.half else torch.float32).contiguous()
 
 
 def _columns(weight: Tensor, cluster: int, width: int) -> list[Tensor]:
@@ -205,7 +226,8 @@ class Runner:
             "STATES": program.d_state,
             "WIDTH": program.d_conv,
             "WARPS": self.shape.warps,
-            "BF16": int(self.shape.unit == 8),
+            "BF16": int(self.shape.half),
+            "TENSOR": int(self.shape.tensor),
             "PAIRED": 0,
         }
         self._module = self._device.module(tuple(defines.items()))
