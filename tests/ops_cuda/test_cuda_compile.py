@@ -5,6 +5,7 @@ import pytest
 from seqlab.ops import nvrtc
 from seqlab.ops.block import norm
 from seqlab.ops.causal_conv1d import cuda as conv
+from seqlab.ops.decode import persistent
 from seqlab.ops.selective_scan import cuda as scan
 
 try:
@@ -48,6 +49,15 @@ def test_norm_compiles(arch, values):
     assert image[:4] == b"\x7fELF"
     for kernel in norm.KERNELS:
         assert kernel.encode() in image
+
+
+@pytest.mark.parametrize(
+    "arch, cluster, streams, half", [(80, 1, 1, 0), (80, 1, 8, 1), (90, 8, 1, 1), (90, 4, 16, 1), (100, 2, 4, 0)]
+)
+def test_decoder_compiles(arch, cluster, streams, half):
+    values = persistent.defines(persistent.Shape(cluster, streams, bool(half)), 16, 4)
+    image = nvrtc.compile_source(nvrtc.source(persistent.SOURCE), nvrtc.options(values, arch), persistent.SOURCE)
+    assert image[:4] == b"\x7fELF" and persistent.KERNEL.encode() in image
 
 
 def test_error_carries_the_compilers_words():

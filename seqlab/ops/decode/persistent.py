@@ -165,6 +165,12 @@ def plan(program: Program, batch: int, half: bool, device) -> Shape | None:
     return None if best is None else best[1]
 
 
+def defines(shape: Shape, d_state: int, d_conv: int) -> tuple[tuple[str, int], ...]:
+    """The kernel's macros."""
+    values = {"CLUSTER": shape.cluster, "STREAMS": shape.streams, "STATES": d_state, "WIDTH": d_conv, "WARPS": shape.warps}
+    return (*values.items(), ("BF16", int(shape.half)), ("TENSOR", int(shape.tensor)), ("PAIRED", 0))
+
+
 # ------------------------------------------------------------------------------------------------------------ weights
 def pack(parts: list[Tensor], rows: int, units: int, shape: Shape) -> Tensor:
     """One matrix (r k) for each block of the cluster -> (cluster units rows unit): 16 bytes of k, rows side by side.
@@ -220,17 +226,7 @@ class Runner:
             "vocab": program.vocab_size,
             **{name: size for name, size in self._sizes.items() if name != "shared"},
         }
-        defines = {
-            "CLUSTER": self.shape.cluster,
-            "STREAMS": self.shape.streams,
-            "STATES": program.d_state,
-            "WIDTH": program.d_conv,
-            "WARPS": self.shape.warps,
-            "BF16": int(self.shape.half),
-            "TENSOR": int(self.shape.tensor),
-            "PAIRED": 0,
-        }
-        self._module = self._device.module(tuple(defines.items()))
+        self._module = self._device.module(defines(self.shape, program.d_state, program.d_conv))
 
     def _keep(self, tensor: Tensor) -> int:
         tensor = tensor.contiguous()
