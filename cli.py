@@ -182,7 +182,8 @@ def load_config(cls: type, name: str, overrides: list[str], options: dict):
     """The preset or file, then the options of the command line, then --set, all through the same check."""
     from seqlab.config import load_yaml
 
-    return lay_over(cls, load_yaml(find_config(name)), options, overrides, name)
+    data = load_yaml(find_config(name))
+    return lay_over(cls, data, make_room(data, options, overrides), overrides, name)
 
 
 def lay_over(cls: type, data: dict, options: dict, overrides: list[str], source: str):
@@ -219,8 +220,31 @@ def train_options(
     }
     options = {"train": {key: value for key, value in train.items() if value is not None}}
     if context is not None:
-        options["data"] = {"context": parse_context(context, "--context")}
+        options["data"] = {"context": "whole" if context == "whole" else parse_context(context, "--context")}
     return options
+
+
+def make_room(data: dict, options: dict, overrides: list[str]) -> dict:
+    """`options` with a larger train.tokens_per_step if --context asks for a window that a step of `data` does not hold."""
+    from seqlab.config import merge, parse_override
+    from seqlab.training.module import TrainConfig
+
+    context = options.get("data", {}).get("context")
+    if context in (None, "whole"):
+        return options
+    for text in overrides:
+        data = merge(data, parse_override(text))
+    train = {**data.get("train", {}), **options.get("train", {})}
+    tokens, devices = train.get("tokens_per_step", TrainConfig.tokens_per_step), train.get("devices", 1)
+    needed = context * max(1, devices // train.get("context_parallel", 1))
+    if not isinstance(tokens, int) or tokens >= needed:
+        return options
+    note(f"--context {context:,}: train.tokens_per_step goes from {tokens:,} to {needed:,}, one window a step and device")
+    return merge(options, {"train": {"tokens_per_step": needed}})
+
+
+def show_context(context: int | str) -> str:
+    return "whole sequences" if context == "whole" else f"{context:,}"
 
 
 def parse_context(text: str, option: str) -> int:
@@ -463,7 +487,7 @@ def train_dna(
         model = settings.model
         note(
             f"{run_dir}: {model.direction} Mamba, {model.n_layer} layers of d_model {model.d_model}, context "
-            f"{settings.data.context:,}, on the {accelerator.upper()}; Ctrl-C saves and stops"
+            f"{show_context(settings.data.context)}, on the {accelerator.upper()}; Ctrl-C saves and stops"
         )
         result = dna.train(settings, dataset, run_dir, init=checkpoint, resume=resume)
     if not is_main_process():
@@ -1435,6 +1459,62 @@ def generate_dna(
 
 
 # -- plan -----------------------------------------------------------------------------------------------------------
+@command(app, "plan")
+def plan(
+    config: Annotated[str, typer.Argument(help="Preset or YAML file.")],
+    context: Annotated[Optional[str], typer.Option("--context", help="Window length; default: the config's.")] = None,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="GPUs like this machine's that the run would have.")] = 1,
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")] = None,
+    json_out: Json = None,
+) -> None:
+    """Memory, step time and cost of a run before it starts: a few short steps on this machine, extrapolated.
+
+    Example:  seqlab plan dna_base --context 1_000_000
+    """
+    import dataclasses
+
+    from seqlab.config import load_yaml
+    from seqlab.training import planner
+    from tasks import planning, runs
+
+    module = runs.task_module(str(load_yaml(find_config(config)).get("task", "dna")))
+    settings = load_config(module.Config, config, set_ or [], train_options(context=context))
+    with progress_bar("measuring", "")[0]:
+        found = planning.plan_run(settings, devices)
+    result = found.plan
+    per_step = found.tokens_per_step
+
+    def human() -> None:
+        rows = []
+        for e in result.estimates:
+            chunk = "" if e.memory.chunk_tokens is None else f"{e.memory.chunk_tokens:,}"
+            rate = f"{per_step / e.step_seconds:,.0f}"
+            host = planner.gib(e.host) if e.host else ""
+            verdict = "yes" if e.fits else "no"
+            rows.append([e.memory.mode, chunk, planner.gib(e.peak), host, f"{e.step_seconds:,.2f}", rate, f"{e.longest:,}", verdict])
+        header = ["memory", "tokens at once", "peak", "host", "s/step", "tokens/s", "longest context", "fits"]
+        title = f"{config}: {found.parameters:,} parameters, context {result.length:,}, {per_step:,} tokens a step"
+        print_table(title, header, rows)
+        for mode, reason in result.unavailable.items():
+            note(f"{mode}: not for this model: {reason}")
+        note(f"Free here: {planner.gib(result.capacity)} ({'GPU' if result.device == 'cuda' else 'CPU'})")
+        if result.chosen is None:
+            note(result.refusal(None if settings.train.memory == "auto" else settings.train.memory))
+            return
+        note(
+            f"`train` would use memory {result.chosen.memory}: {found.steps:,} steps, {found.steps * per_step:,} tokens, "
+            f"{show_duration(found.seconds)} on {found.devices} device(s), {found.device_hours:,.1f} device-hours, validation apart."
+        )
+
+    data = {"config": config, **{k: v for k, v in dataclasses.asdict(found).items() if k != "plan"}, "plan": planner.as_dict(result)}
+    emit(json_out, {**data, "device_hours": found.device_hours}, human=human)
+
+
+def show_duration(seconds: float) -> str:
+    for size, unit in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.0f} seconds"
 
 
 # -- bench ----------------------------------------------------------------------------------------------------------

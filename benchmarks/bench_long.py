@@ -258,7 +258,7 @@ def planned(results: list, chunk: int) -> None:
             run = Ours(changes, rows, length)
             memory = Memory(mode, chunk if mode in modes.CUTTING else None)
             small = planner.resize(run.batch, 1, 1024)
-            probe = planner.Probe(run.model, run.task, small, True)
+            probe = planner.Probe(run.model, run.task, small, length, True)
             load = planner.load_of(run.model, run.batch, 1, False, rows, length)
             found = planner.estimate(probe, load, memory, planner.capacity(probe.device), planner.host_capacity())
             ms, peak = measure(run.step(memory), 1)

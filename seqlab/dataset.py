@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from seqlab.errors import UserError
-from seqlab.tokenizers.nucleotide import COMPLEMENT
+from seqlab.tokenizers.nucleotide import COMPLEMENT, N
 
 FORMAT, VERSION = "seqlab-dataset", 1
 SPLITS = ("train", "valid", "test")
@@ -382,6 +382,71 @@ class CoveringSampler:
             begin = self._begin[i]
             bounds[epoch == e] = np.stack([begin + np.maximum(start, 0), begin + end, begin], axis=1)
         return bounds
+
+
+class SequenceSampler:
+    """Training on whole sequences: each one, from its first base to its last, is one window of its own length.
+
+        sequence    |ACGTACGTACGTACGTACGTACGTACGTACGT|
+        split         train    | valid |    train
+        window      |ACGTACGTANNNNNNNCGTACGTACGTACGT|      what is not in the split is never read
+
+    Every epoch visits each sequence that has a stretch of the split once, in a new order; with `reverse_complement` from the
+    other strand with probability 1/2. `batch_size` is that of the whole step, shared by ranks as in `WindowSampler`.
+
+    Raises UserError if the split is empty, ValueError for impossible arguments.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        reverse_complement: bool = False,
+        soft_mask: bool = False,
+    ):
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"{batch_size} sequences cannot be shared evenly by {world_size} ranks")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in 0 .. world_size - 1, got rank {rank} of {world_size}")
+        self.store, self.batch_size, self.seed, self.rank, self.world_size = store, batch_size, seed, rank, world_size
+        self.reverse_complement, self.soft_mask = reverse_complement, soft_mask
+        self.intervals = store.intervals(split)
+        if not len(self.intervals):
+            raise UserError(f"{store.directory}: the {split} split is empty; prepare the dataset with one")
+        self.sequences = np.unique(np.searchsorted(store.offsets, self.intervals[:, 0], side="right") - 1)
+        self.longest = int(store.lengths[self.sequences].max())
+
+    def batch(self, step: int) -> list[dict[str, np.ndarray]]:
+        """This rank's sequences of a step, each as `WindowSampler.batch` gives a window: tokens (1 l), start (1,), ..."""
+        rows = self.batch_size // self.world_size
+        number = step * self.batch_size + self.rank * rows + np.arange(rows, dtype=np.int64)
+        epoch, number = np.divmod(number, len(self.sequences))
+        return [self._window(int(e), int(n)) for e, n in zip(epoch, number)]
+
+    def _window(self, epoch: int, number: int) -> dict[str, np.ndarray]:
+        key = _mix(_mix(np.uint64(self.seed % 2**64)) ^ np.uint64(epoch))
+        chosen = _permute(np.array([number], np.uint64), len(self.sequences), key).astype(np.int64)
+        index = int(self.sequences[chosen[0]])
+        start = int(self.store.offsets[index])
+        end = start + int(self.store.lengths[index])
+        tokens = np.full((1, end - start), N, np.uint8)
+        for left, right in self.intervals[(self.intervals[:, 0] >= start) & (self.intervals[:, 1] <= end)].tolist():
+            tokens[0, left - start : right - start] = self.store.tokens[left:right]
+        reverse = np.zeros(1, bool)
+        if self.reverse_complement:
+            reverse = (_hash(chosen, key, 2) >> np.uint64(63)).astype(bool)
+        _flip(tokens, reverse, complement=True)
+        window = {"tokens": tokens, "start": np.array([start], np.int64), "reverse": reverse}
+        if self.soft_mask:
+            soft = self.store.soft_masks(window["start"], end - start)
+            _flip(soft, reverse, complement=False)
+            window["soft_mask"] = soft
+        return window
 
 
 def eval_windows(store: TokenStore, split: str, context: int, *, extra: int = 0) -> Iterator[tuple[int, int]]:

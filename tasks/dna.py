@@ -12,14 +12,28 @@ from seqlab.markov import MarkovModels, fit
 from seqlab.training.callbacks import read_history
 from seqlab.training.checkpoint import write_json, write_text
 from seqlab.training.fit import FitResult, read_run_facts
+from seqlab.training.task import Batch
 from tasks import runs
-from tasks.language_modeling import DnaConfig, Evaluation, LanguageModeling, build_dna_model, evaluate
+from tasks.language_modeling import (
+    DnaConfig,
+    Evaluation,
+    LanguageModeling,
+    LanguageObjective,
+    build_dna_model,
+    evaluate,
+    example_batch,
+)
 
 NAME, Config = "dna", DnaConfig
 
 
 def build_model(config: DnaConfig) -> torch.nn.Module:
     return build_dna_model(config.model)
+
+
+def example(config: DnaConfig, rows: int, length: int) -> tuple[LanguageObjective, Batch]:
+    """The task without its data, and random bases: what `seqlab plan` measures."""
+    return LanguageObjective(config), example_batch(config, rows, length)
 
 
 def train(

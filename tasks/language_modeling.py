@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from seqlab.backbones.strand import average_strands
-from seqlab.dataset import TokenStore, WindowSampler, eval_windows
+from seqlab.dataset import SequenceSampler, TokenStore, WindowSampler, eval_windows
 from seqlab.errors import UserError
 from seqlab.heads.language import weighted_cross_entropy
 from seqlab.markov import MarkovModels
@@ -36,17 +36,18 @@ NOT_SCORED = -1
 
 @dataclass(frozen=True)
 class DataConfig:
-    context: int = 1024
+    context: int | Literal["whole"] = 1024  # bases; whole: each sequence from end to end, however long
     soft_mask_weight: float = 1.0  # weight of soft-masked (lower-case) bases in the loss; the field also uses 0.1
     length_warmup_start: int | None = None  # first context of a length warm-up by doubling; null: none
     length_warmup: float = 0.3  # share of max_steps spent below the full context
 
     def __post_init__(self) -> None:
-        if self.context < 2:
-            raise ValueError(f"context: must be 2 or more, got {self.context}")
+        full = math.inf if self.context == "whole" else self.context
+        if full < 2:
+            raise ValueError(f"context: must be 2 or more, or whole, got {self.context}")
         if not 0 <= self.soft_mask_weight:
             raise ValueError(f"soft_mask_weight: must be 0 or more, got {self.soft_mask_weight}")
-        if self.length_warmup_start is not None and not 2 <= self.length_warmup_start <= self.context:
+        if self.length_warmup_start is not None and not 2 <= self.length_warmup_start <= full:
             raise ValueError(f"length_warmup_start: must lie in 2 .. context, got {self.length_warmup_start}")
         if not 0 < self.length_warmup < 1:
             raise ValueError(f"length_warmup: must lie in (0, 1), got {self.length_warmup}")
@@ -97,12 +98,14 @@ class DnaConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        sharing = self.train.context_parallel
+        if self.data.context == "whole":  # the data decide what a step holds
+            return
         if self.data.context > self.train.tokens_per_step:
             raise ValueError(
                 f"data.context: {self.data.context} is more than train.tokens_per_step {self.train.tokens_per_step}; "
                 "raise train.tokens_per_step to at least the context"
             )
-        sharing = self.train.context_parallel
         if (self.train.tokens_per_step // self.data.context) % (self.train.devices // sharing):
             raise ValueError(
                 f"train.devices: {self.train.tokens_per_step // self.data.context} windows a step cannot be shared "
@@ -157,53 +160,66 @@ class LanguageModeling(LanguageObjective):
     def __init__(self, config: DnaConfig, store: TokenStore):
         super().__init__(config)
         self.store = store
-        self._samplers: dict[tuple[int, int, int], WindowSampler] = {}
+        self._samplers: dict[tuple[int, int, int], WindowSampler | SequenceSampler] = {}
         self.extra = 1 if self.is_causal else 0  # a causal window holds one base more: the last target
-        self._sampler(config.data.context, 0, 1)  # fails now, not at the first step, if no window fits
+        if config.data.context == "whole":
+            self.context = SequenceSampler(store, "train", 1).longest - self.extra
+            sizes = store.intervals("train")
+            self._longest_window = int((sizes[:, 1] - sizes[:, 0]).max()) - self.extra
+        else:
+            self.context = self._longest_window = config.data.context
+            self._sampler(self.context, 0, 1)  # fails now, not at the first step, if no window fits
 
     # -- data ------------------------------------------------------------------------------------------------------
     def context_at(self, step: int) -> int:
         """Context of a step: doubling stages of equal length, then the full context (length warm-up)."""
         data = self.config.data
         if data.length_warmup_start is None:
-            return data.context
-        stages = max(1, math.ceil(math.log2(data.context / data.length_warmup_start)))
+            return self.context
+        stages = max(1, math.ceil(math.log2(self.context / data.length_warmup_start)))
         stage_steps = max(1, int(self.config.train.max_steps * data.length_warmup / stages))
-        return min(data.context, data.length_warmup_start << min(step // stage_steps, stages))
+        context = min(self.context, data.length_warmup_start << min(step // stage_steps, stages))
+        # whole sequences with a split in blocks: what is longer than the blocks is the whole already
+        return context if context <= self._longest_window else self.context
 
-    def _sampler(self, context: int, rank: int, world_size: int) -> WindowSampler:
+    def _sampler(self, context: int, rank: int, world_size: int) -> WindowSampler | SequenceSampler:
         key = (context, rank, world_size)
         if key not in self._samplers:
-            self._samplers[key] = WindowSampler(
-                self.store,
-                "train",
-                context,
-                self.config.train.tokens_per_step // context,
-                extra=self.extra,
-                seed=self.config.train.seed,
-                rank=rank,
-                world_size=world_size,
-                reverse_complement=self.config.model.strand == "augment",
-                soft_mask=self.config.data.soft_mask_weight != 1.0,
-            )
+            options = {
+                "seed": self.config.train.seed,
+                "rank": rank,
+                "world_size": world_size,
+                "reverse_complement": self.config.model.strand == "augment",
+                "soft_mask": self.config.data.soft_mask_weight != 1.0,
+            }
+            count = self.config.train.tokens_per_step // context
+            if self.config.data.context == "whole":
+                count = max(1, count // world_size) * world_size
+            if self.config.data.context == "whole" and context == self.context:
+                self._samplers[key] = SequenceSampler(self.store, "train", count, **options)
+            else:
+                self._samplers[key] = WindowSampler(self.store, "train", context, count, extra=self.extra, **options)
         return self._samplers[key]
 
     def train_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
         context = self.context_at(step)
         windows = self._sampler(context, rank, world_size).batch(step)
-        tokens, soft = windows["tokens"], windows.get("soft_mask")
-        micro = self.config.train.micro_batch_tokens or tokens.size
-        rows = max(1, micro // context)
-        batches = []
-        for i in range(0, len(tokens), rows):
-            part = slice(i, i + rows)
-            # the masks of a row depend on the row alone, not on how rows are dealt to ranks or micro-batches
-            first = rank * len(tokens) + i
-            rngs = None if self.is_causal else [self._rng(step, first + row) for row in range(len(tokens[part]))]
-            batch = self._batch(tokens[part], None if soft is None else soft[part], rngs)
-            batch["start"] = torch.from_numpy(windows["start"][part])
-            batches.append(batch)
-        return batches
+        if isinstance(windows, list):  # whole sequences, each of its own length
+            return [self._windows_batch(w, step, rank * len(windows) + i) for i, w in enumerate(windows)]
+        micro = self.config.train.micro_batch_tokens or windows["tokens"].size
+        rows, count = max(1, micro // context), len(windows["tokens"])
+        parts = [{key: value[i : i + rows] for key, value in windows.items()} for i in range(0, count, rows)]
+        return [self._windows_batch(part, step, rank * count + i * rows) for i, part in enumerate(parts)]
+
+    def _windows_batch(self, windows: dict[str, np.ndarray], step: int, first: int) -> Batch:
+        """A batch of a sampler's windows. The masks of a row depend on the row alone, its number in the step (`first` for the
+        first one), not on how rows are dealt to ranks or micro-batches."""
+        tokens = windows["tokens"]
+        rngs = None if self.is_causal else [self._rng(step, first + row) for row in range(len(tokens))]
+        return {
+            **self._batch(tokens, windows.get("soft_mask"), rngs),
+            "start": torch.from_numpy(windows["start"]),
+        }
 
     def _rng(self, *parts: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=step_seed(self.config.train.seed, *parts)))
@@ -231,7 +247,8 @@ class LanguageModeling(LanguageObjective):
 
     def validation_batches(self, rank: int, world_size: int) -> Iterator[Batch]:
         """The validation split in windows of the training context, thinned evenly to validation_tokens."""
-        context = self.config.data.context
+        sizes = self.store.intervals("valid")
+        context = min(self.context, max(1, int((sizes[:, 1] - sizes[:, 0]).max(initial=0)) - self.extra))
         windows = [w for w in eval_windows(self.store, "valid", context, extra=self.extra)]
         full = [w for w in windows if w[1] - w[0] == context + self.extra]
         windows = thin(full or windows[:1], max(1, self.config.train.validation_tokens // context))
@@ -398,8 +415,9 @@ def evaluate(
         raise UserError(f"the dataset has no {split} split; choose --split train, valid or test, or prepare it with one")
     longest = int((intervals[:, 1] - intervals[:, 0]).max()) - extra
     contexts = sorted(set(contexts or config.eval.contexts))
+    trained = longest if config.data.context == "whole" else config.data.context
     if not contexts:
-        contexts = default_contexts(config.data.context, longest, config.eval.max_context, is_causal)
+        contexts = default_contexts(trained, longest, config.eval.max_context, is_causal)
     too_long = [c for c in contexts if c > longest]
     if too_long:
         raise UserError(f"--context {too_long[0]}: the longest stretch of the {split} split holds {longest} bases")
@@ -447,7 +465,7 @@ def evaluate(
         bases=len(all_positions),
         not_scored=not_scored,
         soft_masked=int(soft.sum()),
-        trained_context=config.data.context,
+        trained_context=trained,
     )
 
 

@@ -32,7 +32,7 @@ from seqlab.training.task import Batch, Task
 GIB = 2**30
 LARGEST_CHUNK = {"cuda": 1 << 17, "cpu": 1 << 14}
 SMALLEST_CHUNK = 1 << 10
-PROBE_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 9}
+PROBE_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 8}
 """The shorter of the probe's lengths: on a GPU long enough that its kernels cut up time as they do for a long sequence."""
 
 
@@ -167,11 +167,13 @@ def resize(batch: Batch, rows: int, length: int) -> Batch:
 
 @dataclass
 class Probe:
-    """Measures steps of one model on one device. `batch` is any batch of the task, on that device."""
+    """Measures steps of one model on one device. `batch` is any batch of the task, on that device; `length` that of the rows
+    to plan for."""
 
     model: nn.Module
     task: Task
     batch: Batch
+    length: int
     bf16: bool
     _linear: dict = field(default_factory=dict)
 
@@ -179,8 +181,8 @@ class Probe:
     def device(self) -> torch.device:
         return self.batch["ids"].device
 
-    def measure(self, memory: Memory, rows: int, length: int, repeats: int = 2) -> tuple[int, float]:
-        """Peak bytes beyond weights, gradients and batch, and the seconds, of forward and backward; the best of `repeats`.
+    def measure(self, memory: Memory, rows: int, length: int) -> tuple[int, float]:
+        """Peak bytes beyond weights, gradients and batch, and the seconds, of forward and backward; the better of two on a GPU.
 
         Leaves gradients absent, and weights and random state as they were.
         """
@@ -194,7 +196,7 @@ class Probe:
             with torch.random.fork_rng(devices), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 for parameter in self.model.parameters():
                     parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-                for _ in range(repeats):
+                for _ in range(2 if device.type == "cuda" else 1):
                     before = self._settle()
                     start = time.perf_counter()
                     modes.backward(memory, self.model, self.task, batch, 1.0)
@@ -224,24 +226,22 @@ class Probe:
     # -- extrapolating -----------------------------------------------------------------------------------------------
     def rough(self, rows: int, length: int) -> float:
         """An upper bound of the plain mode's peak, from one short step: what does not grow is taken to grow."""
-        short = min(length, PROBE_TOKENS[self.device.type] // 16)
-        peak, _ = self.measure(Memory(), 1, short, repeats=1)
+        short = min(length, PROBE_TOKENS[self.device.type] // 8)
+        peak, _ = self.measure(Memory(), 1, short)
         return peak / short * rows * length
 
-    def whole(self, mode: Mode, rows: int, length: int) -> tuple[float, float]:
-        """(peak bytes, seconds) of plain or block with all of (rows length) at once."""
-
-        def shape(tokens: int) -> tuple[int, int]:
-            return (max(1, tokens // length), length) if tokens >= length else (1, tokens)
-
-        key = (mode, min(length, 4 * PROBE_TOKENS[self.device.type]))
-        if key not in self._linear:
-            self._linear[key] = self._shrinking(
-                lambda unit: [(math.prod(s), *self.measure(Memory(mode), *s)) for s in (shape(unit), shape(2 * unit))]
+    def whole(self, mode: Mode, tokens: int) -> tuple[float, float]:
+        """(peak bytes, seconds) of plain or block with that many tokens at once, over all rows."""
+        if mode not in self._linear:
+            self._linear[mode] = self._shrinking(
+                lambda unit: [(math.prod(s), *self.measure(Memory(mode), *s)) for s in (self._shape(unit), self._shape(2 * unit))]
             )
-        (n1, m1, t1), (n2, m2, t2) = self._linear[key]
-        more = (rows * length - n1) / (n2 - n1)
+        (n1, m1, t1), (n2, m2, t2) = self._linear[mode]
+        more = (tokens - n1) / (n2 - n1)
         return m1 + (m2 - m1) * more, max(t1 + (t2 - t1) * more, 0.1 * t1)
+
+    def _shape(self, tokens: int) -> tuple[int, int]:
+        return (tokens // self.length, self.length) if tokens >= self.length else (1, tokens)
 
     def cut(self, mode: Mode, chunk: int, length: int) -> tuple[float, float]:
         """(peak bytes, seconds) of one row of `length` in pieces of `chunk` tokens, length > chunk."""
@@ -249,7 +249,7 @@ class Probe:
 
             def measure(unit: int):
                 points = [(unit, 2 * unit), (unit, 3 * unit), (2 * unit, 4 * unit)]
-                return unit, [self.measure(Memory(mode, c), 1, n, repeats=2) for c, n in points]
+                return unit, [self.measure(Memory(mode, c), 1, n) for c, n in points]
 
             state = modes.state_bytes(mode, self.model, self.task, self.batch)
             self._linear[mode] = (*self._shrinking(measure), state)
@@ -321,10 +321,10 @@ def estimate(probe: Probe, load: Load, memory: Memory, available: int, host_avai
 
     def peak_and_seconds(length: int, rows: int) -> tuple[float, float]:
         together = rows if memory.chunk_tokens is None else min(rows, max(1, memory.chunk_tokens // length))
-        if memory.cuts_sequences and together * length > memory.chunk_tokens:
+        if memory.cuts_sequences and length > memory.chunk_tokens:
             peak, seconds = probe.cut(memory.mode, memory.chunk_tokens, length)
         else:
-            peak, seconds = probe.whole("block" if memory.mode == "block" else "plain", together, length)
+            peak, seconds = probe.whole("block" if memory.mode == "block" else "plain", together * length)
         return peak, seconds * rows / together
 
     peak, seconds = peak_and_seconds(length, load.rows)
@@ -332,13 +332,8 @@ def estimate(probe: Probe, load: Load, memory: Memory, available: int, host_avai
     step_seconds = seconds * load.micro_batches
 
     def possible(length: int) -> bool:
-        per_row = memory if memory.cuts_sequences else Memory(memory.mode)
-        if per_row.cuts_sequences and length > memory.chunk_tokens:
-            peak, _ = probe.cut(memory.mode, memory.chunk_tokens, length)
-        else:
-            peak, _ = probe.whole("block" if memory.mode == "block" else "plain", 1, length)
         enough = memory.mode != "offload" or load.host_per_token * length <= 0.9 * host_available
-        return enough and fits(peak + load.static, available, device)
+        return enough and fits(peak_and_seconds(length, 1)[0] + load.static, available, device)
 
     return Estimate(
         memory,
@@ -413,7 +408,7 @@ def choose(model: nn.Module, task: Task, batch: Batch, micro_batches: int, train
     Raises UserError, naming the nearest that can, if the step cannot fit.
     """
     rows, length = batch["ids"].shape[:2]
-    probe = Probe(model, task, resize(batch, 1, min(length, 1024)), bf16)
+    probe = Probe(model, task, resize(batch, 1, min(length, 1024)), length, bf16)
     load = load_of(model, batch, micro_batches, train.ema_decay > 0, rows, length)
     available = capacity(probe.device)
     place = "the GPU's" if probe.device.type == "cuda" else "this machine's"

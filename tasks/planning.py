@@ -1,0 +1,62 @@
+"""What `seqlab plan` does: a run's memory, step time and cost, from its configuration alone.
+
+A task can be planned if its module has `example(config, rows, length) -> (task, batch)`: the part of the task that builds a
+model and scores a batch, and a batch of that shape with made-up contents.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from seqlab.errors import UserError
+from seqlab.training import planner
+from seqlab.training.fit import resolve_accelerator
+from tasks.runs import task_module
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """`seconds` is the whole run on `devices` devices like this one; None where no mode fits."""
+
+    plan: planner.Plan
+    parameters: int
+    devices: int
+    steps: int
+    tokens_per_step: int
+    seconds: float | None
+
+    @property
+    def device_hours(self) -> float | None:
+        return None if self.seconds is None else self.seconds * self.devices / 3600
+
+
+def plan_run(config: Any, devices: int = 1) -> RunPlan:
+    """Measure short steps on this machine, predict those of a run of `config` on `devices` devices like its own.
+
+    Raises UserError for a task that cannot be planned, or a device that is not there.
+    """
+    module, train = task_module(config.task), config.train
+    example = getattr(module, "example", None)
+    context = config.data.context
+    if example is None:
+        raise UserError(f"task: {config.task}: cannot be planned without data; `seqlab train {config.task}` plans as it starts")
+    if not isinstance(context, int):
+        raise UserError(f"data.context: {context}: give the length to plan for, --context N")
+    sharing = train.context_parallel
+    length = -(-context // sharing)
+    windows = max(1, train.tokens_per_step // context * sharing // devices)  # of a step on one device
+    rows = min(windows, max(1, (train.micro_batch_tokens or windows * context) // context))
+    device = torch.device("cuda" if resolve_accelerator(train) == "gpu" else "cpu")
+    task, batch = example(config, 1, min(length, 1024))
+    model = task.build_model().to(device)
+    batch = {key: value.to(device) for key, value in batch.items()}
+    bf16 = train.precision == "bfloat16" or (train.precision == "auto" and device.type == "cuda")
+    probe = planner.Probe(model, task, batch, length, bf16)
+    load = planner.load_of(model, batch, -(-windows // rows), train.ema_decay > 0, rows, length)
+    result = planner.plan(probe, load, train, everything=True)
+    seconds = None if result.chosen is None else result.chosen.step_seconds * train.max_steps
+    if seconds is not None and train.max_minutes is not None:
+        seconds = min(seconds, 60 * train.max_minutes)
+    parameters = sum(p.numel() for p in model.parameters())
+    return RunPlan(result, parameters, devices, train.max_steps, windows * context * devices // sharing, seconds)
