@@ -41,12 +41,12 @@ BOTH = {"direction": "bidirectional", "d_model": 256, "n_layer": 16}
 TEN = [  # none of them is what the planner was tried on while it was written
     ("plain", 8, 4096, {"d_model": 192, "n_layer": 6}),
     ("plain", 1, 200_000, {"direction": "bidirectional", "d_model": 128, "n_layer": 5}),
-    ("plain", 3, 50_001, {"d_model": 320, "n_layer": 4, "d_state": 32}),
+    ("plain", 3, 50_001, {"d_model": 320, "n_layer": 4}),
     ("block", 1, 300_000, {"d_model": 256, "n_layer": 10}),
+    ("subtract", 1, 250_000, {"direction": "bidirectional", "d_model": 256, "n_layer": 12}),
     ("block", 2, 131_072, {"direction": "bidirectional", "d_model": 192, "n_layer": 12, "tie_projections": False}),
     ("chunked", 1, 1_500_000, {"d_model": 128, "n_layer": 12}),
     ("chunked", 1, 900_000, {"d_model": 384, "n_layer": 8, "dropout": 0.1}),
-    ("layerwise", 1, 700_000, {"direction": "bidirectional", "d_model": 128, "n_layer": 8}),
     ("layerwise", 1, 400_000, {"direction": "bidirectional", "d_model": 256, "n_layer": 6, "strand": "equivariant"}),
     ("offload", 1, 800_000, {"direction": "bidirectional", "d_model": 192, "n_layer": 10}),
 ]
@@ -154,14 +154,14 @@ def measure(run, repeats: int, warm: int = 1) -> tuple[float, float]:
     return statistics.median(times), torch.cuda.max_memory_allocated() / GIB
 
 
-def attempt(name: str, length: int, make, repeats: int, results: list, **facts) -> dict | None:
+def attempt(name: str, length: int, make, repeats: int, results: list, warm: int = 1) -> dict | None:
     """Measure, print a line, go on after a failure."""
     release()
     try:
-        ms, peak = measure(make(), repeats)
+        ms, peak = measure(make(), repeats, warm)
     except torch.OutOfMemoryError:
         print(f"  {name:<34} {length:>10,}   out of memory", flush=True)
-        results.append({"name": name, "length": length, "out_of_memory": True, **facts})
+        results.append({"name": name, "length": length, "out_of_memory": True})
         return None
     except Exception as error:
         traceback.print_exc(limit=3)
@@ -171,7 +171,7 @@ def attempt(name: str, length: int, make, repeats: int, results: list, **facts) 
         release()
     rate = length / ms * 1e3
     print(f"  {name:<34} {length:>10,} {ms:>10,.1f} ms {rate:>11,.0f} tokens/s {peak:>7.2f} GiB", flush=True)
-    results.append({"name": name, "length": length, "ms": ms, "tokens_per_second": rate, "peak_gib": peak, **facts})
+    results.append({"name": name, "length": length, "ms": ms, "tokens_per_second": rate, "peak_gib": peak})
     return results[-1]
 
 
@@ -188,11 +188,12 @@ def parity(results: list) -> None:
     """Raises AssertionError if any gradient of any mode is off by more than 1e-5."""
     torch.backends.cuda.matmul.allow_tf32 = False
     for changes, names, length, chunk in (
-        (CAUSAL, ("block", "chunked"), 20_011, 3001),
-        (BOTH, ("block", "layerwise", "offload"), 20_011, 3001),
-        ({**BOTH, "strand": "equivariant"}, ("layerwise", "offload"), 9001, 2777),
+        (CAUSAL, ("subtract", "block", "chunked"), 20_011, 3001),
+        (BOTH, ("subtract", "block", "layerwise", "offload"), 20_011, 3001),
+        ({**BOTH, "strand": "equivariant"}, ("subtract", "layerwise", "offload"), 9001, 2777),
     ):
-        run = Ours({**changes, "n_layer": 3}, 1, length)
+        run = Ours({**changes, "n_layer": 8}, 1, length)
+        names = [name for name in names if modes.unavailable(name, run.model, run.task, torch.device("cuda")) is None]
         plain = gradients(run.model, run.task, Memory(), run.batch)
         for name in names:
             memory = Memory(name, chunk if name in modes.CUTTING else None)
@@ -213,7 +214,7 @@ def ours(changes: dict, length: int, memory: Memory):
 
 def target(results: list, chunk: int, repeats: int, longest: int, peer: bool) -> None:
     size = 1 << 20
-    for memory in (Memory(), Memory("block"), Memory("layerwise", chunk), Memory("offload", chunk)):
+    for memory in (Memory(), Memory("subtract"), Memory("block"), Memory("layerwise", 2 * chunk), Memory("offload", chunk)):
         attempt(f"bidirectional, {memory.mode}", size, ours(BOTH, size, memory), repeats, results)
     try:
         import mamba_ssm  # noqa: F401
@@ -226,20 +227,23 @@ def target(results: list, chunk: int, repeats: int, longest: int, peer: bool) ->
     attempt("causal, plain", size, ours(CAUSAL, size, Memory()), repeats, results)
     attempt("causal, block", size, ours(CAUSAL, size, Memory("block")), repeats, results)
     for length in (size, longest):
-        attempt("causal, chunked", length, ours(CAUSAL, length, Memory("chunked", chunk)), 1 if length > size else repeats, results)
+        long = length > size
+        run = ours(CAUSAL, length, Memory("chunked", 2 * chunk))
+        attempt("causal, chunked", length, run, 1 if long else repeats, results, 0 if long else 1)
 
 
 def by_length(results: list, chunk: int, powers: range) -> None:
-    """2^14 to 2^24. A mode that has run out of memory is not tried at longer lengths; what was measured under `target` is
-    not measured again."""
-    for changes, names in ((CAUSAL, ("plain", "block", "chunked")), (BOTH, ("plain", "block", "layerwise", "offload"))):
+    """A mode that has run out of memory is not tried at longer lengths."""
+    for changes, names in ((CAUSAL, ("plain", "subtract", "block", "chunked")), (BOTH, ("plain", "subtract", "block", "layerwise", "offload"))):
         kind = changes["direction"]
         for name in names:
             for power in powers:
                 length = 1 << power
+                if name == "offload" and 4 * 256 * 16 * length > 100 * GIB:
+                    break  # of host memory
                 memory = Memory(name, chunk if name in modes.CUTTING else None)
-                repeats = 3 if power < 18 else 1
-                if attempt(f"{kind}, {name}", length, ours(changes, length, memory), repeats, results) is None:
+                repeats, warm = (3, 1) if power < 20 else (1, 0)
+                if attempt(f"{kind}, {name}", length, ours(changes, length, memory), repeats, results, warm) is None:
                     break
 
 
@@ -258,7 +262,7 @@ def planned(results: list, chunk: int) -> None:
             run = Ours(changes, rows, length)
             memory = Memory(mode, chunk if mode in modes.CUTTING else None)
             small = planner.resize(run.batch, 1, 1024)
-            probe = planner.Probe(run.model, run.task, small, length, True)
+            probe = planner.Probe(run.model, run.task, small, rows, length, True)
             load = planner.load_of(run.model, run.batch, 1, False, rows, length)
             found = planner.estimate(probe, load, memory, planner.capacity(probe.device), planner.host_capacity())
             ms, peak = measure(run.step(memory), 1)
@@ -281,7 +285,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=1 << 17)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--longest", type=int, default=1 << 24, help="of the causal model under target")
-    parser.add_argument("--powers", default="14,25", help="range of lengths under modes")
+    parser.add_argument("--powers", default="14,25,2", help="range of lengths under modes: from, to, step")
     parser.add_argument("--blocks", choices=("default", "fused", "separate"), default="default", help="Mamba blocks as one operator")
     parser.add_argument("--no-peer", action="store_true", help="leave mamba_ssm out")
     parser.add_argument("--json", type=Path)

@@ -52,7 +52,7 @@ def plan_run(config: Any, devices: int = 1) -> RunPlan:
     model = task.build_model().to(device)
     batch = {key: value.to(device) for key, value in batch.items()}
     bf16 = train.precision == "bfloat16" or (train.precision == "auto" and device.type == "cuda")
-    probe = planner.Probe(model, task, batch, length, bf16)
+    probe = planner.Probe(model, task, batch, rows, length, bf16)
     load = planner.load_of(model, batch, -(-windows // rows), train.ema_decay > 0, rows, length)
     result = planner.plan(probe, load, train, everything=True)
     seconds = None if result.chosen is None else result.chosen.step_seconds * train.max_steps

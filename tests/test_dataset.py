@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from seqlab.dataset import SPLITS, TokenStore, WindowSampler, _permute, eval_windows
+from seqlab.dataset import SPLITS, SequenceSampler, TokenStore, WindowSampler, _permute, eval_windows
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
 
@@ -429,3 +429,29 @@ def test_positions_past_four_giga(tmp_path):
     np.testing.assert_array_equal(batch["tokens"][0], (np.arange(first, first + 1000) - (size - 3000)) % 4 + 7)
     assert store.soft_mask(2**32 - 1, 2**32 + 9).sum() == 7
     assert store.locate(2**32 + 1) == ("s0", 2**32 + 1)
+
+
+# -- whole sequences -----------------------------------------------------------------------------------------------
+def test_whole_sequences_hide_what_is_not_in_the_split(tmp_path):
+    """Each sequence from end to end, every epoch once, with the other splits' bases unread."""
+    splits = {"train": [[0, 0, 6], [0, 9, 14], [1, 0, 12]], "valid": [[0, 6, 9]], "test": [[2, 0, 4]]}
+    store = TokenStore.open(write_dataset(tmp_path / "d", ["ACGTACGTACGTAC", "GGGGCCCCAAAA", "TTTT"], splits))
+    sampler = SequenceSampler(store, "train", 1, seed=3)
+    assert sampler.longest == 14 and len(sampler.sequences) == 2
+    for epoch in range(6):
+        windows = [sampler.batch(2 * epoch + i) for i in range(2)]
+        assert all(len(w) == 1 for w in windows)
+        texts = {int(w[0]["start"][0]): nucleotide.decode(w[0]["tokens"][0]) for w in windows}
+        assert texts == {0: "ACGTACNNNCGTAC", 14: "GGGGCCCCAAAA"}
+    order = [int(sampler.batch(step)[0]["start"][0]) for step in range(40)]
+    assert order[::2] != [order[0]] * 20, "the order changes from epoch to epoch"
+    both = SequenceSampler(store, "train", 2, reverse_complement=True)
+    seen = {nucleotide.decode(w["tokens"][0]) for step in range(30) for w in both.batch(step)}
+    assert seen == {"ACGTACNNNCGTAC", "GTACGNNNGTACGT", "GGGGCCCCAAAA", "TTTTGGGGCCCC"}
+    halves = [SequenceSampler(store, "train", 2, rank=rank, world_size=2) for rank in (0, 1)]
+    whole = SequenceSampler(store, "train", 2)
+    for step in range(4):
+        parts = [int(w["start"][0]) for half in halves for w in half.batch(step)]
+        assert parts == [int(w["start"][0]) for w in whole.batch(step)]
+    with pytest.raises(ValueError, match="shared evenly"):
+        SequenceSampler(store, "train", 3, world_size=2)

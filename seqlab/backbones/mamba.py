@@ -295,27 +295,9 @@ class Block(nn.Module):
         return (x + self.dropout(y) if dropout else y), state
 
     def _mamba_block(self, x: Tensor, mixers, reverse, residual: bool, state, mask: Tensor | None, return_state: bool):
-        first = mixers[0]
         y, conv_state, ssm_state = block.mamba_block(
             x,
-            self.norm.weight,
-            self.norm.eps,
-            first.in_proj.weight,
-            first.in_proj.bias,
-            first.out_proj.weight,
-            first.out_proj.bias,
-            tuple(
-                block.Direction(
-                    m.conv1d.weight.squeeze(1),
-                    m.conv1d.bias,
-                    m.x_proj.weight,
-                    m.dt_proj.weight,
-                    m.dt_proj.bias,
-                    m.A_log,
-                    m.D,
-                )
-                for m in mixers
-            ),
+            *self._operands(mixers),
             reverse,
             residual=residual,
             mask=mask,
@@ -324,6 +306,24 @@ class Block(nn.Module):
             return_state=return_state,
         )
         return y, MixerState(conv_state, ssm_state) if return_state else None
+
+    def _operands(self, mixers) -> tuple:
+        """What block.mamba_block takes between x and `reverse`."""
+        first = mixers[0]
+        projections = (first.in_proj.weight, first.in_proj.bias, first.out_proj.weight, first.out_proj.bias)
+        directions = tuple(
+            block.Direction(
+                m.conv1d.weight.squeeze(1),
+                m.conv1d.bias,
+                m.x_proj.weight,
+                m.dt_proj.weight,
+                m.dt_proj.bias,
+                m.A_log,
+                m.D,
+            )
+            for m in mixers
+        )
+        return self.norm.weight, self.norm.eps, *projections, directions
 
 
 class Mamba(nn.Module):
@@ -345,6 +345,8 @@ class Mamba(nn.Module):
         self.checkpoint_blocks = False
         # What a block and its recomputation run under (torch.utils.checkpoint), for those who have something to remember.
         self.checkpoint_contexts = noop_context_fn
+        # Likewise: keep no block's input but subtract on the way back (seqlab/ops/block/stack.py).
+        self.recover_inputs = False
 
     def make_mixer(self, config: BackboneConfig) -> nn.Module:
         return make_mixer(config)
@@ -356,6 +358,9 @@ class Mamba(nn.Module):
         mask: Tensor | None = None,
         return_state: bool = True,
     ) -> tuple[Tensor, list[MixerState] | None]:
+        if self.recover_inputs and torch.is_grad_enabled() and not return_state and self.can_recover_inputs(x, state):
+            blocks = [(*layer._operands(m := layer.mixer.directions()), (False, True)[: len(m)]) for layer in self.layers]
+            return self.norm_f(block.mamba_stack(x, blocks, mask)), None
         states = []
         for i, layer in enumerate(self.layers):
             before = None if state is None else state[i]
@@ -367,6 +372,12 @@ class Mamba(nn.Module):
                 x, after = layer(x, before, mask, return_state)
             states.append(after)
         return self.norm_f(x), states if return_state else None
+
+    def can_recover_inputs(self, x: Tensor, state=None) -> bool:
+        """Whether x (b l d_model) can go through the stack that keeps no block's input: fused blocks, from the start of the
+        sequence, without dropout."""
+        drops = self.config.dropout > 0 and self.training
+        return state is None and not drops and all(layer.fuse and layer._fusible(x) for layer in self.layers)
 
     def step(self, x: Tensor, state: list[MixerState] | None = None) -> tuple[Tensor, list[MixerState]]:
         """One position, x (b 1 d_model); the same as `forward` on a sequence of one."""

@@ -1,6 +1,7 @@
 """The gradient of one batch in as little memory as asked for. Every mode is exact; they differ in what is kept.
 
     plain      everything autograd wants: all layers of all positions
+    subtract   on a GPU: the same but no layer's input, which is recovered from its output (seqlab/ops/block/stack.py)
     block      one tensor (b l d_model) a layer, and one layer at work: blocks are recomputed (activation checkpointing)
     chunked    causal models: the states at the cuts, and one piece of the sequence at work, whatever its length
     layerwise  bidirectional models: one tensor (b l d_model) a layer, and one piece of one direction of a layer at work
@@ -43,8 +44,8 @@ from seqlab.backbones.mamba import Block
 from seqlab.backbones.strand import ReverseComplementEquivariant
 from seqlab.training.task import Batch, Task
 
-Mode = Literal["plain", "block", "chunked", "layerwise", "offload"]
-MODES: tuple[Mode, ...] = ("plain", "block", "chunked", "layerwise", "offload")
+Mode = Literal["plain", "subtract", "block", "chunked", "layerwise", "offload"]
+MODES: tuple[Mode, ...] = ("plain", "subtract", "block", "chunked", "layerwise", "offload")
 CUTTING: tuple[Mode, ...] = ("chunked", "layerwise", "offload")
 
 
@@ -78,6 +79,12 @@ def unavailable(mode: Mode, model: nn.Module, task: Task, device: torch.device) 
     backbone = getattr(inner, "backbone", None)
     if mode == "plain":
         return None
+    if mode == "subtract":
+        recovers = getattr(backbone, "can_recover_inputs", None)
+        weight = next(model.parameters())
+        if recovers is not None and recovers(weight.new_zeros(1, 1, backbone.config.d_model)):
+            return None
+        return "it needs a GPU, blocks that run as one operator, and no dropout"
     if mode == "block":
         if any(hasattr(module, "checkpoint_blocks") for module in model.modules()):
             return None
@@ -102,6 +109,8 @@ def prepare(memory: Memory, model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "checkpoint_blocks"):
             module.checkpoint_blocks = memory.mode == "block"
+        if hasattr(module, "recover_inputs"):
+            module.recover_inputs = memory.mode == "subtract"
 
 
 def backward(

@@ -3,7 +3,7 @@
 Nothing about the model is assumed but that memory and time grow linearly with what is at work at once. A few steps on
 short sequences give the constants:
 
-    plain, block                   peak = p0 + p1 tokens                        tokens at once, over all rows
+    plain, subtract, block         peak = p0 + p1 tokens                        tokens at once, over all rows
     chunked, layerwise, offload    peak = p0 + p1 chunk + p2 length + state bytes at a cut x cuts
 
 The peak is that of the device's allocator on a GPU; on a CPU the storages that torch makes are watched as they come and go.
@@ -167,12 +167,13 @@ def resize(batch: Batch, rows: int, length: int) -> Batch:
 
 @dataclass
 class Probe:
-    """Measures steps of one model on one device. `batch` is any batch of the task, on that device; `length` that of the rows
-    to plan for."""
+    """Measures steps of one model on one device. `batch` is any batch of the task, on that device; (rows length) the shape to
+    plan for."""
 
     model: nn.Module
     task: Task
     batch: Batch
+    rows: int
     length: int
     bf16: bool
     _linear: dict = field(default_factory=dict)
@@ -233,15 +234,19 @@ class Probe:
     def whole(self, mode: Mode, tokens: int) -> tuple[float, float]:
         """(peak bytes, seconds) of plain or block with that many tokens at once, over all rows."""
         if mode not in self._linear:
-            self._linear[mode] = self._shrinking(
-                lambda unit: [(math.prod(s), *self.measure(Memory(mode), *s)) for s in (self._shape(unit), self._shape(2 * unit))]
-            )
+
+            def measure(unit: int):
+                shapes = self._shape(unit), self._shape(2 * unit)
+                return [(rows * length, *self.measure(Memory(mode), rows, length)) for rows, length in shapes]
+
+            # a step that is no longer than the probe is measured itself: kernels cut short problems up in other ways
+            self._linear[mode] = self._shrinking(measure, self.rows * self.length // 2)
         (n1, m1, t1), (n2, m2, t2) = self._linear[mode]
-        more = (tokens - n1) / (n2 - n1)
+        more = (tokens - n1) / max(1, n2 - n1)
         return m1 + (m2 - m1) * more, max(t1 + (t2 - t1) * more, 0.1 * t1)
 
     def _shape(self, tokens: int) -> tuple[int, int]:
-        return (tokens // self.length, self.length) if tokens >= self.length else (1, tokens)
+        return (tokens // self.length, self.length) if tokens >= self.length else (1, max(1, tokens))
 
     def cut(self, mode: Mode, chunk: int, length: int) -> tuple[float, float]:
         """(peak bytes, seconds) of one row of `length` in pieces of `chunk` tokens, length > chunk."""
@@ -260,9 +265,10 @@ class Probe:
         peak = constant + per_chunk * chunk + per_length * length + state * math.ceil(length / chunk)
         return peak, t1 + max((t2 - t1) / unit, 0.0) * (length - 2 * unit)
 
-    def _shrinking(self, measure):
+    def _shrinking(self, measure, most: int | None = None):
         """`measure(unit)`, with a smaller unit if the device has no room for it."""
         unit = PROBE_TOKENS[self.device.type]
+        unit = unit if most is None else max(1, min(unit, most))
         while True:
             try:
                 return measure(unit)
@@ -302,7 +308,7 @@ def candidates(mode: Mode, load: Load, device: str, chunk_tokens: int | None, ma
     """The settings of a mode, cheapest first."""
     if chunk_tokens is not None:
         yield Memory(mode, chunk_tokens)
-    elif mode in ("plain", "block"):
+    elif mode not in modes.CUTTING:
         yield Memory(mode)
         rows = load.rows if may_divide else 1
         while rows > 1:
@@ -324,7 +330,7 @@ def estimate(probe: Probe, load: Load, memory: Memory, available: int, host_avai
         if memory.cuts_sequences and length > memory.chunk_tokens:
             peak, seconds = probe.cut(memory.mode, memory.chunk_tokens, length)
         else:
-            peak, seconds = probe.whole("block" if memory.mode == "block" else "plain", together * length)
+            peak, seconds = probe.whole("plain" if memory.cuts_sequences else memory.mode, together * length)
         return peak, seconds * rows / together
 
     peak, seconds = peak_and_seconds(length, load.rows)
@@ -408,7 +414,7 @@ def choose(model: nn.Module, task: Task, batch: Batch, micro_batches: int, train
     Raises UserError, naming the nearest that can, if the step cannot fit.
     """
     rows, length = batch["ids"].shape[:2]
-    probe = Probe(model, task, resize(batch, 1, min(length, 1024)), length, bf16)
+    probe = Probe(model, task, resize(batch, 1, min(length, 1024)), rows, length, bf16)
     load = load_of(model, batch, micro_batches, train.ema_decay > 0, rows, length)
     available = capacity(probe.device)
     place = "the GPU's" if probe.device.type == "cuda" else "this machine's"

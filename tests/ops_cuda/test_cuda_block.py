@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from seqlab.backbones.bidirectional import BidirectionalMamba
-from seqlab.backbones.mamba import BackboneConfig, Mamba, MixerState
+from seqlab.backbones.mamba import BackboneConfig, Block, Mamba, MixerState
 from seqlab.ops.block import cuda as fused
 from seqlab.ops.block import norm
 from seqlab.ops.causal_conv1d import cuda as conv
@@ -241,3 +241,31 @@ def test_model_takes_the_fused_block_on_a_gpu(monkeypatch):
     for layer in ours.layers:
         layer.fuse = False
     assert relative(y, ours(x)[0]) < 1e-5 and len(calls) == 2
+
+
+@pytest.mark.parametrize("direction", ("causal", "bidirectional"))
+@pytest.mark.parametrize("masked", (False, True))
+def test_stack_that_keeps_no_inputs(emulated, monkeypatch, direction, masked):
+    torch.manual_seed(4)
+    config = BackboneConfig(d_model=12, n_layer=5, d_state=3, dt_rank=2, direction=direction, bias=direction == "causal")
+    model = (Mamba if direction == "causal" else BidirectionalMamba)(config)
+    exact = copy.deepcopy(model).double()
+    monkeypatch.setattr(Block, "fuse", True)
+    monkeypatch.setattr(Block, "_fusible", lambda self, x: x.dtype == FLOAT)
+    model.recover_inputs = True
+    x, mask = torch.randn(2, 70, 12), torch.rand(2, 70) > 0.3 if masked else None
+    ours, double = x.clone().requires_grad_(), x.double().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y, _ = model(ours, mask=mask, return_state=False)
+    big = {t.data_ptr() for t in kept if t.shape == x.shape}
+    assert len(big) <= 2, "of the blocks' inputs none is kept: only what the final norm wants"
+    true, _ = exact(double, mask=mask, return_state=False)
+    seed = torch.randn_like(true)
+    y.backward(seed.float(), retain_graph=True)
+    true.backward(seed)
+    named = dict(exact.named_parameters())
+    pairs = [(y, true), (ours.grad, double.grad), *((p.grad, named[n].grad) for n, p in model.named_parameters())]
+    assert max(relative(a, r) for a, r in pairs) < TOLERANCE[FLOAT]
+    with pytest.raises(RuntimeError, match="goes back once"):
+        y.backward(seed.float())

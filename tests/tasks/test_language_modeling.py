@@ -280,3 +280,40 @@ def test_one_batch_can_be_learnt_by_heart(store, tmp_path):
 
     rows = [r["bits"] for r in read_history(tmp_path / "metrics.csv") if not math.isnan(r["bits"])]
     assert rows[-1] < 0.8 < 1.9 < rows[0]
+
+
+# -- whole sequences -----------------------------------------------------------------------------------------------
+def test_whole_sequences_are_trained_on_in_pieces_and_held_out_bases_stay_unread(store, tmp_path):
+    settings = config(data__context="whole", data__length_warmup_start=64, train__memory="chunked", train__chunk_tokens=501)
+    task = LanguageModeling(settings, store)
+    assert task.context == 6999 and task.context_at(0) == 64 and task.context_at(19) == 6999
+    train = np.zeros(store.total, bool)
+    for start, end in store.intervals("train"):
+        train[start:end] = True
+    lengths = set()
+    for step in range(15, 19):
+        for batch in task.train_batches(step, 0, 1):
+            lengths.add(batch["ids"].shape[1])
+            start, n = int(batch["start"][0]), batch["ids"].shape[1] + 1
+            bases = store.tokens[start : start + n]
+            open_ = np.where(train[start : start + n], bases, nucleotide.N)
+            if not np.array_equal(batch["ids"][0].numpy(), open_[:-1]):  # the other strand
+                open_ = nucleotide.COMPLEMENT[open_[::-1]]
+            assert np.array_equal(batch["ids"][0].numpy(), open_[:-1])
+            assert np.array_equal(batch["weight"][0].numpy() > 0, np.isin(open_[1:], BASES))
+    assert lengths == {6999, 4999}
+    result = fit(task, settings.optim, settings.train, tmp_path / "run")
+    assert result.steps == 20 and result.best < 2.1
+
+
+def test_length_warm_up_of_the_paper_is_two_epochs_a_stage():
+    """hg38_1m: two epochs (34,021 segments of 2^17) at each power of two from 2^10, tokens a step constant."""
+    settings = load_config(DnaConfig, "hg38_1m", [], {})
+    task = object.__new__(LanguageModeling)
+    task.config, task.context, task._longest_window = settings, settings.data.context, settings.data.context
+    contexts = [task.context_at(step) for step in range(settings.train.max_steps)]
+    counts = {context: contexts.count(context) for context in sorted(set(contexts))}
+    assert list(counts) == [2**k for k in range(10, 21)]
+    two_epochs = 2 * 34_021 * 2**17 / settings.train.tokens_per_step
+    assert all(abs(n - two_epochs) < 1 for n in list(counts.values())[:-1])
+    assert all(settings.train.tokens_per_step % context == 0 for context in counts)

@@ -12,7 +12,7 @@ from torch import Tensor
 from seqlab.ops import dispatch
 from seqlab.ops.block.parameters import Direction
 
-__all__ = ["Direction", "compute_dtype", "mamba_block", "unavailable"]
+__all__ = ["Direction", "compute_dtype", "mamba_block", "mamba_stack", "unavailable"]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -84,3 +84,20 @@ def mamba_block(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     spec = cuda.Spec(epsilon, tuple(reverse), residual, compute_dtype(x), return_state, keep)
     return cuda.Block.apply(spec, *tensors)
+
+
+def mamba_stack(x: Tensor, blocks: list[tuple], mask: Tensor | None = None) -> Tensor:
+    """x (b l d_model) through blocks with residual, one after the other, keeping no block's input for the backward pass.
+
+    blocks: for each, mamba_block's arguments from norm_weight to reverse; all of one kind. Inputs recovered on the way back
+    are off by float32's rounding of a sum (seqlab/ops/block/stack.py).
+    """
+    from seqlab.ops.block import cuda
+    from seqlab.ops.block.stack import Stack
+
+    specs, parameters = [], []
+    for norm_weight, epsilon, in_weight, in_bias, out_weight, out_bias, directions, reverse in blocks:
+        specs.append(cuda.Spec(epsilon, tuple(reverse), True, compute_dtype(x), False, True))
+        parameters += [norm_weight, in_weight, in_bias, out_weight, out_bias]
+        parameters += [t for direction in directions for t in direction]
+    return Stack.apply(tuple(specs), x, mask, *parameters)

@@ -159,7 +159,7 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     x, mask, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias, *rest = tensors
     dtype, (batch, length, _) = spec.dtype, x.shape
     conv_state, ssm_state = _half(conv_state, dtype), _single(ssm_state)
-    total, *kept = kept
+    total = kept.pop(0)
     d_inner = out_weight.shape[1]
     dout = dout.contiguous()
     half = dout.to(dtype).flatten(0, 1)  # (rows d_model)
@@ -180,6 +180,7 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
         dbl, snapshots, c = kept[2 * i], kept[2 * i + 1], convolved.pop(0)
         rank, states, A = p.dt_weight.shape[1], p.A_log.shape[1], -torch.exp(_single(p.A_log))
         w_dt, w_x = _half(p.dt_weight, dtype), _half(p.x_weight, dtype)
+        dbl = F.linear(c, w_x) if dbl is None else dbl  # seqlab/ops/block/stack.py does not keep it
         r, B, C = dbl.split([rank, states, states], -1)
         delta = F.linear(r, w_dt)
         dc, ddelta, dA, dB, dC, dD, dz_here, d_dt_bias, d_ssm_state = scan.backward(
@@ -257,7 +258,7 @@ class Block(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dconv, dssm):
         saved = ctx.saved_tensors  # once: under checkpointing every look recomputes
-        tensors, kept, x = saved[: ctx.count], saved[ctx.count :], saved[0]
+        tensors, kept, x = saved[: ctx.count], list(saved[ctx.count :]), saved[0]
         if dout is None:
             dout = torch.zeros(x.shape, dtype=x.dtype if ctx.spec.residual else ctx.spec.dtype, device=x.device)
 
