@@ -1485,14 +1485,15 @@ def plan(
     per_step = found.tokens_per_step
 
     def human() -> None:
+        hosts = any(e.host for e in result.estimates)
+        header = ["memory", "chunk", "peak", *(["host"] if hosts else []), "s/step", "tokens/s", "longest", "fits"]
         rows = []
         for e in result.estimates:
             chunk = "" if e.memory.chunk_tokens is None else f"{e.memory.chunk_tokens:,}"
-            rate = f"{per_step / e.step_seconds:,.0f}"
-            host = planner.gib(e.host) if e.host else ""
-            verdict = "yes" if e.fits else "no"
-            rows.append([e.memory.mode, chunk, planner.gib(e.peak), host, f"{e.step_seconds:,.2f}", rate, f"{e.longest:,}", verdict])
-        header = ["memory", "tokens at once", "peak", "host", "s/step", "tokens/s", "longest context", "fits"]
+            host = [planner.gib(e.host) if e.host else ""] if hosts else []
+            seconds = f"{e.step_seconds:,.{0 if e.step_seconds >= 100 else 2}f}"
+            rate, longest = f"{per_step / e.step_seconds:,.0f}", f"{e.longest:,}"
+            rows.append([e.memory.mode, chunk, planner.gib(e.peak), *host, seconds, rate, longest, "yes" if e.fits else "no"])
         title = f"{config}: {found.parameters:,} parameters, context {result.length:,}, {per_step:,} tokens a step"
         print_table(title, header, rows)
         for mode, reason in result.unavailable.items():

@@ -1,7 +1,7 @@
 """Which memory mode a run needs, and what a step will take: measured on short sequences, extrapolated to the real one.
 
-Nothing about the model is assumed but that memory and time grow linearly with what is at work at once. A few steps on
-short sequences give the constants:
+Nothing about the model is assumed but that memory grows linearly with what is at work at once, and time with the tokens. A
+few steps on short sequences give the constants:
 
     plain, subtract, block         peak = p0 + p1 tokens                        tokens at once, over all rows
     chunked, layerwise, offload    peak = p0 + p1 chunk + p2 length + state bytes at a cut x cuts
@@ -241,9 +241,9 @@ class Probe:
 
             # a step that is no longer than the probe is measured itself: kernels cut short problems up in other ways
             self._linear[mode] = self._shrinking(measure, self.rows * self.length // 2)
-        (n1, m1, t1), (n2, m2, t2) = self._linear[mode]
+        (n1, m1, _), (n2, m2, t2) = self._linear[mode]
         more = (tokens - n1) / max(1, n2 - n1)
-        return m1 + (m2 - m1) * more, max(t1 + (t2 - t1) * more, 0.1 * t1)
+        return m1 + (m2 - m1) * more, t2 * tokens / n2
 
     def _shape(self, tokens: int) -> tuple[int, int]:
         return (tokens // self.length, self.length) if tokens >= self.length else (1, max(1, tokens))
@@ -258,12 +258,13 @@ class Probe:
 
             state = modes.state_bytes(mode, self.model, self.task, self.batch)
             self._linear[mode] = (*self._shrinking(measure), state)
-        unit, ((m1, t1), (m2, t2), (m3, _)), state = self._linear[mode]
+        unit, ((m1, _), (m2, _), (m3, t3)), state = self._linear[mode]
         per_length = (m2 - m1 - state) / unit
         per_chunk = (m3 - m1 - 2 * unit * per_length) / unit
         constant = m1 - unit * per_chunk - 2 * unit * per_length - 2 * state
         peak = constant + per_chunk * chunk + per_length * length + state * math.ceil(length / chunk)
-        return peak, t1 + max((t2 - t1) / unit, 0.0) * (length - 2 * unit)
+        spared = 0.25 if mode == "chunked" else 0.0  # the last piece goes forward once; of four parts of a piece's work one
+        return peak, t3 * (length / (2 * unit) - spared) / (2 - spared)
 
     def _shrinking(self, measure, most: int | None = None):
         """`measure(unit)`, with a smaller unit if the device has no room for it."""
