@@ -241,7 +241,8 @@ def plot_audio_evaluation(evaluation: Any, path: Path) -> Path:
 
 
 def plot_contact_sheet(samples: Sequence[tuple[str, Any]], sample_rate: int, path: Path) -> Path:
-    """Waveform above spectrogram of every (title, samples float32 (n,)), four in a row."""
+    """Waveform above spectrogram of every (title, samples float32 (n,)), four in a row; each is as tall as its own peak, and
+    its colours span the 70 dB below its loudest frequency."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -268,15 +269,17 @@ def plot_contact_sheet(samples: Sequence[tuple[str, Any]], sample_rate: int, pat
         edges = np.linspace(0, len(wave), bins + 1).astype(int)[:-1]
         low, high = np.minimum.reduceat(wave, edges), np.maximum.reduceat(wave, edges)
         top.fill_between(edges / sample_rate, low, high, color=MODEL, linewidth=0.4)
-        top.set(xlim=(0, seconds), ylim=(-1, 1))
+        peak = max(0.02, float(np.abs(wave).max(initial=0)))
+        top.set(xlim=(0, seconds), ylim=(-peak, peak))
         top.set_title(title, fontsize=7, color=INK, pad=2)
         size = 256
         padded = np.pad(wave, (size // 2, size // 2 + max(0, size - len(wave))))
         hop = max(64, len(wave) // 300)
         frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop] * np.hanning(size)
         level = 20 * np.log10(np.abs(np.fft.rfft(frames)).T + 1e-4)
+        level -= level.max()
         extent = (0, seconds, 0, sample_rate / 2)
-        bottom.imshow(level, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=-55, vmax=30, interpolation="nearest")
+        bottom.imshow(level, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=-70, vmax=0, interpolation="nearest")
     return save_figure(figure, path)
 
 
