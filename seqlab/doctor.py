@@ -31,7 +31,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything `seqlab doctor` prints. It never raises for a broken installation: that is what it reports."""
-    return [*versions(), torch_and_torchaudio(), *devices(), *back_ends()]
+    return [*versions(), torch_and_torchaudio(), *devices(), *sound(), *back_ends()]
 
 
 def versions() -> list[Finding]:
@@ -96,6 +96,19 @@ def devices() -> list[Finding]:
     else:
         found.append(Finding("devices", "GPU", "absent", why_no_gpu()))
     return found
+
+
+def sound() -> list[Finding]:
+    """What reads sound files: libsndfile inside soundfile, and ffmpeg for what it cannot read."""
+    try:
+        soundfile = importlib.import_module("soundfile")
+        first = Finding("sound files", "libsndfile", "ok", f"{soundfile.__libsndfile_version__}: wav flac ogg mp3 aiff ...")
+    except Exception as error:  # ImportError, OSError (a broken libsndfile)
+        reason = " ".join(str(error).split())[:160]
+        first = Finding("sound files", "libsndfile", "problem", f"import fails: {reason}", "pip install soundfile")
+    program = shutil.which("ffmpeg")
+    detail = f"{program}: m4a aac wma ..." if program else "not on PATH; needed for m4a, aac, wma and others only"
+    return [first, Finding("sound files", "ffmpeg", "ok" if program else "absent", detail)]
 
 
 def why_no_gpu() -> str:

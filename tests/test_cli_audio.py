@@ -256,6 +256,18 @@ def test_help_shows_an_example(words):
     assert result.exit_code == 0 and "Example:" in result.stdout
 
 
+def test_doctor_says_what_reads_sound(tmp_path, monkeypatch):
+    from seqlab.doctor import sound
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    library, program = sound()
+    assert library.status == "ok" and "flac" in library.detail
+    assert program.status == "absent" and "m4a" in program.detail
+    (tmp_path / "ffmpeg").write_text("#!/bin/sh\n")
+    (tmp_path / "ffmpeg").chmod(0o755)
+    assert sound()[1].status == "ok"
+
+
 @pytest.fixture(scope="module")
 def dna(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dna")
