@@ -161,7 +161,8 @@ def prepare_labelled(
             offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
             names = [name for name, keep in zip(names, kept) if keep]
             label_array, split, key_array = label_array[kept], split[kept], key_array[kept]
-            digest = hashlib.sha256((directory / "tokens.bin").read_bytes())
+            with open(directory / "tokens.bin", "rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
         arrays = {"offsets": np.array(offsets, np.int64), "labels": label_array, "split": split, "keys": key_array}
         for name, array in arrays.items():
             with open(directory / f"{name}.npy", "wb") as file:

@@ -164,6 +164,7 @@ class ClassificationTask:
             data=replace(config.data, max_length=limit),
             train=replace(config.train, max_steps=steps, validate_every=max(1, an_epoch, math.ceil(steps / 40))),
         )
+        self._order = (-1, np.empty(0, np.int64))  # of the epoch that is being dealt out: it and its shuffled rows
         self.class_weight = self._class_weight()
         by_error = config.select_by == "error" and store.kind != "regression"
         self.metric = (
@@ -202,8 +203,10 @@ class ClassificationTask:
         rows = np.empty(size, np.int64)
         for epoch in range(int(positions[0]) // n, int(positions[-1]) // n + 1):
             mine = positions // n == epoch
-            rng = np.random.Generator(np.random.Philox(key=step_seed(self.config.train.seed, "epoch", epoch)))
-            rows[mine] = self.train_rows[rng.permutation(n)][positions[mine] % n]
+            if self._order[0] != epoch:
+                rng = np.random.Generator(np.random.Philox(key=step_seed(self.config.train.seed, "epoch", epoch)))
+                self._order = epoch, self.train_rows[rng.permutation(n)]
+            rows[mine] = self._order[1][positions[mine] % n]
         return rows
 
     def train_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:

@@ -150,16 +150,20 @@ def kmer_baseline(
     ks: Sequence[int] = K_MERS,
     strands: Sequence[bool] = (True, False),
     penalties: Sequence[float] = PENALTIES,
+    max_bytes: int = 16 << 30,
     progress: Callable[[int, int], None] | None = None,
 ) -> BaselineResult:
     """Logistic regression (multi-label: one per label; regression: ridge) on standardised k-mer frequencies.
 
     k, counting both strands or one (`strands`), and the penalty are those with the best validation score: accuracy, then
     log loss; multi-label log loss; regression squared error. A sequence without any k-mer (shorter than k, all N) has
-    frequencies 0.
+    frequencies 0. A k whose tables would need more than `max_bytes` is left out, and `detail` says so.
     """
     started = time.perf_counter()
     parts = [train, valid, test]
+    affordable = [k for k in ks if 3 * 4 * 4**k * sum(map(len, parts)) <= max_bytes] or [min(ks)]
+    limit = "" if len(affordable) == len(ks) else f" (k to {max(affordable)} only: memory)"
+    ks = affordable
     best: tuple[tuple, str, Any] | None = None
     trials = [(k, both) for k in ks for both in strands]
     for done, (k, both) in enumerate(trials):
@@ -175,7 +179,7 @@ def kmer_baseline(
             score = _validation_score(valid.labels, predict(features[1]), kind)
             if best is None or score > best[0]:
                 strand = "both strands" if both else "one strand"
-                best = score, f"k = {k}, {strand}, C = {penalty:g}", predict(features[2])
+                best = score, f"k = {k}, {strand}, C = {penalty:g}{limit}", predict(features[2])
         if progress is not None:
             progress(done + 1, len(trials))
     score, detail, predictions = best

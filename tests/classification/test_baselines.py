@@ -179,6 +179,12 @@ def test_a_class_without_training_sequences_has_probability_zero():
     assert (result.predictions[:, 2] == 0).all()
 
 
+def test_a_k_that_does_not_fit_into_memory_is_left_out_and_named():
+    train, valid, test = (planted(30, "binary", seed) for seed in range(3))
+    result = kmer_baseline(train, valid, test, "binary", 2, ks=(1, 2, 5), penalties=(1.0,), max_bytes=100_000)
+    assert "(k to 2 only: memory)" in result.detail
+
+
 def test_shapes_are_checked():
     good = sequences(["ACGT", "AC"])
     for tokens, lengths, labels in [
