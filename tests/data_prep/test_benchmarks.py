@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from data_prep.benchmarks import find_benchmarks, prepare_benchmark, species_sou
 from seqlab.classification import published
 from seqlab.classification.dataset import LabelledStore
 from seqlab.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "classification"
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder shared/data is not here")
 
 
 def bases(rng, n=30):
@@ -167,3 +171,28 @@ def test_without_pyarrow_parquet_says_what_to_type(tmp_path, monkeypatch):
         (tmp_path / "H4" / f"{split}.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="pip install pyarrow"):
         stores("nucleotide-transformer", tmp_path, tmp_path / "out")
+
+
+# -- real files ----------------------------------------------------------------------------------------------------
+@needs_data
+def test_a_real_sample_of_the_revised_tasks(tmp_path):
+    """The sample is one table; as both train and test it is a benchmark in which everything leaks, which is reported."""
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.tsv.gz").write_bytes((SHARED / "nt_tasks_sample1500.tsv.gz").read_bytes())
+    found = find_benchmarks("nucleotide-transformer", tmp_path)
+    assert len(found) == 18
+    made = stores("nucleotide-transformer", tmp_path, tmp_path / "out", ("promoter_tata", "splice_sites_all"))
+    store = made["splice_sites_all"]
+    assert store.classes == ["0", "1", "2"] and len(store) == 2 * 503 and set(store.lengths) == {600}
+    assert store.manifest["duplicates"]["leaking"] == 503 and len(made["promoter_tata"]) == 18
+
+
+@needs_data
+def test_a_real_genomic_benchmark_as_csv(tmp_path):
+    rows = gzip.decompress((SHARED / "gb_human_nontata_promoters.test.csv.gz").read_bytes()).decode().splitlines()
+    (tmp_path / "human_nontata_promoters").mkdir()
+    for split, part in (("train", rows[1::2]), ("test", rows[2::2])):
+        (tmp_path / "human_nontata_promoters" / f"{split}.csv").write_text("\n".join([rows[0], *part]) + "\n")
+    store = stores("genomic-benchmarks", tmp_path, tmp_path / "out")["human_nontata_promoters"]
+    assert len(store) == 9034 and store.classes == ["0", "1"] and set(store.lengths) == {251}
+    assert np.bincount(store.labels).tolist() == [4119, 4915] and store.manifest["duplicates"]["leaking"] == 0
