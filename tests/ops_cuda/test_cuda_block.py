@@ -9,7 +9,7 @@ import torch
 from seqlab.backbones.bidirectional import BidirectionalMamba
 from seqlab.backbones.mamba import BackboneConfig, Block, Mamba, MixerState
 from seqlab.ops.block import cuda as fused
-from seqlab.ops.block import norm
+from seqlab.ops.block import rows
 from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.selective_scan import cuda as scan
 
@@ -25,7 +25,7 @@ def relative(a, r):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    for module in (conv, scan, norm):
+    for module in (conv, scan, rows):
         device = emulate.Device(module.SOURCE, module.KERNELS, 2, 2)
         monkeypatch.setattr(module, "_device", lambda x, device=device: device)
 
@@ -39,8 +39,8 @@ def test_norm(emulated, channels, wide, dtype, residual):
     x, weight = torch.randn(3, 11, channels).to(wide), torch.randn(channels)
     dy = torch.randn(3, 11, channels).to(dtype)
     more = torch.randn(3, 11, channels).to(wide) if residual else None
-    y = norm.forward(x, weight, 1e-5, dtype)
-    dx, dweight = norm.backward(dy, x, weight, 1e-5, more)
+    y = rows.norm_forward(x, weight, 1e-5, dtype)
+    dx, dweight = rows.norm_backward(dy, x, weight, 1e-5, more)
     assert y.dtype == dtype and dx.dtype == wide and dweight.dtype == FLOAT
     x64, w64 = x.double().requires_grad_(), weight.double().requires_grad_()
     y64 = torch.nn.functional.rms_norm(x64, (channels,), w64, 1e-5)
@@ -56,9 +56,26 @@ def test_norm(emulated, channels, wide, dtype, residual):
 def test_sum_of_rows(emulated, channels, wide, dtype):
     x, other = torch.randn(2, 21, channels).to(wide), torch.randn(2, 21, 2 * channels).to(dtype)[..., channels:]
     into = torch.full((2, 21, 2 * channels), 7.0, dtype=wide)
-    norm.add(x, other, into[..., channels:])
+    rows.add(x, other, into[..., channels:])
     assert torch.equal(into[..., channels:], (x.float() + other.float()).to(wide))
     assert torch.equal(into[..., :channels], torch.full_like(x, 7.0))
+
+
+@pytest.mark.parametrize("channels,dtype", ((8, HALF), (7, FLOAT)))
+def test_gate_of_two_scans(emulated, channels, dtype):
+    torch.manual_seed(0)
+    a, b, dy = (torch.randn(2, 21, channels).to(dtype) for _ in range(3))
+    wide = torch.randn(2, 21, 2 * channels).to(dtype)
+    z, dz = wide[..., channels:], torch.full_like(wide, 7.0)
+    s64, z64 = (a.double() + b.double()).requires_grad_(), z.double().requires_grad_()
+    y64 = s64 * torch.nn.functional.silu(z64)
+    y64.backward(dy.double())
+    s, y = rows.gate_forward(a.clone(), b.clone(), z)
+    ds, again = rows.gate_backward(dy.clone(), s, z, dz[..., channels:])
+    limit = {FLOAT: 1e-6, HALF: 6e-3}[dtype]
+    pairs = ((s, s64), (y, y64), (again, y64), (ds, s64.grad), (dz[..., channels:], z64.grad))
+    assert max(relative(found, exact) for found, exact in pairs) < limit
+    assert torch.equal(dz[..., :channels], torch.full_like(a, 7.0))
 
 
 def blocks(direction, dtype=FLOAT, **options):

@@ -3,7 +3,7 @@
 import pytest
 
 from seqlab.ops import nvrtc
-from seqlab.ops.block import norm
+from seqlab.ops.block import rows
 from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.decode import persistent
 from seqlab.ops.selective_scan import cuda as scan
@@ -45,9 +45,9 @@ def test_convolution_compiles(arch, values):
 @pytest.mark.parametrize("values", NORM)
 def test_norm_compiles(arch, values):
     defines = tuple(zip(("CHANNELS", "VEC", "BF16", "WIDE", "PAIRED"), values, strict=True))
-    image = nvrtc.compile_source(nvrtc.source(norm.SOURCE), nvrtc.options(defines, arch), norm.SOURCE)
+    image = nvrtc.compile_source(nvrtc.source(rows.SOURCE), nvrtc.options(defines, arch), rows.SOURCE)
     assert image[:4] == b"\x7fELF"
-    for kernel in norm.KERNELS:
+    for kernel in rows.KERNELS:
         assert kernel.encode() in image
 
 

@@ -31,15 +31,15 @@ def unavailable(x: Tensor, d_inner: int, d_state: int) -> str | None:
         return "nothing to compute"
     if os.environ.get(dispatch.ENVIRONMENT) not in (None, "", "auto", "cuda"):
         return f"{dispatch.ENVIRONMENT} asks for another back end"
-    from seqlab.ops.block import norm
+    from seqlab.ops.block import rows
     from seqlab.ops.causal_conv1d import cuda as conv
     from seqlab.ops.selective_scan import cuda as scan
 
     dtype = compute_dtype(x)
     if x.dtype not in (torch.float32, dtype):
         return f"the residual stream is {x.dtype} beside {dtype}"
-    if x.shape[2] > norm.WIDEST or d_state > scan.GROUP:
-        return f"it takes d_model up to {norm.WIDEST} and d_state up to {scan.GROUP}"
+    if x.shape[2] > rows.WIDEST or d_state > scan.GROUP:
+        return f"it takes d_model up to {rows.WIDEST} and d_state up to {scan.GROUP}"
     request = dispatch.Request("cuda", dtype, d_inner)
     return scan.unavailable(request) or conv.unavailable(request)
 

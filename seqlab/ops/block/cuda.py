@@ -3,8 +3,10 @@
     s = rms_norm(x);  (u | z) = s W_in;  for each direction:  c = silu(conv(u)),  (r | B | C) = c W_x,
     delta = r W_dt,  y = scan(c, delta, B, C, z);  out = x + (sum of y) W_out
 
-Kept for the backward pass: x, the sum of y, (r | B | C), and the scan's states every few hundred steps. s, (u | z), c and
-delta are made again. Gradients of both directions meet in one (du | dz), which goes through W_in once. Two dozen (b l d)
+Two directions share the gate z, which is then applied to the sum of their scans, in a pass of its own.
+
+Kept for the backward pass: x, y (of two directions: the sum before the gate), (r | B | C), and the scan's states every few
+hundred steps. s, (u | z), c and delta are made again. Gradients of both directions meet in one (du | dz), which goes through W_in once. Two dozen (b l d)
 tensors of the same block written as separate operators become five kept or passing at a time.
 """
 
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlab.ops import nvrtc
-from seqlab.ops.block import norm
+from seqlab.ops.block import rows
 from seqlab.ops.block.parameters import Direction
 from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.causal_conv1d import last_real_positions
@@ -122,13 +124,14 @@ def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight,
     """(out, conv state, ssm state, kept tensors)."""
     dtype = spec.dtype
     conv_state, ssm_state = _half(conv_state, dtype), _single(ssm_state)
-    normed = norm.forward(x, _single(norm_weight), spec.epsilon, dtype)
+    normed = rows.norm_forward(x, _single(norm_weight), spec.epsilon, dtype)
     xz = F.linear(normed, _half(in_weight, dtype), _half(in_bias, dtype))
     del normed
     u, z = xz.chunk(2, -1)
     directions = [Direction(*rest[7 * i : 7 * i + 7]) for i in range(len(spec.reverse))]
+    one = len(directions) == 1
     convolved = _convolved(spec, u, directions, conv_state, conv.real_positions(mask))
-    total, kept, after = None, [], (None, None)
+    outputs, kept, after = [], [], (None, None)
     segment = scan.segment_length(*u.shape) if spec.keep else 0
     for i, p in enumerate(directions):
         c = convolved.pop(0)
@@ -137,20 +140,22 @@ def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight,
         r, B, C = dbl.split([rank, states, states], -1)
         delta = F.linear(r, _half(p.dt_weight, dtype))
         y, final, snapshots = scan.forward(
-            c, delta, -torch.exp(_single(p.A_log)), B, C, _single(p.D), z, _single(p.dt_bias), ssm_state, mask, True,
-            spec.reverse[i], segment,
+            c, delta, -torch.exp(_single(p.A_log)), B, C, _single(p.D), z if one else None, _single(p.dt_bias),
+            ssm_state, mask, True, spec.reverse[i], segment,
         )  # fmt: skip
         del c, delta
-        total = y if total is None else norm.add(total, y, total)
+        outputs.append(y)
         if spec.keep:
             kept += [dbl, snapshots]
         if spec.return_state:
             after = (_conv_state(u, p.conv_weight.shape[1], conv_state, mask, spec.reverse[i]), final)
         del dbl, r, B, C, y
-    del xz, u, z
-    out = F.linear(total, _half(out_weight, dtype), _half(out_bias, dtype))
+    # Two directions share the gate: it is applied to their sum, which is kept.
+    total, y = (outputs[0], outputs[0]) if one else rows.gate_forward(*outputs, z)
+    del xz, u, z, outputs
+    out = F.linear(y, _half(out_weight, dtype), _half(out_bias, dtype))
     if spec.residual:
-        out = norm.add(x, out, torch.empty_like(x))
+        out = rows.add(x, out, torch.empty_like(x))
     return out, *after, [total, *kept] if spec.keep else []
 
 
@@ -161,18 +166,23 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     conv_state, ssm_state = _half(conv_state, dtype), _single(ssm_state)
     total = kept.pop(0)
     d_inner = out_weight.shape[1]
-    dout = dout.contiguous()
-    half = dout.to(dtype).flatten(0, 1)  # (rows d_model)
-    dy = (half @ _half(out_weight, dtype)).unflatten(0, (batch, length))
-    d_out_weight = weight_gradient(half, total.flatten(0, 1))
-    d_out_bias = None if out_bias is None else half.sum(0, dtype=torch.float32)
-    del half, total
-    normed = norm.forward(x, _single(norm_weight), spec.epsilon, dtype)
+    normed = rows.norm_forward(x, _single(norm_weight), spec.epsilon, dtype)
     w_in = _half(in_weight, dtype)
     xz = F.linear(normed, w_in, _half(in_bias, dtype))
     u, z = xz.chunk(2, -1)
     dxz = torch.empty_like(xz) if mask is None else torch.zeros_like(xz)
     du, dz = dxz.chunk(2, -1)
+    one = len(spec.reverse) == 1
+    dout = dout.contiguous()
+    half = dout.to(dtype).flatten(0, 1)  # (rows d_model)
+    dy = (half @ _half(out_weight, dtype)).unflatten(0, (batch, length))
+    if one:
+        y = total
+    else:
+        dy, y = rows.gate_backward(dy, total, z, dz)
+    d_out_weight = weight_gradient(half, y.flatten(0, 1))
+    d_out_bias = None if out_bias is None else half.sum(0, dtype=torch.float32)
+    del half, total, y
     directions = [Direction(*rest[7 * i : 7 * i + 7]) for i in range(len(spec.reverse))]
     real = conv.real_positions(mask)
     convolved, dcs, grads, d_ssm_state = _convolved(spec, u, directions, conv_state, real), [], [], None
@@ -184,17 +194,12 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
         r, B, C = dbl.split([rank, states, states], -1)
         delta = F.linear(r, w_dt)
         dc, ddelta, dA, dB, dC, dD, dz_here, d_dt_bias, d_ssm_state = scan.backward(
-            dy, dssm, c, delta, A, B, C, _single(p.D), z, _single(p.dt_bias), ssm_state, mask, snapshots, True,
-            spec.reverse[i], scan.segment_length(*u.shape),
+            dy, dssm, c, delta, A, B, C, _single(p.D), z if one else None, _single(p.dt_bias), ssm_state, mask,
+            snapshots, True, spec.reverse[i], scan.segment_length(*u.shape),
         )  # fmt: skip
         del delta
-        if len(directions) == 1:
+        if one:
             dz.copy_(dz_here)
-        elif i == 0:
-            dz_before = dz_here
-        else:
-            norm.add(dz_before, dz_here, dz)
-            del dz_before
         del dz_here
         ddelta = ddelta.flatten(0, 1)
         ddbl = torch.cat(((ddelta @ w_dt).unflatten(0, (batch, length)), dB, dC), -1).flatten(0, 1)
@@ -217,13 +222,13 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     del dy, xz, u, z
     if dconv is not None:
         _conv_state_backward(dconv, mask, spec.reverse[0], du, d_conv_state if conv_state is not None else None)
-    rows = dxz.flatten(0, 1)
-    d_in_weight = weight_gradient(rows, normed.flatten(0, 1))
-    d_in_bias = None if in_bias is None else rows.sum(0, dtype=torch.float32)
+    flat = dxz.flatten(0, 1)
+    d_in_weight = weight_gradient(flat, normed.flatten(0, 1))
+    d_in_bias = None if in_bias is None else flat.sum(0, dtype=torch.float32)
     del normed
-    d_normed = (rows @ w_in).view(x.shape)
-    del dxz, du, dz, rows
-    dx, d_norm_weight = norm.backward(d_normed, x, _single(norm_weight), spec.epsilon, dout if spec.residual else None)
+    d_normed = (flat @ w_in).view(x.shape)
+    del dxz, du, dz, flat
+    dx, d_norm_weight = rows.norm_backward(d_normed, x, _single(norm_weight), spec.epsilon, dout if spec.residual else None)
     return [
         dx, None, None if conv_state is None else d_conv_state, None if ssm_state is None else d_ssm_state, d_norm_weight,
         d_in_weight, d_in_bias, d_out_weight, d_out_bias, *grads,

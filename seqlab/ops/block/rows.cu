@@ -1,23 +1,25 @@
-// RMSNorm over the channels of a row, and its gradient added to the gradient of the residual stream: bound by memory.
+// What a block does row by row: RMSNorm, its gradient added to that of the residual stream, sums, gates. Bound by memory.
 //
-//     y = x r w,  r = 1 / sqrt(mean(x^2) + eps)
-//     dx = residual + r (g - x r mean(g x r)),  g = dy w          dw = sum over rows of dy x r
+//     norm: y = x r w,  r = 1 / sqrt(mean(x^2) + eps)
+//           dx = residual + r (g - x r mean(g x r)),  g = dy w          dw = sum over rows of dy x r
+//     gate: y = (x + other) silu(z)
 //
-// A warp owns a row, VEC neighbouring channels a lane at a time, all of it in registers; r is made again in the backward
-// pass, so nothing is kept for it. dw: every warp adds up the rows it meets, then norm_reduce adds the warps in order.
+// Norm: a warp owns a row, VEC neighbouring channels a lane at a time, all of it in registers; r is made again in the
+// backward pass, so nothing is kept for it. dw: every warp adds up the rows it meets, then norm_reduce adds the warps in
+// order. The rest: VEC neighbouring channels a thread, four of its pieces on their way at a time; rows may lie any distance
+// apart, so that the halves of a projection's output are read and written in place.
 //
-// Set from outside: CHANNELS, VEC (4, or 1 where CHANNELS is no multiple of 4), BF16 (y and dy), WIDE (1: x, residual and
-// dx are float, 0: like y), PAIRED (ignored).
+// Set from outside: CHANNELS, VEC (4, or 1 where rows are not aligned to 4), BF16 (type of y, dy, other, z), WIDE (1: x,
+// residual and dx are float, 0: like y), PAIRED (ignored).
 
 struct Params {
     const void *x, *residual;       // (rows d); residual may be 0
-    const elem* other;              // (rows d): what add_rows adds to x
-    i64 x_t, other_t, dx_t;         // of add_rows: elements from row to row
-    const elem* dy;                 // (rows d)
+    const elem *dy, *other, *z;     // (rows d)
     const float* weight;            // (d)
-    elem* y;                        // (rows d)
+    elem *y, *dz;                   // (rows d)
     void* dx;                       // (rows d)
     float *partial, *dweight;       // (warps d), (d)
+    i64 x_t, other_t, dx_t, z_t, dz_t;  // elements from row to row; norms and what is not named here: d
     i64 rows, warps, epsilon;       // epsilon: the bits of a float
 };
 
@@ -129,28 +131,107 @@ KERNEL BOUNDS(128, 1) norm_backward(const Params p) {
     store_row(p.partial + first * CHANNELS, dw, lane);
 }
 
-// dx = x + other, row by row, rows any distance apart. Four of a thread's sums are on their way at a time.
-KERNEL BOUNDS(128, 1) add_rows(const Params p) {
-    const int groups = CHANNELS / VEC;
-    const i64 all = p.rows * groups, stride = (i64)gridDim.x * 128;
-    for (i64 first = (i64)blockIdx.x * 128 + threadIdx.x; first < all; first += 4 * stride) {
-        Vec<wide> a[4];
-        Vec<elem> b[4];
+#define PIECES 4
+#define GROUPS (CHANNELS / VEC)
+// A thread's pieces: where each is, and whether it is there.
+struct Piece {
+    i64 row;
+    int c;
+    bool there;
+};
+DEVICE Piece piece(const Params& p, i64 i) {
+    Piece q;
+    q.there = i < p.rows * GROUPS;
+    q.row = i / GROUPS;
+    q.c = (int)(i % GROUPS) * VEC;
+    return q;
+}
+template <class T> DEVICE Vec<T> get(const T* base, i64 row_t, const Piece& q) {
+    Vec<T> zero = {};
+    return q.there ? *(const Vec<T>*)(base + q.row * row_t + q.c) : zero;
+}
+template <class T> DEVICE void put(T* base, i64 row_t, const Piece& q, const float (&v)[VEC]) {
+    Vec<T> raw;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const i64 i = first + j * stride, row = i / groups, c = i % groups * VEC;
-            if (i >= all) continue;
-            a[j] = *(const Vec<wide>*)((const wide*)p.x + row * p.x_t + c);
-            b[j] = *(const Vec<elem>*)(p.other + row * p.other_t + c);
+    for (int e = 0; e < VEC; e++) round_to(raw.e[e], v[e]);
+    if (q.there) *(Vec<T>*)(base + q.row * row_t + q.c) = raw;
+}
+#define FOR_PIECES(first) for (i64 first = (i64)blockIdx.x * 128 + threadIdx.x; first < p.rows * GROUPS; first += (i64)gridDim.x * 128 * PIECES)
+
+// dx = x + other
+KERNEL BOUNDS(128, 1) add_rows(const Params p) {
+    FOR_PIECES(first) {
+        Piece q[PIECES];
+        Vec<wide> a[PIECES];
+        Vec<elem> b[PIECES];
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
+            q[j] = piece(p, first + (i64)j * gridDim.x * 128);
+            a[j] = get((const wide*)p.x, p.x_t, q[j]);
+            b[j] = get(p.other, p.other_t, q[j]);
         }
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const i64 i = first + j * stride, row = i / groups, c = i % groups * VEC;
-            if (i >= all) continue;
-            Vec<wide> sum;
+        for (int j = 0; j < PIECES; j++) {
+            float v[VEC];
 #pragma unroll
-            for (int e = 0; e < VEC; e++) round_to(sum.e[e], as_float(a[j].e[e]) + as_float(b[j].e[e]));
-            *(Vec<wide>*)((wide*)p.dx + row * p.dx_t + c) = sum;
+            for (int e = 0; e < VEC; e++) v[e] = as_float(a[j].e[e]) + as_float(b[j].e[e]);
+            put((wide*)p.dx, p.dx_t, q[j], v);
+        }
+    }
+}
+
+// dx = x + other, y = dx silu(z); all in the data's type.
+KERNEL BOUNDS(128, 1) gate_forward(const Params p) {
+    FOR_PIECES(first) {
+        Piece q[PIECES];
+        Vec<elem> a[PIECES], b[PIECES], z[PIECES];
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
+            q[j] = piece(p, first + (i64)j * gridDim.x * 128);
+            a[j] = get((const elem*)p.x, CHANNELS, q[j]);
+            b[j] = get(p.other, CHANNELS, q[j]);
+            z[j] = get(p.z, p.z_t, q[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
+            float s[VEC], y[VEC];
+#pragma unroll
+            for (int e = 0; e < VEC; e++) {
+                const float g = as_float(z[j].e[e]);
+                s[e] = as_float(a[j].e[e]) + as_float(b[j].e[e]);
+                y[e] = s[e] * g * sigmoid(g);
+            }
+            put((elem*)p.dx, CHANNELS, q[j], s);
+            put(p.y, CHANNELS, q[j], y);
+        }
+    }
+}
+
+// From x, the sum before the gate: y again, its gradient dx, that of z.
+KERNEL BOUNDS(128, 1) gate_backward(const Params p) {
+    FOR_PIECES(first) {
+        Piece q[PIECES];
+        Vec<elem> a[PIECES], d[PIECES], z[PIECES];
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
+            q[j] = piece(p, first + (i64)j * gridDim.x * 128);
+            a[j] = get((const elem*)p.x, CHANNELS, q[j]);
+            d[j] = get(p.dy, CHANNELS, q[j]);
+            z[j] = get(p.z, p.z_t, q[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
+            float ds[VEC], dz[VEC], y[VEC];
+#pragma unroll
+            for (int e = 0; e < VEC; e++) {
+                const float g = as_float(z[j].e[e]), f = sigmoid(g), s = as_float(a[j].e[e]), dy = as_float(d[j].e[e]);
+                y[e] = s * g * f;
+                ds[e] = dy * g * f;
+                dz[e] = dy * s * f * (1.f + g * (1.f - f));
+            }
+            put((elem*)p.dx, CHANNELS, q[j], ds);
+            put(p.dz, p.dz_t, q[j], dz);
+            put(p.y, CHANNELS, q[j], y);
         }
     }
 }

@@ -1,6 +1,7 @@
-"""RMSNorm and sums of rows on NVIDIA GPUs: the kernels of norm.cu. Reference and path of every other device: torch's own rms_norm.
+"""What a block does row by row on NVIDIA GPUs, the kernels of rows.cu: RMSNorm, sums, gates. Reference and path of every
+other device: torch's own functions, as seqlab/backbones/mamba.py writes them.
 
-The gradient is added to that of the residual stream in the same pass, and nothing is kept for the backward pass.
+The gradient of the norm is added to that of the residual stream in the same pass, and nothing is kept for the backward pass.
 Deterministic.
 """
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from seqlab.ops import nvrtc
 
-SOURCE = "block/norm.cu"
-KERNELS = ("norm_forward", "norm_backward", "norm_reduce", "add_rows")
+SOURCE = "block/rows.cu"
+KERNELS = ("norm_forward", "norm_backward", "norm_reduce", "add_rows", "gate_forward", "gate_backward")
 WIDEST = 4096
 """Channels a warp can hold in registers."""
 BLOCKS = 16
@@ -58,7 +59,7 @@ def _prepare(x: Tensor, dtype: torch.dtype, weight: Tensor, epsilon: float):
     return device.module(defines), p, blocks
 
 
-def forward(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+def norm_forward(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
     """x (... d), contiguous, normalised over d: `dtype` is x's, or bfloat16 beside float32. weight (d) float32."""
     module, p, blocks = _prepare(x, dtype, weight, epsilon)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -67,7 +68,9 @@ def forward(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Te
     return y
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Gradient of x, to which `residual` (like x) is added if given, and of the weight (float32)."""
     module, p, blocks = _prepare(x, dy.dtype, weight, epsilon)
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
@@ -79,21 +82,48 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Te
     return dx, dweight
 
 
+def _piecewise(kernel: str, x: Tensor, dtype: torch.dtype, rows: tuple[Tensor, ...], **fields: int) -> None:
+    """Launch a kernel of pieces on x and whatever else `fields` point to; `rows` are all tensors it reads or writes."""
+    device = _device(x)
+    aligned = x.shape[-1] % 4 == 0 and all(
+        t.stride(1) % 4 == 0 and t.data_ptr() % (4 * t.element_size()) == 0 for t in rows
+    )
+    vector = 4 if aligned else 1
+    p = nvrtc.params_type(SOURCE)()
+    p.x, p.rows = x.data_ptr(), x.shape[0] * x.shape[1]
+    for name, value in fields.items():
+        setattr(p, name, value)
+    blocks = min(math.ceil(p.rows * x.shape[2] / (512 * vector)), BLOCKS * device.multiprocessors)
+    device.module(_defines(x, dtype, vector)).launch(kernel, blocks, 128, 0, p)
+
+
 def add(x: Tensor, other: Tensor, into: Tensor) -> Tensor:
     """into = x + other, all (b l d) with neighbouring channels; `into` is like x and may be x, `other` x's dtype or bfloat16.
 
     Rows may lie anywhere (a half of a projection's output), where torch's own addition is three times slower.
     """
-    device = _device(x)
-    aligned = x.shape[-1] % 4 == 0 and all(
-        t.stride(1) % 4 == 0 and t.data_ptr() % (4 * t.element_size()) == 0 for t in (x, other, into)
-    )
-    defines = _defines(x, other.dtype, 4 if aligned else 1)
-    p = nvrtc.params_type(SOURCE)()
-    p.x, p.other, p.dx = x.data_ptr(), other.data_ptr(), into.data_ptr()
-    p.x_t, p.other_t, p.dx_t = x.stride(1), other.stride(1), into.stride(1)
-    p.rows = x.shape[0] * x.shape[1]
-    pieces = p.rows * x.shape[2] // (4 if aligned else 1)
-    blocks = min(math.ceil(pieces / 512), BLOCKS * device.multiprocessors)
-    device.module(defines).launch("add_rows", blocks, 128, 0, p)
+    _piecewise(
+        "add_rows", x, other.dtype, (x, other, into),
+        x_t=x.stride(1), other=other.data_ptr(), other_t=other.stride(1), dx=into.data_ptr(), dx_t=into.stride(1),
+    )  # fmt: skip
     return into
+
+
+def gate_forward(x: Tensor, other: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """s = x + other, which takes x's place, and s silu(z), which takes other's; (b l d), z's rows anywhere."""
+    _piecewise(
+        "gate_forward", x, x.dtype, (x, other, z),
+        other=other.data_ptr(), z=z.data_ptr(), z_t=z.stride(1), dx=x.data_ptr(), y=other.data_ptr(),
+    )  # fmt: skip
+    return x, other
+
+
+def gate_backward(dy: Tensor, s: Tensor, z: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+    """From s and the gradient of y = s silu(z): that of s, which takes dy's place, and y; that of z goes into `dz`."""
+    y = torch.empty_like(s)
+    _piecewise(
+        "gate_backward", s, s.dtype, (s, dy, z, dz, y),
+        dy=dy.data_ptr(), z=z.data_ptr(), z_t=z.stride(1), dz=dz.data_ptr(), dz_t=dz.stride(1), dx=dy.data_ptr(),
+        y=y.data_ptr(),
+    )  # fmt: skip
+    return dy, y
