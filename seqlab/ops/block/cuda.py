@@ -3,7 +3,7 @@
     s = rms_norm(x);  (u | z) = s W_in;  for each direction:  c = silu(conv(u)),  (r | B | C) = c W_x,
     delta = r W_dt,  y = scan(c, delta, B, C, z);  out = x + (sum of y) W_out
 
-Two directions share the gate z, which is then applied to the sum of their scans, in a pass of its own.
+Two directions share the gate z, which is then applied to the sum of their scans, in a pass of its own (Spec.gate_after).
 
 Kept for the backward pass: x, y (of two directions: the sum before the gate), (r | B | C), and the scan's states every few
 hundred steps. s, (u | z), c and delta are made again. Gradients of both directions meet in one (du | dz), which goes through W_in once. Two dozen (b l d)
@@ -34,6 +34,9 @@ class Spec:
     dtype: torch.dtype  # of matrix products and (b l d) tensors: bfloat16 or float32
     return_state: bool  # also the states that continue the sequence (one direction)
     keep: bool  # for the backward pass
+    # Two directions: apply the gate they share once, to their sum, which is kept in place of the gated one. Faster; without
+    # it the output of the scans is kept as it goes into W_out.
+    gate_after: bool = True
 
 
 def _half(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -129,7 +132,7 @@ def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight,
     del normed
     u, z = xz.chunk(2, -1)
     directions = [Direction(*rest[7 * i : 7 * i + 7]) for i in range(len(spec.reverse))]
-    one = len(directions) == 1
+    after_sum = spec.gate_after and len(directions) == 2
     convolved = _convolved(spec, u, directions, conv_state, conv.real_positions(mask))
     outputs, kept, after = [], [], (None, None)
     segment = scan.segment_length(*u.shape) if spec.keep else 0
@@ -140,7 +143,7 @@ def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight,
         r, B, C = dbl.split([rank, states, states], -1)
         delta = F.linear(r, _half(p.dt_weight, dtype))
         y, final, snapshots = scan.forward(
-            c, delta, -torch.exp(_single(p.A_log)), B, C, _single(p.D), z if one else None, _single(p.dt_bias),
+            c, delta, -torch.exp(_single(p.A_log)), B, C, _single(p.D), None if after_sum else z, _single(p.dt_bias),
             ssm_state, mask, True, spec.reverse[i], segment,
         )  # fmt: skip
         del c, delta
@@ -150,8 +153,10 @@ def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight,
         if spec.return_state:
             after = (_conv_state(u, p.conv_weight.shape[1], conv_state, mask, spec.reverse[i]), final)
         del dbl, r, B, C, y
-    # Two directions share the gate: it is applied to their sum, which is kept.
-    total, y = (outputs[0], outputs[0]) if one else rows.gate_forward(*outputs, z)
+    if after_sum:
+        total, y = rows.gate_forward(*outputs, z)
+    else:
+        total = y = outputs[0] if len(outputs) == 1 else rows.add(*outputs, outputs[0])
     del xz, u, z, outputs
     out = F.linear(y, _half(out_weight, dtype), _half(out_bias, dtype))
     if spec.residual:
@@ -172,14 +177,14 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     u, z = xz.chunk(2, -1)
     dxz = torch.empty_like(xz) if mask is None else torch.zeros_like(xz)
     du, dz = dxz.chunk(2, -1)
-    one = len(spec.reverse) == 1
+    after_sum = spec.gate_after and len(spec.reverse) == 2
     dout = dout.contiguous()
     half = dout.to(dtype).flatten(0, 1)  # (rows d_model)
     dy = (half @ _half(out_weight, dtype)).unflatten(0, (batch, length))
-    if one:
-        y = total
-    else:
+    if after_sum:
         dy, y = rows.gate_backward(dy, total, z, dz)
+    else:
+        y = total
     d_out_weight = weight_gradient(half, y.flatten(0, 1))
     d_out_bias = None if out_bias is None else half.sum(0, dtype=torch.float32)
     del half, total, y
@@ -194,12 +199,12 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
         r, B, C = dbl.split([rank, states, states], -1)
         delta = F.linear(r, w_dt)
         dc, ddelta, dA, dB, dC, dD, dz_here, d_dt_bias, d_ssm_state = scan.backward(
-            dy, dssm, c, delta, A, B, C, _single(p.D), z if one else None, _single(p.dt_bias), ssm_state, mask,
+            dy, dssm, c, delta, A, B, C, _single(p.D), None if after_sum else z, _single(p.dt_bias), ssm_state, mask,
             snapshots, True, spec.reverse[i], scan.segment_length(*u.shape),
         )  # fmt: skip
         del delta
-        if one:
-            dz.copy_(dz_here)
+        if not after_sum:
+            dz.copy_(dz_here) if i == 0 else rows.add(dz, dz_here, dz)
         del dz_here
         ddelta = ddelta.flatten(0, 1)
         ddbl = torch.cat(((ddelta @ w_dt).unflatten(0, (batch, length)), dB, dC), -1).flatten(0, 1)
