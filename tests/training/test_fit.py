@@ -199,29 +199,33 @@ def test_devices_that_are_not_there():
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """DDP over gloo: two ranks with half of the rows each end at the weights of one rank with all of them."""
+    """DDP over gloo: two ranks with half of the rows each end at the weights of one rank with all of them, also where
+    gradients are made of many backward passes that DDP does not watch."""
     script = (
         "import sys; sys.path[:0] = [%r, %r]\n"
         "from pathlib import Path\nfrom toy import ToyTask\n"
         "from seqlab.training.fit import fit\nfrom seqlab.training.module import TrainConfig\n"
         "from seqlab.training.optim import OptimConfig\n"
-        "c = TrainConfig(max_steps=5, validate_every=5, accelerator='cpu', devices=int(sys.argv[2]), ema_decay=0.5)\n"
+        "c = TrainConfig(max_steps=5, validate_every=5, accelerator='cpu', devices=int(sys.argv[2]), ema_decay=0.5,\n"
+        "                memory=sys.argv[3], chunk_tokens=5 if sys.argv[3] == 'chunked' else None)\n"
         "fit(ToyTask(c, dropout=0.0, uneven=True), OptimConfig(lr=1e-2), c, Path(sys.argv[1]))\n"
     ) % (str(ROOT), str(Path(__file__).parent))
     path = tmp_path / "train.py"
     path.write_text(script)
-    for n in (1, 2):
+    runs = {"one": ("1", "auto"), "two": ("2", "auto"), "pieces": ("2", "chunked")}
+    for name, options in runs.items():
         done = subprocess.run(
-            [sys.executable, str(path), str(tmp_path / str(n)), str(n)],
+            [sys.executable, str(path), str(tmp_path / name), *options],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=240,
         )
         assert done.returncode == 0, done.stderr[-2000:]
-    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5, msg=name)
+    one = weights(tmp_path / "one")
+    for name in ("two", "pieces"):
+        for key, value in weights(tmp_path / name).items():
+            torch.testing.assert_close(value, one[key], rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
 
 
 def test_weight_decay_spares_norms_biases_and_the_state_matrix():
