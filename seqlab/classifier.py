@@ -38,7 +38,7 @@ class ClassifierConfig(BackboneConfig):
 
     vocab_size: int = 16  # 12 symbols, padded to a multiple of 8
     strand: Literal["none", "augment", "average", "equivariant"] = "average"
-    pooling: Literal["mean", "max", "last"] = "mean"
+    pooling: Literal["mean", "max", "last", "centre"] = "mean"
     length_scale: bool = False  # pooling: mean; learn how much surer to be of longer sequences
     kmer: int = 0  # DNA: beside each base, an embedding of the k-mer that ends there; 0: none
 
@@ -50,6 +50,11 @@ class ClassifierConfig(BackboneConfig):
             raise ValueError(f"length_scale: true needs pooling: mean, got pooling: {self.pooling}")
         if self.kmer and not 2 <= self.kmer <= 10:
             raise ValueError(f"kmer: must be 0 (none) or lie in 2 .. 10, got {self.kmer}")
+        if self.pooling == "centre" and self.direction == "causal":
+            raise ValueError(
+                "pooling: centre needs direction: bidirectional (the middle of a causal model has seen half of the sequence); "
+                "use pooling: mean or last"
+            )
         if self.pooling == "last" and self.direction == "bidirectional":
             raise ValueError(
                 "pooling: last needs direction: causal (the last position of a bidirectional model is no better than any "

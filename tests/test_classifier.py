@@ -36,6 +36,7 @@ KINDS = [
     dict(kmer=3),
     dict(direction="bidirectional"),
     dict(direction="bidirectional", pooling="max", strand="equivariant"),
+    dict(direction="bidirectional", pooling="centre", strand="equivariant"),
 ]
 
 
@@ -149,6 +150,7 @@ def test_length_scale_changes_confidence_not_decisions():
 
 @pytest.mark.parametrize("bad,word", [
     (dict(pooling="last", direction="bidirectional"), "causal"),
+    (dict(pooling="centre"), "bidirectional"),
     (dict(pooling="max", length_scale=True), "mean"),
     (dict(vocab_size=0), "vocab_size"),
     (dict(kmer=1), "kmer"),
@@ -203,3 +205,15 @@ def test_a_frozen_backbone_trains_its_head_alone():
     model(sequence(20)).sum().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {"head.linear.weight", "head.linear.bias"}
+
+
+@pytest.mark.parametrize("length, places", [(1, (0, 0)), (6, (2, 3)), (7, (3, 3))])
+def test_the_centre_is_the_middle_of_the_real_positions(length, places):
+    head = ClassificationHead(3, 2, "centre")
+    features = torch.arange(30.0).reshape(1, 10, 3)
+    pooled = head.pool(features, torch.arange(10)[None] < length)
+    assert torch.equal(pooled.value[0], features[0, list(places)].mean(0).double())
+    if length == 6:
+        assert torch.equal(pooled.value, head.pool(features[:, :6]).value)
+    with pytest.raises(ValueError, match="whole sequence"):
+        head.pool(features, None, pooled)

@@ -4,6 +4,9 @@
             every position says for itself: evidence adds up, and a longer sequence is only less noisy.
     max     the largest value of each feature over real positions
     last    the features of the last real position (of a causal backbone: it has seen everything)
+    centre  the features in the middle of the sequence (the mean of the two middle ones where its length is even), for
+            sequences that were cut around what is to be judged: of a bidirectional backbone, which has seen everything
+            there and from where it is. It needs the whole sequence at once.
 
 A head pools with `pool`, piece by piece, and answers with `forward`; padding (mask False) changes nothing.
 """
@@ -15,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Pooling = Literal["mean", "max", "last"]
+Pooling = Literal["mean", "max", "last", "centre"]
 
 
 class Pooled(NamedTuple):
     """What a head remembers of the pieces so far."""
 
-    value: Tensor  # (b d_model) float64: sum, maximum, or the last real position's features
+    value: Tensor  # (b d_model) float64: sum, maximum, or the features of the last real position or the middle
     count: Tensor  # (b) float64: real positions
 
 
@@ -60,6 +63,11 @@ class ClassificationHead(nn.Module):
             value = value.amax(1).double()
             if before is not None:
                 value = torch.maximum(before.value, value)
+        elif self.pooling == "centre":
+            if before is not None:
+                raise ValueError("pooling: centre needs the whole sequence at once")
+            middle = torch.stack([(count - 1) / 2, count / 2], 1).long().clamp(min=0)  # (b 2), equal for an odd length
+            value = features.gather(1, middle[..., None].expand(-1, -1, features.shape[2])).mean(1).double()
         else:
             if mask is None:
                 value = features[:, -1].double()
@@ -80,8 +88,8 @@ class ClassificationHead(nn.Module):
     def prefixes(self, features: Tensor, ends: Tensor, mask: Tensor | None = None) -> Tensor:
         """Outputs (b k n_outputs) for the first ends[j] positions of each row: features (b l d_model) of a causal
         backbone, ends (k) in 1 .. l. A row with fewer real positions (padded on the right) answers for all it has."""
-        if self.pooling == "max":
-            raise ValueError("pooling: max has no outputs for prefixes; use mean or last")
+        if self.pooling in ("max", "centre"):
+            raise ValueError(f"pooling: {self.pooling} has no outputs for prefixes; use mean or last")
         features, ends = features.float(), ends.to(features.device)
         with torch.autocast(features.device.type, enabled=False):
             if self.pooling == "last":

@@ -89,14 +89,15 @@ class Predictor:
 
     def _strand(self, sequence: np.ndarray) -> Tensor:
         state = None
+        piece = len(sequence) if self.model.head.pooling == "centre" else self.piece  # the centre needs the whole
         with self._autocast():
-            for at in range(0, len(sequence), self.piece):
-                part = sequence[at : at + self.piece]
-                width = min(padded_length(len(part)), self.piece)
+            for at in range(0, len(sequence), piece):
+                part = sequence[at : at + piece]
+                width = min(padded_length(len(part)), piece)
                 ids = np.full((1, width), nucleotide.PAD, np.uint8)
                 ids[0, : len(part)] = part
                 mask = None if width == len(part) else torch.from_numpy(np.arange(width)[None] < len(part)).to(self.device)
-                more = at + self.piece < len(sequence)
+                more = at + piece < len(sequence)
                 state = self.model.feed(torch.from_numpy(ids).to(self.device), mask, state, more=more)
             return self.model.finish(state)
 

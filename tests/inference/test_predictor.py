@@ -24,6 +24,7 @@ def sequences(lengths, seed=0):
 
 
 KINDS = [dict(), dict(pooling="last"), dict(direction="bidirectional"), dict(strand="none")]
+CENTRE = dict(direction="bidirectional", pooling="centre")
 
 
 @pytest.mark.parametrize("kind", [dict(), dict(direction="bidirectional")], ids=str)
@@ -51,7 +52,7 @@ def test_answers_are_the_models_own(kind):
             assert np.allclose(model(torch.from_numpy(sequence)[None])[0], answer, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if "direction" not in k], ids=str)
+@pytest.mark.parametrize("kind", [k for k in KINDS if "direction" not in k] + [CENTRE], ids=str)
 def test_long_sequences_in_pieces_are_the_whole(kind):
     model = classifier(**kind)
     (sequence,) = sequences([1000])
