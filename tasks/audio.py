@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -247,8 +247,12 @@ class AudioModeling:
 
     # -- loss ------------------------------------------------------------------------------------------------------
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits, _ = model(batch["ids"], return_state=False, **classes_of(batch))
-        return weighted_cross_entropy(logits, batch["target"], batch["weight"])
+        return self.piece(model, batch, 0, batch["ids"].shape[1], None, False)[:2]
+
+    def piece(self, model: nn.Module, batch: Batch, start: int, stop: int, state: Any, more: bool) -> tuple[Tensor, Tensor, Any]:
+        part = slice(start, stop)
+        logits, state = model(batch["ids"][:, part], state, return_state=more, **classes_of(batch))
+        return *weighted_cross_entropy(logits, batch["target"][:, part], batch["weight"][:, part]), state
 
     def weight(self, batch: Batch) -> float:
         return batch["weight"].sum().item()

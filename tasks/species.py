@@ -298,6 +298,26 @@ class SpeciesTask:
             result = result + loss.language_model * len(label) * self._language_loss(model, features, batch)
         return result, total
 
+    @property
+    def piece(self) -> Callable | None:
+        """For sequences in pieces (seqlab/training/task.py), where the loss is that of the whole window's outputs alone."""
+        return None if self.asks_prefixes or self.config.loss.language_model else self._piece
+
+    def _piece(self, model: SequenceClassifier, batch: Batch, start: int, stop: int, state: Any, more: bool):
+        ids, label, mask = batch["ids"], batch["label"], batch.get("mask")
+        if model.reads_both_strands:
+            ids = torch.cat([ids, model.reverse_complement(ids, mask)])  # (2b l)
+            mask = None if mask is None else mask.repeat(2, 1)
+        state = model.feed(ids[:, start:stop], None if mask is None else mask[:, start:stop], state, more)
+        total = torch.tensor(0.0 if more else float(len(label)), device=ids.device)
+        if more:
+            return torch.zeros_like(total), total, state
+        outputs = model.finish(state)
+        if model.reads_both_strands:
+            outputs = 0.5 * sum(outputs.chunk(2))
+        smoothing = self.config.loss.label_smoothing if model.training else 0.0
+        return F.cross_entropy(outputs, label, reduction="sum", label_smoothing=smoothing), total, state
+
     def _language_loss(self, model: nn.Module, features: Tensor, batch: Batch) -> Tensor:
         """Mean nats a scored base, over A, C, G and T; the embedding is the output matrix too."""
         if self.is_causal:

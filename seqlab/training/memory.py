@@ -92,7 +92,8 @@ def unavailable(mode: Mode, model: nn.Module, task: Task, device: torch.device) 
     if mode == "chunked":
         if inner is not model or not getattr(backbone, "is_causal", False):
             return "only a causal model can be run in pieces; this one sees the whole sequence at every position"
-        return None if hasattr(task, "piece_loss") or hasattr(task, "piece") else "the task cannot score pieces of a sequence"
+        scores = getattr(task, "piece", None) or getattr(task, "piece_loss", None)
+        return None if scores else "the task cannot score pieces of a sequence"
     if not hasattr(task, "piece_loss"):
         return "the task's loss is not a sum over positions"
     if not all(hasattr(inner, name) for name in ("embedding", "dropout", "backbone", "lm_head")) or not all(
@@ -210,7 +211,7 @@ def _chunked(memory, model, task, batch, scale, seed) -> tuple[Tensor, Tensor]:
             value, weight, after = run(i, state)
         if i == last:
             sums.append(torch.stack([value.detach(), weight.detach()]))
-        _back([value * scale, *_tensors(after)], [None, *gradients])
+        _back([value * scale, *(_tensors(after) if i < last else [])], [None, *gradients])
         gradients = [leaf.grad for leaf in leaves]
         state = states.pop() if states else None
     return tuple(torch.stack(sums).sum(0))

@@ -257,3 +257,22 @@ def test_every_preset_takes_a_step_at_toy_size(name, store, tmp_path):
     result = audio.train(c, store.directory, tmp_path / name)
     assert result.steps == 1 and math.isfinite(result.best)
     assert dataclasses.asdict(runs.load_run(tmp_path / name).config)["sound"]["sample_rate"] == RATE
+
+
+def test_windows_in_pieces_have_the_same_gradient(store):
+    from seqlab.training import memory
+    from seqlab.training.memory import Memory
+
+    task = AudioModeling(config(), store)
+    torch.manual_seed(0)
+    model, batch = task.build_model().eval(), task.train_batches(0, 0, 1)[0]  # no dropout
+
+    def gradients(setting):
+        model.zero_grad(set_to_none=True)
+        memory.backward(setting, model, task, batch, 1.0)
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    assert batch["ids"].shape[1] > 29
+    plain, pieces = gradients(Memory()), gradients(Memory("chunked", 29))
+    for name, gradient in plain.items():
+        assert (pieces[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name

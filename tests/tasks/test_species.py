@@ -283,3 +283,32 @@ def test_a_dataset_by_files_trains(tmp_path):
     data = prepare_species(sources, tmp_path / "data")
     run("train", "species", "--data", data, "--out", tmp_path / "r", "--max-steps", 2, *TOY, *QUICK, "--set", "eval.baselines=[]")
     assert (tmp_path / "r" / "report.md").is_file()
+
+
+@pytest.mark.parametrize("strand, pooling", [("none", "last"), ("average", "mean"), ("equivariant", "max")])
+def test_windows_in_pieces_have_the_same_gradient(data, strand, pooling):
+    from seqlab.training import memory
+    from seqlab.training.memory import Memory
+
+    config = toy_config(min_context=None, windows_per_step=2)
+    shape = species.ClassifierConfig(d_model=16, n_layer=2, d_state=4, strand=strand, pooling=pooling)
+    config = dataclasses.replace(config, model=shape, loss=species.LossConfig(prefixes=False))
+    task = species.SpeciesTask(config, TokenStore.open(data))
+    torch.manual_seed(0)
+    model, (batch,) = task.build_model(), task.train_batches(0, 0, 1)
+    batch["mask"] = torch.arange(batch["ids"].shape[1]) < torch.tensor([[199], [256]])
+
+    def gradients(setting):
+        model.zero_grad(set_to_none=True)
+        memory.backward(setting, model, task, batch, 1.0)
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    assert memory.unavailable("chunked", model, task, torch.device("cpu")) is None
+    plain, pieces = gradients(Memory()), gradients(Memory("chunked", 70))
+    for name, gradient in plain.items():
+        assert (pieces[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    model.eval()
+    for a, b in zip(memory.loss(Memory("chunked", 70), model, task, batch), task.loss(model, batch), strict=True):
+        assert float(a) == pytest.approx(float(b), rel=1e-5)
+    prefixes = species.SpeciesTask(toy_config(), TokenStore.open(data))
+    assert "pieces" in memory.unavailable("chunked", prefixes.build_model(), prefixes, torch.device("cpu"))
