@@ -1,9 +1,9 @@
 """A training step on sequences that several GPUs share, against one GPU alone.
 
 Parity gate first: a sequence of odd length cut into pieces, loss and every parameter's gradient against the first rank
-alone, in float32 and bfloat16. Then forward + backward + gradient all-reduce for each length: alone on one GPU with
-the fused block, alone with the separate operators that a shared block runs, and shared by all. Blocks are recomputed in the
-backward pass. A table, and one JSON line.
+alone, in float32 and bfloat16. Then forward + backward + gradient all-reduce for each length, alone on one GPU and
+shared by all: with the separate operators and blocks recomputed in the backward pass, and with the fused block. A table, and
+one JSON line.
 
     torchrun --nproc-per-node 2 benchmarks/bench_context_parallel.py
     torchrun --nproc-per-node 2 benchmarks/bench_context_parallel.py --device cpu --d-model 32 --n-layer 2 --lengths 2048
@@ -34,11 +34,10 @@ class Bench:
         torch.manual_seed(0)
         config = ModelConfig(d_model=options.d_model, n_layer=options.n_layer, direction=options.direction)
         self.model = LanguageModel(config).to(self.device)
-        self.model.backbone.checkpoint_blocks = True
         self.ranks = share_mixers(self.model, dist.group.WORLD)
 
     def share(self, on: bool, fuse: bool) -> None:
-        Block.fuse = fuse
+        Block.fuse, self.model.backbone.checkpoint_blocks = fuse, not fuse
         for module in self.model.modules():
             if isinstance(module, MambaMixer):
                 module.ranks = self.ranks if on else None
@@ -66,10 +65,10 @@ class Bench:
     def ids(self, length: int):
         return torch.randint(7, 11, (1, length), generator=torch.Generator().manual_seed(length)).to(self.device)
 
-    def parity(self, length: int, bf16: bool) -> dict[str, float]:
+    def parity(self, length: int, bf16: bool, fuse: bool) -> dict[str, float]:
         """Relative error of the loss and the largest one of any parameter's gradient; rank 0 has the answer."""
         ids = self.ids(length)
-        self.share(True, False)
+        self.share(True, fuse)
         loss = self.step(ids, bf16, True)
         grads = [p.grad.clone() for p in self.model.parameters()]
         if self.rank == 0:
@@ -138,16 +137,18 @@ def main() -> None:
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     say(f"{bench.size} x {name}; {options.direction}, {options.n_layer} layers, d_model {options.d_model}, torch {torch.__version__}")
     result = {"benchmark": "context_parallel", "ranks": bench.size, "device": name, **vars(options), "rows": []}
-    for bf16, limit in ((False, 1e-4), (True, 5e-2)):
-        errors = bench.parity(options.parity_length, bf16)
-        kind = "bfloat16" if bf16 else "float32"
+    checks = [(bf16, fuse) for bf16 in (False, True) for fuse in ((False, True) if options.device == "cuda" else (False,))]
+    for bf16, fuse in checks:
+        errors, limit = bench.parity(options.parity_length, bf16, fuse), 5e-2 if bf16 else 1e-4
+        kind = ("bfloat16" if bf16 else "float32") + (", fused" if fuse else "")
         result[f"parity_{kind}"] = errors
         if bench.rank == 0:
             say(f"parity {kind}, 1 x {options.parity_length}: loss {errors['loss']:.1e}, gradients {errors['gradients']:.1e}", flush=True)
             assert errors["gradients"] < limit, "no timing of a wrong answer"
     say(f"{'length':>10} {'':<22} {'ms':>9} {'tokens/s':>12} {'GiB':>6}   sent a rank and step")
-    modes = [("alone, fused block", False, True)] if options.device == "cuda" else []
-    modes += [("alone", False, False), ("shared", True, False)]
+    modes = [("alone, recomputed", False, False), ("shared, recomputed", True, False)]
+    if options.device == "cuda":
+        modes += [("alone, fused", False, True), ("shared, fused", True, True)]
     for length in options.lengths:
         for label, shared, fuse in modes:
             row = bench.time(length, shared, fuse)

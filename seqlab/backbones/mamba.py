@@ -282,8 +282,6 @@ class Block(nn.Module):
         config, mixers = self.mixer.config, getattr(self.mixer, "directions", tuple)()
         if not mixers or block.unavailable(x, config.d_inner, config.d_state) is not None:
             return False
-        if any(m.ranks is not None for m in mixers):
-            return False
         first = mixers[0]  # an adapter in the place of a projection must be called
         return all(type(m) is nn.Linear for m in (first.in_proj, first.out_proj, first.x_proj, first.dt_proj))
 
@@ -304,6 +302,7 @@ class Block(nn.Module):
             conv_state=None if state is None else state.conv,
             ssm_state=None if state is None else state.ssm,
             return_state=return_state,
+            ranks=mixers[0].ranks,
         )
         return y, MixerState(conv_state, ssm_state) if return_state else None
 
@@ -374,10 +373,12 @@ class Mamba(nn.Module):
         return self.norm_f(x), states if return_state else None
 
     def can_recover_inputs(self, x: Tensor, state=None) -> bool:
-        """Whether x (b l d_model) can go through the stack that keeps no block's input: fused blocks, from the start of the
-        sequence, without dropout."""
+        """Whether x (b l d_model) can go through the stack that keeps no block's input: fused blocks, from the start of a
+        sequence that no other rank shares, without dropout."""
         drops = self.config.dropout > 0 and self.training
-        return state is None and not drops and all(layer.fuse and layer._fusible(x) for layer in self.layers)
+        if state is not None or drops or any(getattr(m, "ranks", None) is not None for m in self.modules()):
+            return False
+        return all(layer.fuse and layer._fusible(x) for layer in self.layers)
 
     def step(self, x: Tensor, state: list[MixerState] | None = None) -> tuple[Tensor, list[MixerState]]:
         """One position, x (b 1 d_model); the same as `forward` on a sequence of one."""

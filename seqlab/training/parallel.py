@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from seqlab import ops
-from seqlab.backbones.bidirectional import BidirectionalMamba
+from seqlab.backbones.bidirectional import BidirectionalMamba, BidirectionalMixer
 from seqlab.backbones.mamba import Mamba, MambaMixer
 from seqlab.backbones.strand import ReverseComplementEquivariant
 from seqlab.errors import UserError
@@ -109,8 +109,7 @@ class Ranks:
         width = weight.shape[1]
         halo = None
         if width > 1:
-            tail, real = last_inputs(x, width - 1, mask, reverse)
-            halo = _Halo.apply(tail, real, self, reverse)
+            halo = _Halo.apply(x, width - 1, mask, self, reverse)
         return ops.causal_conv1d(x, weight, bias, activation, halo, mask, reverse)
 
     def selective_scan(
@@ -129,6 +128,43 @@ class Ranks:
     ) -> Tensor:
         """`seqlab.ops.selective_scan` of the whole sequence, u (b l d) and the result being this rank's piece."""
 
+        entering, sums = self.entering_state(u, delta, A, B, delta_bias, delta_softplus, mask, reverse)
+        y, left = ops.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, entering, mask, reverse, return_final_state=True
+        )
+        if not torch.is_grad_enabled() or not y.requires_grad:
+            return y
+        return _StateGradient.apply(y, left, delta, A, C, z, delta_bias, mask, sums, delta_softplus, reverse, self)
+
+    # What crosses the cuts, forward and backward, without autograd: the functions below and the fused block
+    # (seqlab/ops/block) run on these. All ranks must call them in the same order.
+
+    def halo(self, x: Tensor, count: int, mask: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+        """The `count` inputs just before this rank's piece (b count d), x (b l d) being the piece, and for every rank where
+        its own come from (k b count), for `add_halo_gradient`."""
+        tail, real = last_inputs(x, count, mask, reverse)
+        flagged = torch.cat((tail, real.unsqueeze(-1).to(tail.dtype)), -1)
+        gathered = self.remembered(lambda: self.all_gather(flagged))  # (k b count d+1)
+        source = _sources(gathered[..., -1] > 0.5, self, reverse)
+        flat = gathered[..., :-1].transpose(0, 1).flatten(1, 2)  # (b k*count d)
+        mine = source[self.rank].unsqueeze(-1)
+        return torch.where(mine >= 0, flat.gather(1, mine.clamp(min=0).expand(-1, -1, flat.shape[2])), 0.0), source
+
+    def add_halo_gradient(self, dx: Tensor, dhalo: Tensor, source: Tensor, mask: Tensor | None, reverse: bool) -> None:
+        """Adds to dx (b l d) what all ranks' halos, this one's having the gradient dhalo (b count d), want of its inputs."""
+        dhalos = self.all_gather(dhalo)  # (k b count d)
+        count = dhalo.shape[1]
+        own = self.rank * count + torch.arange(count, device=dhalo.device)
+        used = (source.unsqueeze(-1) == own).to(dhalos.dtype)  # (k b count count): whose halo holds which of my inputs
+        with torch.autocast(dhalo.device.type, enabled=False):
+            dtail = torch.einsum("kbis,kbid->bsd", used, dhalos)
+        add_to_last_inputs(dx, dtail, mask, reverse)
+
+    def entering_state(
+        self, u, delta, A, B, delta_bias, delta_softplus: bool, mask: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The state that enters this rank's piece (b d n), and every rank's sum of steps (k b d)."""
+
         def summarise() -> tuple[Tensor, Tensor]:
             ends, steps = piece_ends(u, B, delta, A, delta_bias, delta_softplus, mask, reverse)
             gathered = self.all_gather(torch.cat((ends, steps.unsqueeze(-1)), -1))  # (k b d n+1)
@@ -136,13 +172,15 @@ class Ranks:
             return self.carried(gathered[..., :-1], sums, A, reverse), sums
 
         with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
-            entering, sums = self.remembered(summarise)
-        y, left = ops.selective_scan(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus, entering, mask, reverse, return_final_state=True
-        )
-        if not torch.is_grad_enabled() or not y.requires_grad:
-            return y
-        return _StateGradient.apply(y, left, delta, A, C, z, delta_bias, mask, sums, delta_softplus, reverse, self)
+            return self.remembered(summarise)
+
+    def leaving_gradient(
+        self, dy, delta, A, C, z, delta_bias, delta_softplus: bool, mask: Tensor | None, sums: Tensor, reverse: bool
+    ) -> Tensor:
+        """The gradient of the state that leaves this rank's piece (b d n), which is what later pieces want of it."""
+        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            wanted, _ = piece_ends(dy, C, delta, A, delta_bias, delta_softplus, mask, reverse, gate=z, adjoint=True)
+            return self.carried(self.all_gather(wanted), sums, A, not reverse)
 
     def carried(self, ends: Tensor, sums: Tensor, A: Tensor, from_right: bool) -> Tensor:
         """What reaches this rank's piece: sum over the ranks i before it of exp(A (sum of delta' between)) ends_i.
@@ -185,29 +223,22 @@ class _Replay(_Recording):
 
 
 class _Halo(torch.autograd.Function):
-    """tail (b w-1 d) and real (b w-1) of every rank -> the inputs just before this rank's piece (b w-1 d)."""
+    """x (b l d), the piece -> the inputs just before it (b w-1 d)."""
 
     @staticmethod
-    def forward(ctx, tail: Tensor, real: Tensor, ranks: Ranks, reverse: bool) -> Tensor:
-        flagged = torch.cat((tail, real.unsqueeze(-1).to(tail.dtype)), -1)
-        gathered = ranks.remembered(lambda: ranks.all_gather(flagged))  # (k b w-1 d+1)
-        source = _sources(gathered[..., -1] > 0.5, ranks, reverse)  # (k b w-1)
-        ctx.save_for_backward(source)
-        ctx.ranks = ranks
-        flat = gathered[..., :-1].transpose(0, 1).flatten(1, 2)  # (b k*(w-1) d)
-        mine = source[ranks.rank].unsqueeze(-1)
-        return torch.where(mine >= 0, flat.gather(1, mine.clamp(min=0).expand(-1, -1, flat.shape[2])), 0.0)
+    def forward(ctx, x: Tensor, count: int, mask: Tensor | None, ranks: Ranks, reverse: bool) -> Tensor:
+        halo, source = ranks.halo(x, count, mask, reverse)
+        ctx.save_for_backward(source, mask)
+        ctx.ranks, ctx.reverse, ctx.shape = ranks, reverse, x.shape
+        return halo
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dhalo: Tensor):
-        (source,) = ctx.saved_tensors
-        dhalos = ctx.ranks.all_gather(dhalo)  # (k b w-1 d)
-        width = dhalo.shape[1]
-        own = ctx.ranks.rank * width + torch.arange(width, device=dhalo.device)
-        used = (source.unsqueeze(-1) == own).to(dhalos.dtype)  # (k b w-1 w-1): whose halo holds which of my inputs
-        with torch.autocast(dhalo.device.type, enabled=False):
-            return torch.einsum("kbis,kbid->bsd", used, dhalos), None, None, None
+        source, mask = ctx.saved_tensors
+        dx = dhalo.new_zeros(ctx.shape)
+        ctx.ranks.add_halo_gradient(dx, dhalo, source, mask, ctx.reverse)
+        return dx, None, None, None, None
 
 
 def _sources(real: Tensor, ranks: Ranks, reverse: bool) -> Tensor:
@@ -235,24 +266,37 @@ def last_inputs(x: Tensor, count: int, mask: Tensor | None, reverse: bool) -> tu
 
     Where there are fewer, the far end (left; reverse: right) is filled with zeros.
     """
-    batch, length, _ = x.shape
-    if mask is None:
+    batch, length, channels = x.shape
+    if mask is None or not length:
         kept = min(count, length)
         pad = (0, count - kept) if reverse else (count - kept, 0)
         tail = x[:, :kept] if reverse else x[:, length - kept :]
         real = F.pad(torch.ones(batch, kept, dtype=torch.bool, device=x.device), pad)
         return F.pad(tail, (0, 0, *pad)), real
-    pad = (0, count) if reverse else (count, 0)  # so that there always are `count` positions to choose from
-    x, mask = F.pad(x, (0, 0, *pad)), F.pad(mask, pad)
-    place = torch.arange(length + count, device=x.device)
+    places, real = _last_places(mask, count, reverse)
+    return torch.where(real.unsqueeze(-1), x.gather(1, places.unsqueeze(-1).expand(-1, -1, channels)), 0.0), real
+
+
+def add_to_last_inputs(x: Tensor, tail: Tensor, mask: Tensor | None, reverse: bool) -> None:
+    """Adds `tail` (b count d) to x (b l d) where `last_inputs` took its own from: the gradient of that."""
+    count, length = tail.shape[1], x.shape[1]
+    if mask is None or not length:
+        kept = min(count, length)
+        (x[:, :kept] if reverse else x[:, length - kept :]).add_(tail[:, :kept] if reverse else tail[:, count - kept :])
+        return
+    places, real = _last_places(mask, count, reverse)
+    x.scatter_add_(1, places.unsqueeze(-1).expand(tail.shape), torch.where(real.unsqueeze(-1), tail, 0.0).to(x.dtype))
+
+
+def _last_places(mask: Tensor, count: int, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Positions of the last `count` True (reverse: the first) in order, and which of them exist, (b count) each."""
+    length = mask.shape[1]
+    place = torch.arange(length, device=mask.device)
     if reverse:
-        found = torch.where(mask, place, length + count).topk(count, largest=False).values
+        found = F.pad(torch.where(mask, place, length), (0, count), value=length).topk(count, largest=False).values
     else:
-        found = torch.where(mask, place, -1).topk(count).values.flip(-1)
-    real = (found >= 0) & (found < length + count)
-    found = torch.where(real, found, 0)
-    tail = x.gather(1, found.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-    return torch.where(real.unsqueeze(-1), tail, 0.0), real
+        found = F.pad(torch.where(mask, place, -1), (count, 0), value=-1).topk(count).values.flip(-1)
+    return found.clamp(0, length - 1), (found >= 0) & (found < length)
 
 
 class _StateGradient(torch.autograd.Function):
@@ -268,11 +312,7 @@ class _StateGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         delta, A, C, z, delta_bias, mask, sums = ctx.saved_tensors
-        with torch.autocast(dy.device.type, enabled=False):
-            wanted, _ = piece_ends(
-                dy, C, delta, A, delta_bias, ctx.delta_softplus, mask, ctx.reverse, gate=z, adjoint=True
-            )
-            dleft = ctx.ranks.carried(ctx.ranks.all_gather(wanted), sums, A, not ctx.reverse)
+        dleft = ctx.ranks.leaving_gradient(dy, delta, A, C, z, delta_bias, ctx.delta_softplus, mask, sums, ctx.reverse)
         return dy, dleft, *[None] * 10
 
 
@@ -299,10 +339,14 @@ def share_sequences(task: Task, models: list[nn.Module], place: Place, device_ty
 def share_mixers(model: nn.Module, group: dist.ProcessGroup) -> Ranks:
     """Make every mixer of `model` run over the ranks of `group`. UserError if other parts of it mix positions too."""
     backbone = getattr(language_model(model), "backbone", None)
-    if type(backbone) not in (Mamba, BidirectionalMamba):
+    strange = None if type(backbone) in (Mamba, BidirectionalMamba) else backbone or model
+    if strange is None:
+        mixers = (layer.mixer for layer in backbone.layers)
+        strange = next((m for m in mixers if type(m) not in (MambaMixer, BidirectionalMixer)), None)
+    if strange is not None:
         raise UserError(
-            f"--context-parallel: {type(backbone or model).__name__} mixes positions outside its Mamba blocks, so a sequence "
-            "cannot be cut; use a plain causal or bidirectional backbone, or --devices alone"
+            f"--context-parallel: {type(strange).__name__} mixes positions in a way that cannot be cut; use a causal or "
+            "bidirectional stack of s6 blocks, or --devices alone"
         )
     ranks = Ranks(group, two_strands=isinstance(model, ReverseComplementEquivariant))
     for module in model.modules():

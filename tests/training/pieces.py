@@ -1,9 +1,12 @@
 """What the processes of test_parallel.py run: a case's model on this rank's piece, and what came out of it."""
 
+import contextlib
+import shutil
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +15,9 @@ from seqlab.backbones.bidirectional import BidirectionalMamba
 from seqlab.backbones.mamba import BackboneConfig, Mamba
 from seqlab.backbones.strand import ReverseComplementEquivariant
 from seqlab.training.parallel import share_mixers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops_cuda"))
+COMPILER = shutil.which("g++")
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Case:
     masked: bool = False
     two_strands: bool = False
     checkpoint_blocks: bool = False
+    fused: bool = False  # as a fused block on a GPU, its kernels run on the processor, in float32
 
     def lengths(self, ranks: int) -> list[int]:
         groups = torch.arange(4) * ranks // 4
@@ -51,6 +58,10 @@ CASES = [
         checkpoint_blocks=True,
     ),
     Case("both strands", (5, 6, 2, 1), {"direction": "bidirectional"}, two_strands=True),
+    Case("fused causal", (9, 2, 3, 12), fused=True),
+    Case("fused causal masked, checkpointed", (9, 12, 5, 6), masked=True, checkpoint_blocks=True, fused=True),
+    Case("fused bidirectional", (7, 2, 2, 9), {"direction": "bidirectional"}, fused=True),
+    Case("fused both strands masked", (7, 6, 4, 9), {"direction": "bidirectional"}, True, True, fused=True),
     Case("both strands masked", (3, 6, 2, 4), {"direction": "bidirectional"}, masked=True, two_strands=True),
 ]
 
@@ -99,14 +110,37 @@ def data(case: Case):
     return x, mask, weight
 
 
+@contextlib.contextmanager
+def fused_blocks():
+    """Blocks take their fused path, on emulated kernels."""
+    import emulate
+
+    from seqlab.backbones import mamba
+    from seqlab.ops.block import cuda, rows
+    from seqlab.ops.causal_conv1d import cuda as conv
+    from seqlab.ops.selective_scan import cuda as scan
+
+    with contextlib.ExitStack() as patches:
+        for module in (conv, scan, rows):
+            device = emulate.Device(module.SOURCE, module.KERNELS, 2, 2)
+            patches.enter_context(mock.patch.object(module, "_device", lambda x, device=device: device))
+        patches.enter_context(mock.patch.object(mamba.block, "unavailable", lambda *arguments: None))
+        taken = patches.enter_context(mock.patch.object(cuda, "_forward", wraps=cuda._forward))
+        yield
+        assert taken.called
+
+
 def outcome(case: Case, start: int = 0, stop: int | None = None, group=None) -> dict:
     """Output, gradients and traffic of the positions start .. stop, alone or as a rank of `group`."""
-    model = build(case)
+    fused = case.fused and group is not None
+    kind = torch.float32 if fused else torch.float64
+    model = build(case).to(kind)
     ranks = None if group is None else share_mixers(model, group)
     x, mask, weight = (t if t is None else t[:, start:stop] for t in data(case))
-    x = x.clone().requires_grad_()
-    y, _ = model(x, mask=mask)
-    (y * weight).sum().backward()
+    x, weight = x.to(kind, copy=True).requires_grad_(), weight.to(kind)
+    with fused_blocks() if fused else contextlib.nullcontext():
+        y, _ = model(x, mask=mask)
+        (y * weight).sum().backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     traffic = None if ranks is None else (ranks.traffic.collectives, ranks.traffic.bytes)
     return {"y": y.detach(), "dx": x.grad, "gradients": gradients, "traffic": traffic}
@@ -116,7 +150,7 @@ def main(rank: int, world: int, store: str, out: str) -> None:
     """Every case on groups of the first 1, 2, ... `world` ranks."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=180)
     )
     results = {}
     for size in range(1, world + 1):
@@ -124,6 +158,8 @@ def main(rank: int, world: int, store: str, out: str) -> None:
         if rank >= size:
             continue
         for case in CASES:
+            if case.fused and not COMPILER:
+                continue
             lengths = case.lengths(size)
             results[size, case.name] = outcome(case, sum(lengths[:rank]), sum(lengths[: rank + 1]), group)
     torch.save(results, Path(out) / f"{rank}.pt")

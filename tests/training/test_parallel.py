@@ -22,7 +22,7 @@ from seqlab.training.place import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
-from pieces import CASES, build, outcome  # noqa: E402
+from pieces import CASES, COMPILER, outcome  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -74,6 +74,8 @@ def test_worst_notices_wrong_and_missing_answers():
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_outputs_and_every_gradient_are_those_of_one_rank(outcomes, case, size):
+    if case.fused and not COMPILER:
+        pytest.skip("g++ is not installed; it compiles the emulated kernels")
     whole, parts = alone(case.name), [outcomes[rank][size, case.name] for rank in range(size)]
     pairs = {
         "y": (torch.cat([part["y"] for part in parts], 1), whole["y"]),
@@ -82,7 +84,7 @@ def test_outputs_and_every_gradient_are_those_of_one_rank(outcomes, case, size):
     for name, gradient in whole["gradients"].items():
         pairs[name] = (sum(part["gradients"][name] for part in parts), gradient)
     errors = {name: worst([pair]) for name, pair in pairs.items()}
-    assert max(errors.values()) < 1e-10, errors
+    assert max(errors.values()) < (3e-6 if case.fused else 1e-10), errors
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -180,10 +182,12 @@ def test_tasks_and_models_that_cannot_be_cut_are_refused():
     class OtherBackbone(torch.nn.Module):
         backbone = torch.nn.Identity()
 
-    with pytest.raises(UserError, match="Identity mixes positions outside its Mamba blocks"):
+    with pytest.raises(UserError, match="Identity mixes positions in a way that cannot be cut"):
         share_mixers(OtherBackbone(), None)
-    with pytest.raises(UserError, match="UNet mixes positions outside its Mamba blocks"):
+    with pytest.raises(UserError, match="UNet mixes positions"):
         share_mixers(LanguageModel(ModelConfig(d_model=8, n_layer=2, architecture="unet", pool=(2,))), None)
+    with pytest.raises(UserError, match="S4D.* mixes positions"):
+        share_mixers(LanguageModel(ModelConfig(d_model=8, n_layer=2, blocks=("s4d",))), None)
 
 
 def test_a_batch_is_cut_along_its_positions():
@@ -197,16 +201,6 @@ def test_a_batch_is_cut_along_its_positions():
     assert Place(0, 2).piece(batch) is batch
     with pytest.raises(UserError, match="a sequence of 10 positions cannot be shared by 11 devices"):
         Place(0, 11, 11).piece(batch)
-
-
-def test_a_shared_block_is_never_fused(monkeypatch):
-    """The fused block computes a whole mixer at once and knows nothing of other ranks."""
-    monkeypatch.setattr("seqlab.backbones.mamba.block.unavailable", lambda *arguments: None)
-    model = build(CASES[0])
-    layer, x = model.backbone.layers[0], torch.zeros(1, 4, 6)
-    assert layer._fusible(x)
-    layer.mixer.ranks = object()
-    assert not layer._fusible(x)
 
 
 # -- the command ---------------------------------------------------------------------------------------------------

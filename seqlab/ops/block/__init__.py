@@ -5,6 +5,7 @@ the two together, outputs and every gradient. What it keeps and recomputes is in
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ def mamba_block(
     conv_state: Tensor | None = None,
     ssm_state: Tensor | None = None,
     return_state: bool = False,
+    ranks: Any = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x + mixer(rms_norm(x)), or without residual the mixer's output alone.
 
@@ -71,18 +73,21 @@ def mamba_block(
         mask: (b l) bool, True at real positions; the others change nothing, and there the mixer's output is 0.
         conv_state, ssm_state: (b w-1 d), (b d n): what came before, one direction only.
         return_state: also the states that continue the sequence.
+        ranks: those that share the sequence, x being this one's piece (seqlab/training/parallel.py); no states then.
 
     Returns:
         out (b l d_model), conv state, ssm state (None unless asked for). Differentiable in all tensors.
     """
     if tuple(reverse) not in ((False,), (True,), (False, True)) or len(directions) != len(reverse):
         raise ValueError(f"mamba_block: {len(directions)} directions with reverse {reverse}; allowed: one, or (False, True)")
+    if ranks is not None and (conv_state is not None or ssm_state is not None or return_state):
+        raise ValueError("mamba_block: a sequence shared by several ranks carries no state in or out")
     from seqlab.ops.block import cuda
 
     tensors = (x, mask, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias)
     tensors += tuple(t for direction in directions for t in direction)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    spec = cuda.Spec(epsilon, tuple(reverse), residual, compute_dtype(x), return_state, keep)
+    spec = cuda.Spec(epsilon, tuple(reverse), residual, compute_dtype(x), return_state, keep, ranks=ranks)
     return cuda.Block.apply(spec, *tensors)
 
 

@@ -11,6 +11,7 @@ tensors of the same block written as separate operators become five kept or pass
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ class Spec:
     # Two directions: apply the gate they share once, to their sum, which is kept in place of the gated one. Faster; without
     # it the output of the scans is kept as it goes into W_out.
     gate_after: bool = True
+    ranks: Any = None  # those that share the sequence, x being this one's piece (seqlab/training/parallel.py); without states
 
 
 def _half(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -104,23 +106,38 @@ def _conv_state_backward(dstate: Tensor, mask: Tensor | None, reverse: bool, du:
             dbefore[:, here:] += dstate[:, : places - here]
 
 
-def _convolved(spec: Spec, u: Tensor, directions: list[Direction], conv_state, real: conv.Real | None) -> list[Tensor]:
-    """silu(conv(u)) of every direction; two read u once."""
+def _convolved(spec: Spec, u: Tensor, directions: list[Direction], states: list, real: conv.Real | None) -> list[Tensor]:
+    """silu(conv(u)) of every direction, given the inputs before it (None: zeros); two without read u once."""
     weights, biases = [_single(p.conv_weight) for p in directions], [_single(p.conv_bias) for p in directions]
-    if len(directions) == 2:
+    if len(directions) == 2 and spec.ranks is None:
         return list(conv.forward_pair(u, weights, biases, True, real))
-    return [conv.forward(u, weights[0], biases[0], conv_state, True, spec.reverse[0], real)]
+    return [
+        conv.forward(u, w, b, state, True, reverse, real)
+        for w, b, state, reverse in zip(weights, biases, states, spec.reverse, strict=True)
+    ]
 
 
-def _convolved_backward(spec: Spec, dcs: list[Tensor], u: Tensor, directions: list[Direction], conv_state, real, into):
-    """The gradient of u into `into`; gradients of the weights, of the biases (lists) and of the state."""
+def _convolved_backward(spec: Spec, dcs: list[Tensor], u: Tensor, directions: list[Direction], states: list, real, into):
+    """The gradient of u into `into`; gradients of the weights, the biases and the states (lists)."""
     weights, biases = [_single(p.conv_weight) for p in directions], [_single(p.conv_bias) for p in directions]
-    if len(directions) == 2:
-        return *conv.backward_pair(*dcs, u, weights, biases, True, into, real), None
-    _, dweight, dbias, dstate = conv.backward(
-        dcs[0], u, weights[0], biases[0], conv_state, True, spec.reverse[0], real, into=into
-    )
-    return [dweight], [dbias], dstate
+    if len(directions) == 2 and spec.ranks is None:
+        return *conv.backward_pair(*dcs, u, weights, biases, True, into, real), [None, None]
+    grads = [
+        conv.backward(dcs[i], u, weights[i], biases[i], states[i], True, spec.reverse[i], real, into=into, add=i > 0)[1:]
+        for i in range(len(directions))
+    ]
+    return tuple(list(g) for g in zip(*grads, strict=True))
+
+
+def _halos(spec: Spec, u: Tensor, directions: list[Direction], conv_state: Tensor | None, mask: Tensor | None):
+    """The inputs before each direction's first, and with several ranks where everybody's come from (else None)."""
+    if spec.ranks is None:
+        return [conv_state] * len(directions), [None] * len(directions)
+    found = [
+        spec.ranks.halo(u, p.conv_weight.shape[1] - 1, mask, reverse) if p.conv_weight.shape[1] > 1 else (None, None)
+        for p, reverse in zip(directions, spec.reverse, strict=True)
+    ]
+    return [halo for halo, _ in found], [source for _, source in found]
 
 
 def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias, *rest):
@@ -133,23 +150,27 @@ def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight,
     u, z = xz.chunk(2, -1)
     directions = [Direction(*rest[7 * i : 7 * i + 7]) for i in range(len(spec.reverse))]
     after_sum = spec.gate_after and len(directions) == 2
-    convolved = _convolved(spec, u, directions, conv_state, conv.real_positions(mask))
-    outputs, kept, after = [], [], (None, None)
+    gate = None if after_sum else z
+    halos, sources = _halos(spec, u, directions, conv_state, mask)
+    convolved = _convolved(spec, u, directions, halos, conv.real_positions(mask))
+    outputs, kept, after, sums = [], [], (None, None), None
     segment = scan.segment_length(*u.shape) if spec.keep else 0
     for i, p in enumerate(directions):
         c = convolved.pop(0)
         dbl = F.linear(c, _half(p.x_weight, dtype))
         rank, states = p.dt_weight.shape[1], p.A_log.shape[1]
         r, B, C = dbl.split([rank, states, states], -1)
-        delta = F.linear(r, _half(p.dt_weight, dtype))
+        delta, A, bias = F.linear(r, _half(p.dt_weight, dtype)), -torch.exp(_single(p.A_log)), _single(p.dt_bias)
+        entering = ssm_state
+        if spec.ranks is not None:
+            entering, sums = spec.ranks.entering_state(c, delta, A, B, bias, True, mask, spec.reverse[i])
         y, final, snapshots = scan.forward(
-            c, delta, -torch.exp(_single(p.A_log)), B, C, _single(p.D), None if after_sum else z, _single(p.dt_bias),
-            ssm_state, mask, True, spec.reverse[i], segment,
-        )  # fmt: skip
+            c, delta, A, B, C, _single(p.D), gate, bias, entering, mask, True, spec.reverse[i], segment
+        )
         del c, delta
         outputs.append(y)
         if spec.keep:
-            kept += [dbl, snapshots]
+            kept += [dbl, snapshots] if spec.ranks is None else [dbl, snapshots, halos[i], sources[i], entering, sums]
         if spec.return_state:
             after = (_conv_state(u, p.conv_weight.shape[1], conv_state, mask, spec.reverse[i]), final)
         del dbl, r, B, C, y
@@ -157,7 +178,7 @@ def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight,
         total, y = rows.gate_forward(*outputs, z)
     else:
         total = y = outputs[0] if len(outputs) == 1 else rows.add(*outputs, outputs[0])
-    del xz, u, z, outputs
+    del xz, u, z, gate, outputs
     out = F.linear(y, _half(out_weight, dtype), _half(out_bias, dtype))
     if spec.residual:
         out = rows.add(x, out, torch.empty_like(x))
@@ -178,6 +199,7 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     dxz = torch.empty_like(xz) if mask is None else torch.zeros_like(xz)
     du, dz = dxz.chunk(2, -1)
     after_sum = spec.gate_after and len(spec.reverse) == 2
+    gate = None if after_sum else z
     dout = dout.contiguous()
     half = dout.to(dtype).flatten(0, 1)  # (rows d_model)
     dy = (half @ _half(out_weight, dtype)).unflatten(0, (batch, length))
@@ -189,18 +211,23 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     d_out_bias = None if out_bias is None else half.sum(0, dtype=torch.float32)
     del half, total, y
     directions = [Direction(*rest[7 * i : 7 * i + 7]) for i in range(len(spec.reverse))]
-    real = conv.real_positions(mask)
-    convolved, dcs, grads, d_ssm_state = _convolved(spec, u, directions, conv_state, real), [], [], None
+    real, each = conv.real_positions(mask), len(kept) // len(directions)
+    kept = [[*kept[each * i : each * (i + 1)], conv_state, None, ssm_state, None][:6] for i in range(len(directions))]
+    halos = [halo for _, _, halo, _, _, _ in kept]
+    convolved, dcs, grads, d_ssm_state = _convolved(spec, u, directions, halos, real), [], [], None
     for i, p in enumerate(directions):
-        dbl, snapshots, c = kept[2 * i], kept[2 * i + 1], convolved.pop(0)
+        dbl, snapshots, _, _, entering, sums = kept[i]
+        c = convolved.pop(0)
         rank, states, A = p.dt_weight.shape[1], p.A_log.shape[1], -torch.exp(_single(p.A_log))
         w_dt, w_x = _half(p.dt_weight, dtype), _half(p.x_weight, dtype)
         dbl = F.linear(c, w_x) if dbl is None else dbl  # seqlab/ops/block/stack.py does not keep it
         r, B, C = dbl.split([rank, states, states], -1)
-        delta = F.linear(r, w_dt)
+        delta, bias = F.linear(r, w_dt), _single(p.dt_bias)
+        if spec.ranks is not None:
+            dssm = spec.ranks.leaving_gradient(dy, delta, A, C, gate, bias, True, mask, sums, spec.reverse[i])
         dc, ddelta, dA, dB, dC, dD, dz_here, d_dt_bias, d_ssm_state = scan.backward(
-            dy, dssm, c, delta, A, B, C, _single(p.D), None if after_sum else z, _single(p.dt_bias), ssm_state, mask,
-            snapshots, True, spec.reverse[i], scan.segment_length(*u.shape),
+            dy, dssm, c, delta, A, B, C, _single(p.D), gate, bias, entering, mask, snapshots, True, spec.reverse[i],
+            scan.segment_length(*u.shape),
         )  # fmt: skip
         del delta
         if not after_sum:
@@ -217,14 +244,19 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
         dcs.append(dc)
         del dc
         grads.append([d_x_weight, d_dt_weight, d_dt_bias, dA * A, dD])
-    d_conv_weights, d_conv_biases, d_conv_state = _convolved_backward(spec, dcs, u, directions, conv_state, real, du)
+    d_conv_weights, d_conv_biases, dhalos = _convolved_backward(spec, dcs, u, directions, halos, real, du)
+    d_conv_state = dhalos[0]
     grads = [
         g
         for i, p in enumerate(directions)
         for g in (d_conv_weights[i], None if p.conv_bias is None else d_conv_biases[i], *grads[i])
     ]
     del dcs
-    del dy, xz, u, z
+    del dy, xz, u, z, gate
+    if spec.ranks is not None:
+        for dhalo, (_, _, _, source, _, _), reverse in zip(dhalos, kept, spec.reverse, strict=True):
+            if source is not None:
+                spec.ranks.add_halo_gradient(du, dhalo, source, mask, reverse)
     if dconv is not None:
         _conv_state_backward(dconv, mask, spec.reverse[0], du, d_conv_state if conv_state is not None else None)
     flat = dxz.flatten(0, 1)
