@@ -47,6 +47,8 @@ from seqlab.training.task import Batch, Task
 Mode = Literal["plain", "subtract", "block", "chunked", "layerwise", "offload"]
 MODES: tuple[Mode, ...] = ("plain", "subtract", "block", "chunked", "layerwise", "offload")
 CUTTING: tuple[Mode, ...] = ("chunked", "layerwise", "offload")
+SHARING: tuple[Mode, ...] = ("plain", "block")
+"""Those in which devices may share a sequence."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from seqlab.errors import UserError
 from seqlab.training import memory
-from seqlab.training.memory import CUTTING, Memory
+from seqlab.training.memory import SHARING, Memory
 from seqlab.training.optim import OptimConfig, learning_rate, make_optimizer
 from seqlab.training.place import Place
 from seqlab.training.task import Batch, Task
@@ -55,7 +55,7 @@ class TrainConfig:
                 f"context_parallel: {self.context_parallel} does not divide devices {self.devices}; start a multiple of "
                 f"{self.context_parallel} processes (--devices, or torchrun --nproc-per-node)"
             )
-        if self.context_parallel > 1 and (self.memory in CUTTING or self.chunk_tokens is not None):
+        if self.context_parallel > 1 and (self.memory not in ("auto", *SHARING) or self.chunk_tokens is not None):
             raise ValueError(
                 f"memory: {self.memory}, chunk_tokens: {self.chunk_tokens}: devices that share a sequence each hold one piece "
                 "of it and cut it no further; use memory: auto, plain or block without chunk_tokens, or more devices"

@@ -386,8 +386,8 @@ def plan(
     # the modes asked for first; if none of them fits, the others for the sake of the message
     for mode in sorted(MODES, key=lambda m: wanted not in (None, m)):
         reason = modes.unavailable(mode, probe.model, probe.task, device)
-        if mode in modes.CUTTING and train.context_parallel > 1:
-            reason = "devices that share a sequence each hold one piece of it and cut it no further"
+        if mode not in modes.SHARING and train.context_parallel > 1:
+            reason = "devices that share a sequence each run whole blocks on one piece of it"
         if reason is not None:
             reasons[mode] = reason
             if mode == wanted:

@@ -164,6 +164,9 @@ def test_two_ranks_train_as_one_and_one_goes_on_where_they_stopped(tmp_path):
     [
         ({"devices": 6, "context_parallel": 4}, "context_parallel: 4 does not divide devices 6"),
         ({"context_parallel": 0}, "context_parallel: must be 1 or more"),
+        ({"devices": 2, "context_parallel": 2, "memory": "subtract"}, "devices that share a sequence"),
+        ({"devices": 2, "context_parallel": 2, "memory": "chunked"}, "devices that share a sequence"),
+        ({"devices": 2, "context_parallel": 2, "chunk_tokens": 100}, "devices that share a sequence"),
         ({"devices": 2, "context_parallel": 2, "compile": True}, "compile: not together with context_parallel"),
     ],
 )
