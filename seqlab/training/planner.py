@@ -30,7 +30,7 @@ from seqlab.training.module import TrainConfig
 from seqlab.training.task import Batch, Task
 
 GIB = 2**30
-LARGEST_CHUNK = {"cuda": 1 << 17, "cpu": 1 << 14}
+LARGEST_CHUNK = {"cuda": 1 << 18, "cpu": 1 << 14}
 SMALLEST_CHUNK = 1 << 10
 PROBE_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 8}
 """The shorter of the probe's lengths: on a GPU long enough that its kernels cut up time as they do for a long sequence."""
