@@ -102,7 +102,7 @@ def mamba_stack(x: Tensor, blocks: list[tuple], mask: Tensor | None = None) -> T
 
     specs, parameters = [], []
     for norm_weight, epsilon, in_weight, in_bias, out_weight, out_bias, directions, reverse in blocks:
-        specs.append(cuda.Spec(epsilon, tuple(reverse), True, compute_dtype(x), False, True, gate_after=False))
+        specs.append(cuda.Spec(epsilon, tuple(reverse), True, compute_dtype(x), False, True, gate_after=False, spare=True))
         parameters += [norm_weight, in_weight, in_bias, out_weight, out_bias]
         parameters += [t for direction in directions for t in direction]
     return Stack.apply(tuple(specs), x, mask, *parameters)

@@ -38,6 +38,7 @@ class Spec:
     # Two directions: apply the gate they share once, to their sum, which is kept in place of the gated one. Faster; without
     # it the output of the scans is kept as it goes into W_out.
     gate_after: bool = True
+    spare: bool = False  # in the backward pass hold as little as possible at one time, and make the norm twice for it
     ranks: Any = None  # those that share the sequence, x being this one's piece (seqlab/training/parallel.py); without states
 
 
@@ -195,10 +196,14 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     normed = rows.norm_forward(x, _single(norm_weight), spec.epsilon, dtype)
     w_in = _half(in_weight, dtype)
     xz = F.linear(normed, w_in, _half(in_bias, dtype))
+    if spec.spare:
+        normed = None
     u, z = xz.chunk(2, -1)
-    dxz = torch.empty_like(xz) if mask is None else torch.zeros_like(xz)
-    du, dz = dxz.chunk(2, -1)
     after_sum = spec.gate_after and len(spec.reverse) == 2
+    dxz = dz = None
+    if after_sum or not spec.spare:
+        dxz = torch.empty_like(xz) if mask is None else torch.zeros_like(xz)
+        dz = dxz.chunk(2, -1)[1]
     gate = None if after_sum else z
     dout = dout.contiguous()
     half = dout.to(dtype).flatten(0, 1)  # (rows d_model)
@@ -230,8 +235,10 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
             scan.segment_length(*u.shape),
         )  # fmt: skip
         del delta
-        if not after_sum:
-            dz.copy_(dz_here) if i == 0 else rows.add(dz, dz_here, dz)
+        if dz is None:
+            dz = dz_here
+        elif not after_sum:
+            dz.copy_(dz_here) if i == 0 and not spec.spare else rows.add(dz, dz_here, dz)
         del dz_here
         ddelta = ddelta.flatten(0, 1)
         ddbl = torch.cat(((ddelta @ w_dt).unflatten(0, (batch, length)), dB, dC), -1).flatten(0, 1)
@@ -244,6 +251,10 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
         dcs.append(dc)
         del dc
         grads.append([d_x_weight, d_dt_weight, d_dt_bias, dA * A, dD])
+    if dxz is None:
+        dxz = torch.empty_like(xz) if mask is None else torch.zeros_like(xz)
+        dxz.chunk(2, -1)[1].copy_(dz)
+    du, dz = dxz.chunk(2, -1)
     d_conv_weights, d_conv_biases, dhalos = _convolved_backward(spec, dcs, u, directions, halos, real, du)
     d_conv_state = dhalos[0]
     grads = [
@@ -260,6 +271,8 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     if dconv is not None:
         _conv_state_backward(dconv, mask, spec.reverse[0], du, d_conv_state if conv_state is not None else None)
     flat = dxz.flatten(0, 1)
+    if normed is None:
+        normed = rows.norm_forward(x, _single(norm_weight), spec.epsilon, dtype)
     d_in_weight = weight_gradient(flat, normed.flatten(0, 1))
     d_in_bias = None if in_bias is None else flat.sum(0, dtype=torch.float32)
     del normed
