@@ -25,6 +25,7 @@ ENVIRONMENT = "SEQLAB_BACKEND"
 
 _log = logging.getLogger("seqlab")
 _announced: set[tuple[str, str, str]] = set()
+_chosen: dict[tuple, str] = {}  # answers on a GPU, which do not change in a process; asking costs more than a short call
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,23 @@ def choose(op: str, modules_of: Callable[[], dict[str, ModuleType]], backend: st
         ValueError: no such back end.
         RuntimeError: the one asked for cannot run this; the message lists every back end with its reason.
     """
-    modules = modules_of()
-    request = Request(**facts)
     where = "argument backend"
     if backend == "auto":
         backend, where = os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT
+    known = None
+    if facts.get("device") == "cuda":
+        known = (op, backend, torch.cuda.current_device(), *facts.values())
+        if known in _chosen:
+            return _chosen[known]
+    modules = modules_of()
+    request = Request(**facts)
     check_name(backend, modules, where)
     if backend == "auto":
         for name in ORDER:
             if name in modules and modules[name].unavailable(request) is None:
                 _announce(op, name, request.device)
+                if known is not None and name == ORDER[0]:
+                    _chosen[known] = name
                 return name
         raise RuntimeError(f"{op}: no back end can run this. {_listing(modules, request)}")
     if modules[backend].unavailable(request) is not None:

@@ -12,17 +12,18 @@
 #ifndef STEP
 #define STEP 4          // rows taken from the ring at a time
 #endif
+// Blocks a multiprocessor, so many as registers allow without spills.
 #ifndef FORWARD_BLOCKS
-#define FORWARD_BLOCKS (WIDTH <= 4 ? 8 : 5)
+#define FORWARD_BLOCKS (WIDTH <= 4 ? (VEC >= 4 ? 5 : 8) : (VEC >= 4 ? 3 : 5))
 #endif
 #ifndef BACKWARD_BLOCKS
-#define BACKWARD_BLOCKS (WIDTH <= 4 ? 5 : 3)
+#define BACKWARD_BLOCKS (WIDTH <= 4 ? (VEC >= 4 ? 3 : 5) : (VEC >= 4 ? 1 : 3))
 #endif
 #ifndef PAIR_FORWARD_BLOCKS
-#define PAIR_FORWARD_BLOCKS (WIDTH <= 4 ? 6 : 4)
+#define PAIR_FORWARD_BLOCKS (WIDTH <= 4 ? (VEC >= 4 ? 4 : 6) : (VEC >= 4 ? 2 : 4))
 #endif
 #ifndef PAIR_BACKWARD_BLOCKS
-#define PAIR_BACKWARD_BLOCKS (WIDTH <= 4 ? 4 : 2)
+#define PAIR_BACKWARD_BLOCKS (WIDTH <= 4 ? (VEC >= 4 ? 2 : 4) : (VEC >= 4 ? 1 : 2))
 #endif
 #define PAST (WIDTH - 1)
 #define THREADS 128

@@ -14,9 +14,11 @@ NATIVE_MASK = True
 SOURCE = "causal_conv1d/conv.cu"
 KERNELS = ("conv_forward", "conv_backward", "conv_reduce", "conv_forward_pair", "conv_backward_pair")
 THREADS = 128
-VECTOR = 2
-"""Channels a thread: two measured best (more warps in flight), also where 16-byte accesses would be possible."""
-FORWARD_RUN, BACKWARD_RUN = 128, 256
+VECTOR = {2: 4, 4: 2}
+"""Channels a thread, by bytes of an element: 8 bytes an access. 4 lose a tenth, 16 leave too few warps."""
+PAIR_BACKWARD_VECTOR = {2: 2, 4: 1}
+"""Fewer where both directions' sums live in registers."""
+FORWARD_RUN, BACKWARD_RUN, PAIR_BACKWARD_RUN = 128, 256, 512
 AHEAD = 16
 """Rows on their way, a thread and tensor (conv.cu)."""
 
@@ -118,9 +120,33 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor |
     return p
 
 
-def _defines(x: Tensor, width: int, vector: int, silu: bool, real: Real | None) -> tuple[tuple[str, int], ...]:
-    half, masked = int(x.dtype == torch.bfloat16), int(real is not None)
-    return (("WIDTH", width), ("VEC", vector), ("BF16", half), ("PAIRED", 0), ("SILU", int(silu)), ("MASKED", masked))
+def _defines(half: bool, width: int, vector: int, silu: bool, masked: bool) -> tuple[tuple[str, int], ...]:
+    return (
+        ("WIDTH", width), ("VEC", vector), ("BF16", int(half)), ("PAIRED", 0), ("SILU", int(silu)), ("MASKED", int(masked)),
+    )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """What a kind of call needs, found once."""
+
+    module: nvrtc.Module
+    run: int
+    runs: int
+    blocks: int
+    shared: int  # bytes: the rings
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    device, shape: tuple[int, int, int], half: bool, width: int, vector: int, silu: bool, masked: bool, longest: int, rings: int
+) -> _Plan:
+    batch, length, channels = shape
+    groups = channels // vector
+    run = _run_length(batch, length, groups, device.multiprocessors * 1024, longest)
+    runs = math.ceil(length / run)
+    blocks = math.ceil(batch * runs * groups / THREADS)
+    module = device.module(_defines(half, width, vector, silu, masked))
+    return _Plan(module, run, runs, blocks, rings * AHEAD * THREADS * vector * (2 if half else 4))
 
 
 def forward(
@@ -137,15 +163,11 @@ def forward(
     x, weight = _rows(x), weight.contiguous()
     bias, initial = (None if t is None else t.contiguous() for t in (bias, initial))
     y = _outputs(x, real)
-    vector = _vector(VECTOR, x, initial)
-    groups = x.shape[2] // vector
+    vector = _vector(VECTOR[x.element_size()], x, initial)
+    plan = _plan(device, x.shape, x.dtype == torch.bfloat16, weight.shape[1], vector, silu, real is not None, FORWARD_RUN, 1)
     p = _arguments(x, weight, bias, initial, real, reverse)
-    p.y = y.data_ptr()
-    p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, FORWARD_RUN)
-    p.runs = math.ceil(x.shape[1] / p.run)
-    module = device.module(_defines(x, weight.shape[1], vector, silu, real))
-    ring = AHEAD * THREADS * vector * x.element_size()
-    module.launch("conv_forward", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
+    p.y, p.run, p.runs = y.data_ptr(), plan.run, plan.runs
+    plan.module.launch("conv_forward", plan.blocks, THREADS, plan.shared, p)
     return y
 
 
@@ -171,22 +193,19 @@ def backward(
     dweight = torch.empty_like(weight)
     dbias = torch.empty(0 if bias is None else channels, dtype=torch.float32, device=x.device)
     dinitial = torch.empty((0,) if initial is None else initial.shape, dtype=x.dtype, device=x.device)
-    vector = _vector(VECTOR, x, dy, dx, initial)
-    groups = channels // vector
+    vector = _vector(VECTOR[x.element_size()], x, dy, dx, initial)
+    plan = _plan(device, x.shape, x.dtype == torch.bfloat16, width, vector, silu, real is not None, BACKWARD_RUN, 2)
     p = _arguments(x, weight, bias, initial, real, reverse)
     p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)
     p.dx, p.dx_b, p.dx_t, p.add = dx.data_ptr(), dx.stride(0), dx.stride(1), int(add)
     p.dweight = dweight.data_ptr()
     p.dbias = 0 if bias is None else dbias.data_ptr()
     p.dinitial = 0 if initial is None or initial.numel() == 0 else dinitial.data_ptr()
-    p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, BACKWARD_RUN)
-    p.runs = math.ceil(x.shape[1] / p.run)
+    p.run, p.runs = plan.run, plan.runs
     partial = torch.empty(p.batch * p.runs * (width + 1) * channels, dtype=torch.float32, device=x.device)
     p.partial = partial.data_ptr()
-    module = device.module(_defines(x, width, vector, silu, real))
-    ring = 2 * AHEAD * THREADS * vector * x.element_size()
-    module.launch("conv_backward", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
-    module.launch("conv_reduce", math.ceil((width + 1) * channels / 32), 1024, 4096, p)
+    plan.module.launch("conv_backward", plan.blocks, THREADS, plan.shared, p)
+    plan.module.launch("conv_reduce", math.ceil((width + 1) * channels / 32), 1024, 4096, p)
     return dx, dweight, dbias, dinitial
 
 
@@ -196,16 +215,14 @@ def forward_pair(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], 
     x = _rows(x)
     weights, biases = [w.contiguous() for w in weights], [None if b is None else b.contiguous() for b in biases]
     y, y_too = _outputs(x, real), _outputs(x, real)
-    vector = _vector(VECTOR, x)
-    groups = x.shape[2] // vector
+    vector = _vector(VECTOR[x.element_size()], x)
+    width, half = weights[0].shape[1], x.dtype == torch.bfloat16
+    plan = _plan(device, x.shape, half, width, vector, silu, real is not None, FORWARD_RUN, 1)
     p = _arguments(x, weights[0], biases[0], None, real, False)
     _second_filter(p, weights[1], biases[1])
     p.y, p.y_too = y.data_ptr(), y_too.data_ptr()
-    p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, FORWARD_RUN)
-    p.runs = math.ceil(x.shape[1] / p.run)
-    ring = AHEAD * THREADS * vector * x.element_size()
-    module = device.module(_defines(x, weights[0].shape[1], vector, silu, real))
-    module.launch("conv_forward_pair", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
+    p.run, p.runs = plan.run, plan.runs
+    plan.module.launch("conv_forward_pair", plan.blocks, THREADS, plan.shared, p)
     return y, y_too
 
 
@@ -227,22 +244,20 @@ def backward_pair(
     channels, width = weights[0].shape
     new = {"dtype": torch.float32, "device": x.device}
     dweight, dbias = torch.empty(2, channels, width, **new), torch.empty(2, channels, **new)
-    vector = _vector(VECTOR, x, dy, dy_too, into)
-    groups = channels // vector
+    vector = _vector(PAIR_BACKWARD_VECTOR[x.element_size()], x, dy, dy_too, into)
+    half = x.dtype == torch.bfloat16
+    plan = _plan(device, x.shape, half, width, vector, silu, real is not None, PAIR_BACKWARD_RUN, 3)
     p = _arguments(x, weights[0], biases[0], None, real, False)
     _second_filter(p, weights[1], biases[1])
     p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)
     p.dy_too, p.dy_too_b, p.dy_too_t = dy_too.data_ptr(), dy_too.stride(0), dy_too.stride(1)
     p.dx, p.dx_b, p.dx_t = into.data_ptr(), into.stride(0), into.stride(1)
     p.dweight, p.dbias = dweight.data_ptr(), dbias.data_ptr()
-    p.run = _run_length(x.shape[0], x.shape[1], groups, device.multiprocessors * 1024, BACKWARD_RUN)
-    p.runs = math.ceil(x.shape[1] / p.run)
+    p.run, p.runs = plan.run, plan.runs
     partial = torch.empty(2 * p.batch * p.runs * (width + 1) * channels, **new)
     p.partial = partial.data_ptr()
-    ring = 3 * AHEAD * THREADS * vector * x.element_size()
-    module = device.module(_defines(x, width, vector, silu, real))
-    module.launch("conv_backward_pair", math.ceil(p.batch * p.runs * groups / THREADS), THREADS, ring, p)
-    module.launch("conv_reduce", 2 * math.ceil((width + 1) * channels / 32), 1024, 4096, p)
+    plan.module.launch("conv_backward_pair", plan.blocks, THREADS, plan.shared, p)
+    plan.module.launch("conv_reduce", 2 * math.ceil((width + 1) * channels / 32), 1024, 4096, p)
     return dweight, dbias
 
 
@@ -347,5 +362,10 @@ def run(
 ) -> Tensor:
     """y (b l d) in x's dtype, as __init__ describes it."""
     order, counts = real_positions(mask) or (None, None)
-    call = _conv if torch.compiler.is_compiling() else _Eager.apply
+    if torch.compiler.is_compiling():
+        call = _conv
+    elif torch.is_grad_enabled():
+        call = _Eager.apply
+    else:
+        call = functools.partial(nvrtc.on_device, _run_forward)
     return call(x, weight, bias, initial_state, order, counts, silu, reverse)
