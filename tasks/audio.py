@@ -149,26 +149,51 @@ def smooth_codes(weight: Tensor) -> None:
     weight.copy_(0.02 * math.sqrt(2) * torch.cos(phase))
 
 
-class AudioModeling:
-    """The task that `seqlab.training` trains; see seqlab/training/task.py for the protocol."""
+class AudioObjective:
+    """What is asked of a model of sound: the model and its loss. No data: this much is enough to plan a run."""
 
     metric = "bits per sample"
     positionwise = True
 
-    def __init__(self, config: AudioConfig, store: TokenStore):
-        self.config, self.store = resolve(config, store), store
-        self._samplers: dict[tuple[int, int], CoveringSampler] = {}
-        self._sampler(0, 1)  # fails now, not at the first step, if the split is empty
-        self.class_of = class_indices(store, self.config.sound.labels)
-        self.zero = QUANTIZERS[self.config.sound.quantizer].zero
-        self.end_silence = round(self.config.data.end_silence * self.config.sound.sample_rate)
-        self._ends = store.offsets + store.lengths  # of the recordings, in increasing order
+    def __init__(self, config: AudioConfig):
+        self.config = config
 
     def build_model(self) -> nn.Module:
         return build_model(self.config)
 
     def resolved_config(self) -> AudioConfig:
         return self.config
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.piece(model, batch, 0, batch["ids"].shape[1], None, False)[:2]
+
+    def piece(self, model: nn.Module, batch: Batch, start: int, stop: int, state: Any, more: bool) -> tuple[Tensor, Tensor, Any]:
+        part = slice(start, stop)
+        logits, state = model(batch["ids"][:, part], state, return_state=more, **classes_of(batch))
+        return *weighted_cross_entropy(logits, batch["target"][:, part], batch["weight"][:, part]), state
+
+    def weight(self, batch: Batch) -> float:
+        return batch["weight"].sum().item()
+
+    def tokens(self, batch: Batch) -> int:
+        return int((batch["weight"] == 1).sum())
+
+    def metric_value(self, mean_loss: float) -> float:
+        return mean_loss / math.log(2)
+
+
+class AudioModeling(AudioObjective):
+    """The task that `seqlab.training` trains; see seqlab/training/task.py for the protocol."""
+
+    def __init__(self, config: AudioConfig, store: TokenStore):
+        super().__init__(resolve(config, store))
+        self.store = store
+        self._samplers: dict[tuple[int, int], CoveringSampler] = {}
+        self._sampler(0, 1)  # fails now, not at the first step, if the split is empty
+        self.class_of = class_indices(store, self.config.sound.labels)
+        self.zero = QUANTIZERS[self.config.sound.quantizer].zero
+        self.end_silence = round(self.config.data.end_silence * self.config.sound.sample_rate)
+        self._ends = store.offsets + store.lengths  # of the recordings, in increasing order
 
     # -- data ------------------------------------------------------------------------------------------------------
     def _sampler(self, rank: int, world_size: int) -> CoveringSampler:
@@ -245,28 +270,19 @@ class AudioModeling:
         for rows in group_by_length(mine[:, 1] - mine[:, 0], budget):
             yield self.batch(mine[rows])
 
-    # -- loss ------------------------------------------------------------------------------------------------------
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.piece(model, batch, 0, batch["ids"].shape[1], None, False)[:2]
-
-    def piece(self, model: nn.Module, batch: Batch, start: int, stop: int, state: Any, more: bool) -> tuple[Tensor, Tensor, Any]:
-        part = slice(start, stop)
-        logits, state = model(batch["ids"][:, part], state, return_state=more, **classes_of(batch))
-        return *weighted_cross_entropy(logits, batch["target"][:, part], batch["weight"][:, part]), state
-
-    def weight(self, batch: Batch) -> float:
-        return batch["weight"].sum().item()
-
-    def tokens(self, batch: Batch) -> int:
-        return int((batch["weight"] == 1).sum())
-
-    def metric_value(self, mean_loss: float) -> float:
-        return mean_loss / math.log(2)
-
     def describe(self, batch: Batch) -> str:
         places = [self.store.locate(int(start)) for start in batch["start"][:3]]
         more = f" and {len(batch['start']) - 3} more" if len(batch["start"]) > 3 else ""
         return "windows at " + ", ".join(f"{name} sample {at:,}" for name, at in places) + more
+
+
+def example(config: AudioConfig, rows: int, length: int) -> tuple[AudioObjective, Batch]:
+    """The task without its data, and noise: what `seqlab plan` measures."""
+    codes = torch.randint(VOCAB, (rows, length), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = {"ids": codes, "target": codes.roll(-1, 1), "weight": torch.ones(rows, length)}
+    if config.model.n_classes:
+        batch["classes"] = torch.zeros(rows, dtype=torch.int64)
+    return AudioObjective(config), batch
 
 
 def classes_of(batch: Batch) -> dict[str, Tensor]:

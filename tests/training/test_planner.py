@@ -209,3 +209,7 @@ def test_plan_command(tmp_path):
     shared = run_plan("dna_small", "--context", "4096", "--set", "train.tokens_per_step=32768", "--devices", "4", "--json", "-")
     assert json.loads(shared.stdout)["plan"]["rows"] == 2
     assert run_plan("nonsense").exit_code == 1
+    sound = run_plan("audio_fsdd", "--context", "2000", "--set", "model.pool=[4, 4]", "--json", "-")
+    assert json.loads(sound.stdout)["plan"]["modes"][-1]["memory"]["mode"] == "chunked", sound.output
+    refused = run_plan("species")
+    assert refused.exit_code == 1 and "cannot be planned without data" in " ".join(refused.output.split())
