@@ -175,6 +175,7 @@ class SpeciesTask:
                 f"classes: {unknown[0]}: not a species of {store.directory} in its sorted order; {nearest(unknown[0], classes)}"
             )
         self.config, self.store, self.init = replace(config, classes=classes), store, init
+        self._fixed: dict[int, Windows] = {}  # length -> validation windows
         model = config.model
         self.is_causal = model.direction == "causal"
         self.asks_prefixes = (
@@ -263,7 +264,9 @@ class SpeciesTask:
         limit = self.config.train.micro_batch_tokens or self.config.train.tokens_per_step
         for length in lengths:
             length = min(length, self.valid.longest())
-            windows, _ = self.valid.fixed(length, per_class)
+            if length not in self._fixed:
+                self._fixed[length], _ = self.valid.fixed(length, per_class)
+            windows = self._fixed[length]
             windows = windows[np.arange(rank, len(windows), world_size)]
             rows = max(1, limit // length)
             for i in range(0, len(windows), rows):
