@@ -6,9 +6,14 @@ index of its species among the sorted names.
 Split rule: decided by `seqlab prep species` (blocks of each species, sequences, or files); windows never cross a border.
 
 One model for all lengths. Training mixes window lengths: context, context/2, ... down to min_context, one for each step,
-with the tokens of a step held constant. A causal model is also asked after every doubling of the prefix, so that one window
-of 4,096 bases trains the answers at 256, 512, 1,024, 2,048 and 4,096. With mean pooling the answer is a mean of what all
-positions say, which a longer sequence can only make less noisy.
+with the tokens of a step held constant. With mean pooling the answer is a mean of what all positions say, which a longer
+sequence can only make less noisy; so parts of a window can be asked too, and with `loss.ask: segments` every stretch of
+min_context bases, every two of them, every four, ... up to the whole is: a window of 4,096 that is easy as a whole still
+teaches at each of its positions.
+
+After training, the head's biases and its length scale (a dozen numbers) are fitted once more on validation windows of all
+lengths (`calibrate`). Among near-identical species the biases that training leaves are noise, but at great lengths that
+noise would decide everything.
 
 Samples are drawn as in the published experiments (HyenaDNA section 4.4.1, Mamba section 4.3.2): a species uniformly, then a
 sequence by its length, then a position.
@@ -34,13 +39,15 @@ from seqlab.classification.baselines import BaselineResult, Sequences, cnn_basel
 from seqlab.classification.metrics import evaluate_predictions, plot_calibration, plot_confusion
 from seqlab.classification.windows import ClassWindows, Windows
 from seqlab.classifier import ClassifierConfig, SequenceClassifier, load_pretrained
-from seqlab.config import from_dict, load_yaml
+from seqlab.config import dump_yaml, from_dict, load_yaml
 from seqlab.dataset import TokenStore, nearest
 from seqlab.errors import UserError
 from seqlab.heads.classification import evenly_spread_ends
 from seqlab.inference.classify import Predictor
+from seqlab.processes import is_main_process
+from seqlab.tokenizers import nucleotide
 from seqlab.training.callbacks import read_history
-from seqlab.training.checkpoint import load_model, write_atomic, write_json, write_text
+from seqlab.training.checkpoint import load_model, save_model, write_atomic, write_json, write_text
 from seqlab.training.fit import FitResult, read_run_facts
 from seqlab.training.module import TrainConfig, step_seed
 from seqlab.training.optim import OptimConfig
@@ -88,7 +95,9 @@ class LossConfig:
     """What is minimised: the cross-entropy of the species, and beside it, with weight `language_model`, that of the next
     base (causal) or of masked bases (bidirectional), which tells the backbone what DNA looks like."""
 
-    prefixes: bool = True  # causal, pooling mean or last: ask after every doubling of the prefix too
+    # of which parts of a window the species is asked: the whole; its prefixes of min_context, twice that, ... (causal,
+    # pooling mean or last); all its segments of these lengths (pooling: mean). Elsewhere the whole is asked.
+    ask: Literal["whole", "prefixes", "segments"] = "segments"
     language_model: float = 0.0
     mask_rate: float = 0.1  # bidirectional with language_model: share of bases masked
     label_smoothing: float = 0.0
@@ -131,6 +140,7 @@ class Config:
     task: Literal["species"] = "species"
     classes: tuple[str, ...] = ()  # names of the outputs; empty: those of the dataset
     freeze: Literal["none", "backbone"] = "none"  # backbone: train the head alone
+    calibrate: bool = True  # fit the head's biases and length scale on the validation split after training
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -178,9 +188,11 @@ class SpeciesTask:
         self._fixed: dict[int, Windows] = {}  # length -> validation windows
         model = config.model
         self.is_causal = model.direction == "causal"
-        self.asks_prefixes = (
-            config.loss.prefixes and self.is_causal and model.pooling != "max" and model.strand != "equivariant"
-        )
+        self.ask = config.loss.ask
+        if model.strand == "equivariant" or model.pooling in ("max", "centre"):
+            self.ask = "whole"
+        if (self.ask == "prefixes" and not self.is_causal) or (self.ask == "segments" and model.pooling != "mean"):
+            self.ask = "whole"
         longest = max(int((mine[:, 1] - mine[:, 0]).max()) for mine in self.windows.intervals)
         if config.data.context > longest:
             raise UserError(
@@ -280,23 +292,19 @@ class SpeciesTask:
         if not model.training:
             return F.cross_entropy(model(ids, mask), label, reduction="sum"), total
         loss = self.config.loss
-        if not (self.asks_prefixes or loss.language_model):
-            return F.cross_entropy(model(ids, mask), label, reduction="sum", label_smoothing=loss.label_smoothing), total
-        features = None
-        if loss.language_model or not model.reads_both_strands:
+        features, shortest = None, min(ids.shape[1], self.config.data.min_context or ids.shape[1])
+        if loss.language_model or self.ask != "whole":
             features, _ = model.features(ids, mask)
-        if model.reads_both_strands:  # equivariant
-            outputs = model(ids, mask)[:, None]
-        elif self.asks_prefixes:
-            ends = evenly_spread_ends(ids.shape[1], min(ids.shape[1], self.config.data.min_context or ids.shape[1]))
-            outputs = model.head.prefixes(features, torch.tensor(ends), mask)  # (b k classes)
+        if self.ask == "segments":
+            levels = model.head.segments(features, shortest, mask)
+        elif self.ask == "prefixes":
+            ends = torch.tensor(evenly_spread_ends(ids.shape[1], shortest))
+            levels = [(model.head.prefixes(features, ends, mask), None)]
+        elif model.reads_both_strands or features is None:
+            levels = [(model(ids, mask)[:, None], None)]
         else:
-            outputs = model.head(model.head.pool(features, mask))[:, None]
-        k = outputs.shape[1]
-        species = F.cross_entropy(
-            outputs.flatten(0, 1), label.repeat_interleave(k), reduction="sum", label_smoothing=loss.label_smoothing
-        )
-        result = species / k
+            levels = [(model.head(model.head.pool(features, mask))[:, None], None)]
+        result = sum(self._species_loss(outputs, label, used) for outputs, used in levels) / len(levels)
         if loss.language_model:
             result = result + loss.language_model * len(label) * self._language_loss(model, features, batch)
         return result, total
@@ -304,7 +312,7 @@ class SpeciesTask:
     @property
     def piece(self) -> Callable | None:
         """For sequences in pieces (seqlab/training/task.py), where the loss is that of the whole window's outputs alone."""
-        return None if self.asks_prefixes or self.config.loss.language_model else self._piece
+        return None if self.ask != "whole" or self.config.loss.language_model else self._piece
 
     def _piece(self, model: SequenceClassifier, batch: Batch, start: int, stop: int, state: Any, more: bool):
         ids, label, mask = batch["ids"], batch["label"], batch.get("mask")
@@ -320,6 +328,16 @@ class SpeciesTask:
             outputs = 0.5 * sum(outputs.chunk(2))
         smoothing = self.config.loss.label_smoothing if model.training else 0.0
         return F.cross_entropy(outputs, label, reduction="sum", label_smoothing=smoothing), total, state
+
+    def _species_loss(self, outputs: Tensor, label: Tensor, used: Tensor | None) -> Tensor:
+        """Sum over rows of the mean cross-entropy of a row's parts: outputs (b k classes), used (b k) or None for all."""
+        k = outputs.shape[1]
+        nats = F.cross_entropy(
+            outputs.flatten(0, 1), label.repeat_interleave(k), reduction="none", label_smoothing=self.config.loss.label_smoothing
+        ).view(-1, k)
+        if used is None:
+            return nats.mean(1).sum()
+        return (torch.where(used, nats, 0.0).sum(1) / used.sum(1).clamp(min=1)).sum()
 
     def _language_loss(self, model: nn.Module, features: Tensor, batch: Batch) -> Tensor:
         """Mean nats a scored base, over A, C, G and T; the embedding is the output matrix too."""
@@ -366,7 +384,69 @@ def train(config: Config, dataset: Path, run_dir: Path, *, init: Path | None = N
     store = TokenStore.open(dataset)
     task = SpeciesTask(config, store, None if resume else init)
     task.build_model()
-    return runs.train(task, run_dir, dataset, store.hash, pretrained=init, resume=resume)
+    result = runs.train(task, run_dir, dataset, store.hash, pretrained=init, resume=resume)
+    if config.calibrate and result.ended != "interrupted" and is_main_process():
+        calibrate(run_dir, store)
+    return result
+
+
+def calibrate(run_dir: Path, store: TokenStore, per_class: int = 200, tokens_per_class: int = 400_000) -> dict[str, float]:
+    """Fit the biases and the length scale of the best checkpoint's head on fixed windows of the validation split, at
+    lengths from min_context on, as far as the split has them; the checkpoint is replaced. Nothing else of the model
+    changes (vector scaling without the vector, Guo et al. 2017). Returns the cross-entropy (nats) before and after, which
+    are written into run.json."""
+    run = runs.load_run(run_dir, task=NAME)
+    config, model = run.config, run.model
+    windows = ClassWindows(store, "valid", config.data.max_unknown)
+    lengths = [length for length in config.data.lengths(config.data.context) if length <= windows.longest()]
+    while lengths and lengths[-1] * 4 <= windows.longest():
+        lengths.append(lengths[-1] * 4)
+    device = "cuda" if config.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    predictor = Predictor(model, device, config.train.precision)
+    parts = []
+    for length in lengths:
+        fixed, _ = windows.fixed(length, min(per_class, max(8, tokens_per_class // length)))
+        outputs = np.stack(list(predictor.outputs(fixed.sequence(store, i) for i in range(len(fixed)))))
+        # each length counts as much as another, and each species within it
+        weight = 1 / (np.bincount(fixed.label, minlength=len(config.classes))[fixed.label] * len(config.classes) * len(lengths))
+        parts.append((outputs, fixed.label, np.full(len(fixed), float(length)), weight))
+    if not parts:
+        return {}
+    outputs, label, length, weight = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts))
+    outputs, weight = outputs.double(), weight.double()
+    head = model.head
+    has_scale = head.length_scale is not None
+    old = head.length_scale.detach().cpu().double() if has_scale else torch.zeros(2, dtype=torch.float64)
+    logs = (length.double() / 1024).log()
+    raw = outputs / torch.exp(old[0] + old[1] * logs)[:, None]
+    shift = torch.zeros(len(config.classes), dtype=torch.float64, requires_grad=True)
+    scale = old.clone().requires_grad_(has_scale)
+
+    def nats() -> Tensor:
+        scaled = (raw + shift) * torch.exp(scale[0] + scale[1] * logs)[:, None]
+        return (F.cross_entropy(scaled, label, reduction="none") * weight).sum()
+
+    optimizer = torch.optim.LBFGS([shift, scale] if has_scale else [shift], max_iter=200, line_search_fn="strong_wolfe")
+    before = nats().item()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nats() + 1e-4 * shift.square().sum()  # keeps the biases of species that are never confused where they are
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    after = nats().item()
+    if not after < before:
+        return {"before": before, "after": before}
+    with torch.no_grad():
+        head.linear.bias += shift.detach().to(head.linear.bias)
+        if has_scale:
+            head.length_scale.copy_(scale.detach())
+    save_model(model.cpu(), run.checkpoint.parent, dump_yaml(config))
+    facts = read_run_facts(run.directory)
+    write_json(run.directory / "run.json", {**facts, "calibration": {"before": before, "after": after, "lengths": lengths}})
+    return {"before": before, "after": after}
 
 
 # -- prediction ----------------------------------------------------------------------------------------------------
@@ -485,6 +565,11 @@ def fit_baselines(
             _baseline(name, config, store, training, fixed, to_run[fixed.label], length, split, device, cache)
 
 
+CNN_LONGEST = 4096
+"""Beyond this the CNN reads pieces of this length and its log-probabilities are averaged: better than learning from the few
+windows that are longer, and affordable."""
+
+
 def _baseline(
     name: str, config: Config, store: TokenStore, training: TokenStore, fixed: Windows, labels: np.ndarray, length: int,
     split: str, device: str, cache: Path | None,
@@ -500,24 +585,33 @@ def _baseline(
     path = None if cache is None else cache / f"{name}-{split}-{length}.npz"
     if path is not None and (kept := _read_cache(path, key)) is not None:
         return kept
-    rng = np.random.Generator(np.random.Philox(key=step_seed(length, "baseline")))
+    at = length if name == "k-mers" else min(length, CNN_LONGEST)  # what it learns from
+    rng = np.random.Generator(np.random.Philox(key=step_seed(at, "baseline")))
     source = ClassWindows(training, "train", config.data.max_unknown)
-    per_class = min(evaluation.baseline_windows, max(32, evaluation.baseline_tokens // length))
-    learn = source.sample(rng, per_class * len(source.classes), length)
+    per_class = min(evaluation.baseline_windows, max(32, evaluation.baseline_tokens // at))
+    learn = source.sample(rng, per_class * len(source.classes), at)
     check = ClassWindows(training, "valid", config.data.max_unknown)
-    choose, _ = check.fixed(min(length, check.longest()), max(8, per_class // 10))
+    choose, _ = check.fixed(min(at, check.longest()), max(8, per_class // 10))
     to_run = np.array([config.classes.index(known) for known in source.classes])
+    test = fixed.tokens(store)[0]
+    pieces = -(-length // at)
+    if pieces > 1:
+        test = np.pad(test, ((0, 0), (0, pieces * at - length)), constant_values=nucleotide.PAD).reshape(-1, at)
+    held = np.minimum(at, length - np.tile(np.arange(pieces) * at, len(fixed)))
     parts = [
-        Sequences(windows.tokens(own)[0], windows.length.copy(), target)
-        for own, windows, target in (
-            (training, learn, to_run[learn.label]), (training, choose, to_run[choose.label]), (store, fixed, labels)
-        )
+        Sequences(learn.tokens(training)[0], learn.length.copy(), to_run[learn.label]),
+        Sequences(choose.tokens(training)[0], choose.length.copy(), to_run[choose.label]),
+        Sequences(test, held, np.repeat(labels, pieces)),
     ]
     kind = "binary" if len(config.classes) == 2 else "multi-class"
     if name == "k-mers":
         result = kmer_baseline(*parts, kind, len(config.classes), ks=range(1, evaluation.max_k + 1))
     else:
         result = cnn_baseline(*parts, kind, len(config.classes), device=device)
+        if pieces > 1:
+            logs = np.log(result.predictions.clip(1e-12)).reshape(len(fixed), pieces, -1)
+            mean = torch.from_numpy(logs.mean(1)).softmax(1).numpy()
+            result = replace(result, predictions=mean, detail=f"{result.detail}; mean over pieces of {at:,}")
     if path is not None:
         _write_cache(path, key, result)
     return result

@@ -130,6 +130,23 @@ def test_prefixes_equal_separate_sequences(pooling):
         bidirectional.prefix_outputs(ids, ends)
 
 
+def test_segments_equal_separate_pooling():
+    head = classifier(length_scale=True).head
+    features = torch.randn(2, 100, 16)
+    mask = torch.arange(100) < torch.tensor([[100], [40]])
+    with torch.no_grad():
+        levels = head.segments(features, 32, mask)
+        assert [outputs.shape[1] for outputs, _ in levels] == [4, 2, 1]
+        assert levels[0][1].tolist() == [[True] * 4, [True, True, False, False]]
+        for (outputs, used), size in zip(levels, (32, 64, 128)):
+            for j in range(outputs.shape[1]):
+                part = slice(j * size, (j + 1) * size)
+                expected = head(head.pool(features[:, part], mask[:, part]))
+                assert torch.allclose(outputs[used[:, j], j], expected[used[:, j]], atol=1e-5)
+    with pytest.raises(ValueError, match="mean"):
+        classifier(pooling="last").head.segments(features, 32)
+
+
 def test_ends_double_up_to_the_whole():
     assert evenly_spread_ends(1024, 256) == [256, 512, 1024]
     assert evenly_spread_ends(1000, 256) == [256, 512, 1000]

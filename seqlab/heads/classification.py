@@ -107,6 +107,33 @@ class ClassificationHead(nn.Module):
                 count = torch.minimum(count, mask.sum(1, keepdim=True).float()).clamp(min=1.0)
         return self._outputs(sums / count[..., None], count)
 
+    def segments(self, features: Tensor, size: int, mask: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Outputs for parts of each row (pooling: mean): of every stretch of `size` positions, of every two of them, of every
+        four, ... up to the whole. A list of (outputs (b k n_outputs), whether there is anything in it (b k)), finest first."""
+        if self.pooling != "mean":
+            raise ValueError(f"segments need pooling: mean, not {self.pooling}")
+        batch, length, width = features.shape
+        features = features.float()
+        real = features.new_ones(batch, length) if mask is None else mask.float()
+        if mask is not None:
+            features = torch.where(mask[..., None], features, 0.0)
+        pieces = -(-length // size)
+        missing = pieces * size - length
+        if missing:
+            features, real = F.pad(features, (0, 0, 0, missing)), F.pad(real, (0, missing))
+        value = features.reshape(batch, pieces, size, width).sum(2)
+        count = real.reshape(batch, pieces, size).sum(2)
+        levels = []
+        while True:
+            at_least_one = count.clamp(min=1.0)
+            levels.append((self._outputs(value / at_least_one[..., None], at_least_one), count > 0))
+            if count.shape[1] == 1:
+                return levels
+            if count.shape[1] % 2:
+                value, count = F.pad(value, (0, 0, 0, 1)), F.pad(count, (0, 1))
+            value = value.reshape(batch, -1, 2, width).sum(2)
+            count = count.reshape(batch, -1, 2).sum(2)
+
     def _outputs(self, value: Tensor, count: Tensor) -> Tensor:
         with torch.autocast(value.device.type, enabled=False):
             outputs = F.linear(value, self.linear.weight.float(), self.linear.bias.float())

@@ -112,9 +112,25 @@ def test_ranks_and_micro_batches_see_the_rows_of_one_step(data):
     assert changed == pytest.approx(0.3 * 0.75, abs=0.05)  # a quarter of the substitutes are the same base
 
 
+def test_the_loss_asks_every_segment(data):
+    store = TokenStore.open(data)
+    task = species.SpeciesTask(toy_config(), store)
+    assert task.ask == "segments"
+    model = task.build_model().train()
+    batch = next(b for step in range(20) for b in task.train_batches(step, 0, 1) if b["ids"].shape[1] == 256)
+    features, _ = model.features(batch["ids"])
+    levels = []
+    for size in (64, 128, 256):
+        parts = [features[:, at : at + size] for at in range(0, 256, size)]
+        nats = [torch.nn.functional.cross_entropy(model.head(model.head.pool(part)), batch["label"], reduction="sum") for part in parts]
+        levels.append(torch.stack(nats).mean())
+    loss, weight = task.loss(model, batch)
+    assert torch.allclose(loss, torch.stack(levels).mean(), rtol=1e-4) and weight == 4
+
+
 def test_the_loss_is_the_mean_over_prefixes_and_adds_the_language_model(data):
     store = TokenStore.open(data)
-    base = toy_config(min_context=64)
+    base = dataclasses.replace(toy_config(min_context=64), loss=species.LossConfig(ask="prefixes"))
     torch.manual_seed(0)
     task = species.SpeciesTask(base, store)
     model = task.build_model()
@@ -125,7 +141,7 @@ def test_the_loss_is_the_mean_over_prefixes_and_adds_the_language_model(data):
     ]).mean()
     loss, weight = task.loss(model, batch)
     assert torch.allclose(loss, expected, rtol=1e-4) and weight == 4
-    both = species.SpeciesTask(dataclasses.replace(base, loss=species.LossConfig(language_model=2.0)), store)
+    both = species.SpeciesTask(dataclasses.replace(base, loss=species.LossConfig(ask="prefixes", language_model=2.0)), store)
     more, _ = both.loss(model, batch)
     features, _ = model.features(batch["ids"])
     logits = features[:, :-1] @ model.embedding.weight[7:11].T
@@ -163,6 +179,42 @@ def test_training_tells_them_apart(trained):
     assert "k-mer" in text and "| true" in text
     for plot in ("evaluation.png", "training.png", "evaluation-calibration.png", "evaluation-confusion-64.png"):
         assert (trained / "plots" / plot).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_calibration_moves_biases_alone_and_for_the_better(trained, data, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "best" / "model.safetensors"
+    weights = load_file(path)
+    weights["head.linear.bias"] = weights["head.linear.bias"] + torch.tensor([3.0, 0.0, -3.0])  # spoilt
+    save_file(weights, path)
+    found = species.calibrate(tmp_path / "run", TokenStore.open(data))
+    after = load_file(path)
+    assert found["after"] < found["before"] - 0.1
+    assert {name for name in after if not torch.equal(after[name], weights[name])} <= {"head.linear.bias", "head.length_scale"}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["calibration"]["after"] == found["after"]
+    assert json.loads((trained / "run.json").read_text())["calibration"]  # train does it by itself
+
+
+def test_the_cnn_reads_long_windows_in_pieces(trained, data, monkeypatch, tmp_path):
+    monkeypatch.setattr(species, "CNN_LONGEST", 64)
+    store, run_ = TokenStore.open(data), runs.load_run(trained)
+    seen = {}
+
+    def fake(train, valid, test, kind, n_outputs, device):
+        seen.update(train=train.tokens.shape[1], test=test)
+        share = np.tile([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]], (len(test) // 2, 1))  # the two pieces of a window of 100
+        return species.BaselineResult("cnn", share, "fake", 0.0, 0.0)
+
+    monkeypatch.setattr(species, "cnn_baseline", fake)
+    config = dataclasses.replace(run_.config, eval=species.EvalConfig(lengths=(100,), windows_per_class=3, baselines=("cnn",)))
+    result = species.evaluate_run(dataclasses.replace(run_, config=config), store, store, device="cpu", cache=tmp_path)
+    assert seen["train"] == 64 and seen["test"].lengths[:2].tolist() == [64, 36]
+    assert result.results[0].metrics["cnn"]["confusion"][0][1] == 3  # sqrt(0.7 * 0.1) < sqrt(0.2 * 0.8)
+    assert "pieces of 64" in result.results[0].details["cnn"]
 
 
 def test_eval_again_takes_the_baselines_from_the_run(trained, monkeypatch):
@@ -292,7 +344,7 @@ def test_windows_in_pieces_have_the_same_gradient(data, strand, pooling):
 
     config = toy_config(min_context=None, windows_per_step=2)
     shape = species.ClassifierConfig(d_model=16, n_layer=2, d_state=4, strand=strand, pooling=pooling)
-    config = dataclasses.replace(config, model=shape, loss=species.LossConfig(prefixes=False))
+    config = dataclasses.replace(config, model=shape, loss=species.LossConfig(ask="whole"))
     task = species.SpeciesTask(config, TokenStore.open(data))
     torch.manual_seed(0)
     model, (batch,) = task.build_model(), task.train_batches(0, 0, 1)
