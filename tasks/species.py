@@ -521,6 +521,7 @@ def evaluate_run(
     lengths = sorted(set(lengths or config.eval.lengths)) or default_lengths(windows.longest())
     drawn = {length: windows.fixed(length, _per_class(config.eval, length)) for length in lengths}  # fails before any work
     predictor = Predictor(run.model, device, config.train.precision)
+    baselines = _Baselines(config, store, training, {n: w for n, (w, _) in drawn.items()}, to_run, split, device, cache)
     results, confidence = [], {}
     names = ["model", *config.eval.baselines]
     for number, length in enumerate(lengths):
@@ -533,7 +534,7 @@ def evaluate_run(
         if progress is not None:
             progress(number * len(names) + 1, len(lengths) * len(names))
         for i, name in enumerate(config.eval.baselines):
-            found = _baseline(name, config, store, training, fixed, labels, length, split, device, cache)
+            found = baselines.get(name, length)
             predictions[name], details[name] = found.predictions, found.detail
             if progress is not None:
                 progress(number * len(names) + 2 + i, len(lengths) * len(names))
@@ -559,10 +560,12 @@ def fit_baselines(
     """Fill `cache` with the baselines that `evaluate_run` will ask for: they need no model, so they can learn beside it."""
     windows = ClassWindows(store, split, config.data.max_unknown)
     to_run = np.array([config.classes.index(name) for name in windows.classes])
-    for length in lengths or config.eval.lengths or default_lengths(windows.longest()):
-        fixed, _ = windows.fixed(length, _per_class(config.eval, length))
+    lengths = lengths or config.eval.lengths or default_lengths(windows.longest())
+    drawn = {length: windows.fixed(length, _per_class(config.eval, length))[0] for length in lengths}
+    baselines = _Baselines(config, store, training, drawn, to_run, split, device, cache)
+    for length in lengths:
         for name in config.eval.baselines:
-            _baseline(name, config, store, training, fixed, to_run[fixed.label], length, split, device, cache)
+            baselines.get(name, length)
 
 
 CNN_LONGEST = 4096
@@ -570,51 +573,85 @@ CNN_LONGEST = 4096
 windows that are longer, and affordable."""
 
 
-def _baseline(
-    name: str, config: Config, store: TokenStore, training: TokenStore, fixed: Windows, labels: np.ndarray, length: int,
-    split: str, device: str, cache: Path | None,
-) -> BaselineResult:
-    """Learn from windows of this length drawn as the model's are, choose on validation windows, predict the test ones."""
-    evaluation = config.eval
-    key = {
-        "name": name, "length": length, "split": split, "classes": list(config.classes),
-        "data": _content(store), "training": _content(training), "max_unknown": config.data.max_unknown, "test": len(fixed),
-        "windows": evaluation.baseline_windows, "tokens": evaluation.baseline_tokens,
-        "max_k": evaluation.max_k if name == "k-mers" else None,
-    }
-    path = None if cache is None else cache / f"{name}-{split}-{length}.npz"
-    if path is not None and (kept := _read_cache(path, key)) is not None:
-        return kept
-    at = length if name == "k-mers" else min(length, CNN_LONGEST)  # what it learns from
-    rng = np.random.Generator(np.random.Philox(key=step_seed(at, "baseline")))
-    source = ClassWindows(training, "train", config.data.max_unknown)
-    per_class = min(evaluation.baseline_windows, max(32, evaluation.baseline_tokens // at))
-    learn = source.sample(rng, per_class * len(source.classes), at)
-    check = ClassWindows(training, "valid", config.data.max_unknown)
-    choose, _ = check.fixed(min(at, check.longest()), max(8, per_class // 10))
-    to_run = np.array([config.classes.index(known) for known in source.classes])
-    test = fixed.tokens(store)[0]
-    pieces = -(-length // at)
-    if pieces > 1:
-        test = np.pad(test, ((0, 0), (0, pieces * at - length)), constant_values=nucleotide.PAD).reshape(-1, at)
-    held = np.minimum(at, length - np.tile(np.arange(pieces) * at, len(fixed)))
-    parts = [
-        Sequences(learn.tokens(training)[0], learn.length.copy(), to_run[learn.label]),
-        Sequences(choose.tokens(training)[0], choose.length.copy(), to_run[choose.label]),
-        Sequences(test, held, np.repeat(labels, pieces)),
-    ]
-    kind = "binary" if len(config.classes) == 2 else "multi-class"
-    if name == "k-mers":
-        result = kmer_baseline(*parts, kind, len(config.classes), ks=range(1, evaluation.max_k + 1))
-    else:
-        result = cnn_baseline(*parts, kind, len(config.classes), device=device)
-        if pieces > 1:
-            logs = np.log(result.predictions.clip(1e-12)).reshape(len(fixed), pieces, -1)
-            mean = torch.from_numpy(logs.mean(1)).softmax(1).numpy()
-            result = replace(result, predictions=mean, detail=f"{result.detail}; mean over pieces of {at:,}")
-    if path is not None:
-        _write_cache(path, key, result)
-    return result
+class _Baselines:
+    """Each learns from windows of a length drawn as the model's are, chooses on validation windows, predicts test windows.
+
+    drawn: length -> fixed test windows; to_run: class of the dataset -> class of the run
+    """
+
+    def __init__(self, config: Config, store: TokenStore, training: TokenStore, drawn: dict[int, Windows], to_run: np.ndarray,
+                 split: str, device: str, cache: Path | None):
+        self.config, self.store, self.training, self.drawn, self.to_run = config, store, training, drawn, to_run
+        self.split, self.device, self.cache = split, device, cache
+        self._found: dict[tuple[str, int], BaselineResult] = {}
+
+    def get(self, name: str, length: int) -> BaselineResult:
+        if (name, length) in self._found:
+            return self._found[name, length]
+        path = None if self.cache is None else self.cache / f"{name}-{self.split}-{length}.npz"
+        kept = None if path is None else _read_cache(path, self._key(name, length))
+        if kept is not None:
+            self._found[name, length] = kept
+            return kept
+        at = length if name == "k-mers" else min(length, CNN_LONGEST)  # what it learns from
+        together = [length]
+        if name == "cnn" and length >= CNN_LONGEST:  # one network serves all of these
+            together = sorted(n for n in self.drawn if n >= CNN_LONGEST)
+        for served, result in self._learn(name, at, together).items():
+            self._found[name, served] = result
+            if self.cache is not None:
+                _write_cache(self.cache / f"{name}-{self.split}-{served}.npz", self._key(name, served), result)
+        return self._found[name, length]
+
+    def _key(self, name: str, length: int) -> dict:
+        evaluation = self.config.eval
+        return {
+            "name": name, "length": length, "split": self.split, "classes": list(self.config.classes),
+            "data": _content(self.store), "training": _content(self.training), "max_unknown": self.config.data.max_unknown,
+            "test": len(self.drawn[length]), "windows": evaluation.baseline_windows, "tokens": evaluation.baseline_tokens,
+            "max_k": evaluation.max_k if name == "k-mers" else None,
+        }
+
+    def _learn(self, name: str, at: int, lengths: list[int]) -> dict[int, BaselineResult]:
+        """A baseline that learns from windows of `at` bases predicts the test windows of these lengths, piece by piece."""
+        config, training = self.config, self.training
+        rng = np.random.Generator(np.random.Philox(key=step_seed(at, "baseline")))
+        source = ClassWindows(training, "train", config.data.max_unknown)
+        per_class = min(config.eval.baseline_windows, max(32, config.eval.baseline_tokens // at))
+        learn = source.sample(rng, per_class * len(source.classes), at)
+        check = ClassWindows(training, "valid", config.data.max_unknown)
+        choose, _ = check.fixed(min(at, check.longest()), max(8, per_class // 10))
+        to_run = np.array([config.classes.index(known) for known in source.classes])
+        tokens, held, labels = [], [], []
+        for length in lengths:
+            windows = self.drawn[length]
+            pieces = -(-length // at)
+            test = np.pad(windows.tokens(self.store)[0], ((0, 0), (0, pieces * at - length)), constant_values=nucleotide.PAD)
+            tokens.append(test.reshape(-1, at))
+            held.append(np.tile(np.minimum(at, length - np.arange(pieces) * at), len(windows)))
+            labels.append(np.repeat(self.to_run[windows.label], pieces))
+        parts = [
+            Sequences(learn.tokens(training)[0], learn.length.copy(), to_run[learn.label]),
+            Sequences(choose.tokens(training)[0], choose.length.copy(), to_run[choose.label]),
+            Sequences(np.concatenate(tokens), np.concatenate(held), np.concatenate(labels)),
+        ]
+        n_classes = len(config.classes)
+        kind = "binary" if n_classes == 2 else "multi-class"
+        if name == "k-mers":
+            result = kmer_baseline(*parts, kind, n_classes, ks=range(1, config.eval.max_k + 1))
+        else:
+            result = cnn_baseline(*parts, kind, n_classes, device=self.device)
+        found, first = {}, 0
+        for length, part in zip(lengths, tokens):
+            mine = result.predictions[first : first + len(part)]
+            first += len(part)
+            found[length] = replace(result, predictions=mine)
+            if length > at:
+                mean = np.log(mine.clip(1e-12)).reshape(len(self.drawn[length]), -1, n_classes).mean(1)
+                predictions = torch.from_numpy(mean).softmax(1).numpy()
+                detail = f"{result.detail}; mean over pieces of {at:,}"
+                found[length] = replace(result, predictions=predictions, detail=detail)
+        return found
 
 
 def _content(store: TokenStore) -> str:

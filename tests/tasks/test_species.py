@@ -202,19 +202,21 @@ def test_calibration_moves_biases_alone_and_for_the_better(trained, data, tmp_pa
 def test_the_cnn_reads_long_windows_in_pieces(trained, data, monkeypatch, tmp_path):
     monkeypatch.setattr(species, "CNN_LONGEST", 64)
     store, run_ = TokenStore.open(data), runs.load_run(trained)
-    seen = {}
+    seen, calls = {}, []
 
     def fake(train, valid, test, kind, n_outputs, device):
         seen.update(train=train.tokens.shape[1], test=test)
-        share = np.tile([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]], (len(test) // 2, 1))  # the two pieces of a window of 100
+        calls.append(len(test))
+        share = np.tile([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]], (len(test), 1))[: len(test)]
         return species.BaselineResult("cnn", share, "fake", 0.0, 0.0)
 
     monkeypatch.setattr(species, "cnn_baseline", fake)
-    config = dataclasses.replace(run_.config, eval=species.EvalConfig(lengths=(100,), windows_per_class=3, baselines=("cnn",)))
+    config = dataclasses.replace(run_.config, eval=species.EvalConfig(lengths=(100, 130), windows_per_class=3, baselines=("cnn",)))
     result = species.evaluate_run(dataclasses.replace(run_, config=config), store, store, device="cpu", cache=tmp_path)
     assert seen["train"] == 64 and seen["test"].lengths[:2].tolist() == [64, 36]
     assert result.results[0].metrics["cnn"]["confusion"][0][1] == 3  # sqrt(0.7 * 0.1) < sqrt(0.2 * 0.8)
-    assert "pieces of 64" in result.results[0].details["cnn"]
+    assert "pieces of 64" in result.results[1].details["cnn"]
+    assert calls == [9 * 2 + 9 * 3]  # one network for both lengths: two pieces and three
 
 
 def test_eval_again_takes_the_baselines_from_the_run(trained, monkeypatch):
