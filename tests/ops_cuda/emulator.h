@@ -84,6 +84,7 @@ static inline int __syncthreads_or(int v) { return emulated::block_barrier(v != 
 static inline void __syncwarp() { emulated::warp_barrier(); }
 DEVICE void cluster_barrier() { emulated::cluster_barrier(); }
 #define CALLED static
+static inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 DEVICE void arrivals_begin(unsigned long long*) {}
 DEVICE void arrivals_expect(unsigned long long*, unsigned) {}
 DEVICE void arrivals_wait(unsigned long long*, unsigned) { emulated::cluster_barrier(); }

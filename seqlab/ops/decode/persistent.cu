@@ -17,6 +17,9 @@
 // products of bfloat16 matrices run on tensor cores (TENSOR): 16 rows and 8 streams a time, x rounded to bfloat16 too;
 // weights then lie as [16 of k][16 rows][lane], each lane's 8 numbers being its fragment.
 //
+// Weights are places in the arena until the kernel has begun, which copies as much of it as fits to shared memory and makes
+// addresses of the places. Shares are of columns; how many there are of each matrix stands in the operation (N_...).
+//
 // Set from outside: CLUSTER, STREAMS, STATES (n), WIDTH (of the convolution), WARPS, BF16, TENSOR.
 
 struct Params {
@@ -24,8 +27,7 @@ struct Params {
     const i64* phases;       // of every operation, at the start
     const float* embedding;  // (vocab d_model)
     const float* base;       // (b d_model), added to the embedding, or 0
-    const uint4* head;
-    const float* head_bias;  // (vocab): 0, or -inf for what may not be drawn
+    const char* arena;       // (CLUSTER arena_stride) bytes: what each block of a cluster reads, most wanted first
     const float* settings;   // epsilon, temperature, top_p
     const i64* keys;         // (b)
     const i64* forced;       // (b count), or 0
@@ -33,13 +35,15 @@ struct Params {
     i64* out;                // (b count)
     float* log_probs;        // (b count)
     i64 operations, batch, count, position, d_model, vocab, top_k;
+    i64 arena_stride, resident;  // bytes; so many of them are kept in shared memory
+    i64 head, head_bias, head_shares;  // places in the arena; the bias is 0, or -inf for what may not be drawn
     i64 x_pitch, inner_pitch, slots, rows_max, part_floats, exchange_rows, input_pitch;
 };
 
 typedef unsigned long long u64;
-#define FIELDS 26
+#define FIELDS 29
 enum { KIND, SAVE, ADD, SLOT, JUMP, WIDE, INNER, RANK, POOL, D_OUT, INDEX, W_IN, W_X, W_OUT, B_IN, W_CONV, B_CONV, W_DT, B_DT,
-       W_A, W_D, B_OUT, CONV, SSM, PENDING, HELD };
+       W_A, W_D, B_OUT, CONV, SSM, PENDING, HELD, N_IN, N_X, N_OUT };
 enum { BLOCK_OP, DOWN_OP, UP_OP };
 
 #define THREADS (32 * WARPS)
@@ -53,7 +57,6 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 #define UNIT 4
 #define GROUP 32
 #endif
-#define QUADS(rows, units) ((i64)(rows) * (units) * (TENSOR ? 2 : 1))  // uint4 of a matrix
 #define BATCH (STREAMS >= 4 ? 4 : 1)  // states that a thread of the scan has on their way at a time
 #define LANES 4                            // threads that share the states of a channel
 #define EACH ((STATES + LANES - 1) / LANES)
@@ -113,30 +116,27 @@ DEVICE float warp_sum(float v) { for (int b = 16; b; b >>= 1) v += lane_xor(v, b
 DEVICE float warp_max(float v) { for (int b = 16; b; b >>= 1) v = fmaxf(v, lane_xor(v, b)); return v; }
 
 DEVICE int round_up(int n, int to) { return (n + to - 1) / to * to; }
-DEVICE int shares(int rows, int units) {  // how many warps divide the columns of a row group among them
-    int s = WARPS / (rows / GROUP);
-    return s < 1 ? 1 : s > units ? units : s;
-}
+DEVICE int quotient(int a, int b) { return (int)(((float)a + 0.5f) * rcp_fast((float)b)); }  // exact for a below 2^20
 
 // part[share][stream][row] = sums over the share's columns. rows: a multiple of 32; units: columns / UNIT. in and part are
 // offsets in shared memory: pointers to it would be of unknown kind behind a call.
-CALLED void product(const uint4* __restrict__ w, int rows, int units, int in_at, int pitch, int part_at) {
+CALLED void product(const uint4* w, int rows, int units, int n, int in_at, int pitch, int part_at) {
     SHARED_FLOATS(shared);
     const float* in = shared + in_at;
     float* part = shared + part_at;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = rows / GROUP, n = shares(rows, units);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = rows / GROUP;
 #if TENSOR
     int row = lane / 4, pair = lane % 4 * 2;  // of a fragment, PTX ISA: mma.m16n8k16
     for (int job = warp; job < groups * n; job += WARPS) {
-        int group = job % groups, share = job / groups;
-        int k = units * share / n, end = units * (share + 1) / n;
+        int share = quotient(job, groups), group = job - share * groups;
+        int k = quotient(units * share, n), end = quotient(units * (share + 1), n);
         float sum[STREAMS / 8][4];
 #pragma unroll
         for (int s = 0; s < STREAMS / 8; s++) sum[s][0] = sum[s][1] = sum[s][2] = sum[s][3] = 0.f;
         const uint4* at = w + ((i64)k * groups + group) * 32 + lane;
 #pragma unroll 4
         for (; k < end; k++, at += groups * 32) {
-            uint4 a = __ldg(at);
+            uint4 a = *at;
 #pragma unroll
             for (int s = 0; s < STREAMS / 8; s++) {
                 const float* x = in + (8 * s + row) * pitch + 16 * k + pair;
@@ -155,15 +155,15 @@ CALLED void product(const uint4* __restrict__ w, int rows, int units, int in_at,
     }
 #else
     for (int job = warp; job < groups * n; job += WARPS) {
-        int row = job % groups * 32 + lane, share = job / groups;
-        int k = units * share / n, end = units * (share + 1) / n;
+        int share = quotient(job, groups), row = (job - share * groups) * 32 + lane;
+        int k = quotient(units * share, n), end = quotient(units * (share + 1), n);
         const uint4* at = w + (i64)k * rows + row;
         float sum[STREAMS];
 #pragma unroll
         for (int s = 0; s < STREAMS; s++) sum[s] = 0.f;
 #pragma unroll 4
         for (; k < end; k++, at += rows) {
-            uint4 v = __ldg(at);
+            uint4 v = *at;
 #if BF16
             float f[8] = {bf16_low(v.x), bf16_high(v.x), bf16_low(v.y), bf16_high(v.y),
                           bf16_low(v.z), bf16_high(v.z), bf16_low(v.w), bf16_high(v.w)};
@@ -193,7 +193,7 @@ CALLED void product(const uint4* __restrict__ w, int rows, int units, int in_at,
 #if STREAMS == 1
 #define SPLIT(i, n, s, j) const int s = 0, j = (int)(i)
 #else
-#define SPLIT(i, n, s, j) const int s = (int)(i) / (n), j = (int)(i) % (n)
+#define SPLIT(i, n, s, j) const int s = quotient((int)(i), n), j = (int)(i) - s * (n)
 #endif
 
 DEVICE float add_shares(const float* part, int rows, int n, int s, int row) {
@@ -204,7 +204,7 @@ DEVICE float add_shares(const float* part, int rows, int n, int s, int row) {
 
 struct Place {  // shared memory
     float* shared;  // its beginning
-    float *x, *slots, *u, *gate, *y, *part, *exchange, *projected, *logits, *weights, *scale, *input;
+    float *x, *slots, *u, *gate, *y, *part, *exchange, *projected, *logits, *weights, *scale, *input, *settings;
     int *token, *phase;
     u64* barriers;
     i64* ops;
@@ -273,7 +273,7 @@ DEVICE void norms(const Params& p, const Place& m, int d) {
         float v = 0.f;
         for (int i = lane; i < d; i += 32) { float x = m.x[s * p.x_pitch + i]; v += x * x; }
         v = warp_sum(v);
-        if (lane == 0) m.scale[s] = 1.f / sqrtf(v / d + p.settings[0]);
+        if (lane == 0) m.scale[s] = rsqrtf(v * rcp_fast((float)d) + m.settings[0]);
     }
 }
 
@@ -303,34 +303,28 @@ DEVICE void store_state(const float* h, float* at, int lane) {
 DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank, Turn& turn) {
     int d = op[WIDE], inner = op[INNER], own = inner / CLUSTER, start = rank * own, r = op[RANK];
     int own_units = round_up(own, UNIT) / UNIT, pitch = p.inner_pitch;
-    int in_rows = round_up(2 * own, 32), in_units = round_up(d, UNIT) / UNIT;
+    int in_rows = round_up(2 * own, 32), in_units = round_up(d, UNIT) / UNIT, n = op[N_IN];
     norms(p, m, d);
-    product((const uint4*)op[W_IN] + rank * QUADS(in_rows, in_units), in_rows, in_units, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
+    product((const uint4*)op[W_IN], in_rows, in_units, n, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
     __syncthreads();
 
-    int n = shares(in_rows, in_units);
-    const float* conv_weight = (const float*)op[W_CONV];
-    const float* bias = (const float*)op[B_IN];
+    const float *conv_weight = (const float*)op[W_CONV], *bias = (const float*)op[B_IN];
     for (int i = threadIdx.x; i < own * STREAMS; i += THREADS) {
         SPLIT(i, own, s, c);
-        int channel = start + c;
+        float past[WIDTH], *seen = (float*)op[CONV] + (first + s) * (WIDTH - 1) * inner + start + c;
+#pragma unroll
+        for (int k = 0; k < WIDTH - 1; k++) past[k] = s < streams ? seen[k * inner] : 0.f;
         float scale = m.scale[s];
-        float u = scale * add_shares(m.part, in_rows, n, s, c) + __ldg(bias + channel);
-        float z = scale * add_shares(m.part, in_rows, n, s, own + c) + __ldg(bias + inner + channel);
+        float u = scale * add_shares(m.part, in_rows, n, s, c) + bias[c];
+        float z = scale * add_shares(m.part, in_rows, n, s, own + c) + bias[own + c];
         m.gate[s * pitch + c] = z * sigmoid(z);
-        float v = __ldg((const float*)op[B_CONV] + channel) + __ldg(conv_weight + channel * WIDTH + WIDTH - 1) * u;
-        if (s < streams) {
-            float* seen = (float*)op[CONV] + (first + s) * (WIDTH - 1) * inner + channel;
-            float past[WIDTH];
+        past[WIDTH - 1] = u;
+        float v = ((const float*)op[B_CONV])[c];
 #pragma unroll
-            for (int k = 0; k < WIDTH - 1; k++) past[k] = seen[k * inner];
-            past[WIDTH - 1] = u;
+        for (int k = 0; k < WIDTH; k++) v += conv_weight[c * WIDTH + k] * past[k];
 #pragma unroll
-            for (int k = 0; k < WIDTH - 1; k++) {
-                v += __ldg(conv_weight + channel * WIDTH + k) * past[k];
-                seen[k * inner] = past[k + 1];
-            }
-        }
+        for (int k = 0; k < WIDTH - 1; k++)
+            if (s < streams) seen[k * inner] = past[k + 1];
         m.u[s * pitch + c] = v * sigmoid(v);
     }
     __syncthreads();
@@ -345,8 +339,8 @@ DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int
         if (item < items && s < streams) load_state(h[j], (const float*)op[SSM] + ((first + s) * inner + start + c) * STATES, lane);
     }
     int projected = r + 2 * STATES, x_rows = round_up(projected, 32);
-    product((const uint4*)op[W_X] + rank * QUADS(x_rows, own_units), x_rows, own_units, OFFSET(m.u), pitch, OFFSET(m.part));
-    n = shares(x_rows, own_units);
+    n = op[N_X];
+    product((const uint4*)op[W_X], x_rows, own_units, n, OFFSET(m.u), pitch, OFFSET(m.part));
     gather(p, m, x_rows, n, rank, turn);
     for (int i = threadIdx.x; i < projected * STREAMS; i += THREADS) {
         SPLIT(i, projected, s, row);
@@ -371,12 +365,11 @@ DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int
             if (item - (int)threadIdx.x % 32 >= items) break;  // a whole warp: its lanes add up together
             bool live = item < items;
             SPLIT(live ? item / LANES : 0, own, s, c);
-            int channel = start + c;
             const float* row = m.projected + s * projected;
             float dt = 0.f, a[EACH];
-            load_state(a, (const float*)op[W_A] + (i64)channel * STATES, lane);
-            for (int k = lane; k < r; k += LANES) dt += __ldg(dt_weight + (i64)channel * r + k) * row[k];
-            dt = softplus(sum4(dt) + __ldg((const float*)op[B_DT] + channel));
+            load_state(a, (const float*)op[W_A] + c * STATES, lane);
+            for (int k = lane; k < r; k += LANES) dt += dt_weight[c * r + k] * row[k];
+            dt = softplus(sum4(dt) + ((const float*)op[B_DT])[c]);
             float u = m.u[s * pitch + c], y = 0.f;
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
@@ -385,21 +378,21 @@ DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int
                     y += h[j][i] * row[r + STATES + lane * EACH + i];
                 }
             }
-            if (live && s < streams) store_state(h[j], (float*)op[SSM] + ((first + s) * inner + channel) * STATES, lane);
+            if (live && s < streams) store_state(h[j], (float*)op[SSM] + ((first + s) * inner + start + c) * STATES, lane);
             y = sum4(y);
-            if (live && lane == 0) m.y[s * pitch + c] = (y + __ldg((const float*)op[W_D] + channel) * u) * m.gate[s * pitch + c];
+            if (live && lane == 0) m.y[s * pitch + c] = (y + ((const float*)op[W_D])[c] * u) * m.gate[s * pitch + c];
         }
     }
     __syncthreads();
 
     int out_rows = round_up(d, 32);
-    product((const uint4*)op[W_OUT] + rank * QUADS(out_rows, own_units), out_rows, own_units, OFFSET(m.y), pitch, OFFSET(m.part));
-    n = shares(out_rows, own_units);
+    n = op[N_OUT];
+    product((const uint4*)op[W_OUT], out_rows, own_units, n, OFFSET(m.y), pitch, OFFSET(m.part));
     gather(p, m, out_rows, n, rank, turn);
     for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
         SPLIT(i, d, s, j);
         float* x = m.x + s * p.x_pitch + j;
-        float v = *x + whole(p, m, out_rows, n, turn, s, j) + __ldg((const float*)op[B_OUT] + j);
+        float v = *x + whole(p, m, out_rows, n, turn, s, j) + ((const float*)op[B_OUT])[j];
         if (op[ADD] >= 0) v += m.slots[s * p.slots + op[ADD] + j];
         if (op[SAVE] >= 0) m.slots[s * p.slots + op[SAVE] + j] = v;
         *x = v;
@@ -437,12 +430,12 @@ DEVICE bool down(const Params& p, const Place& m, const i64* op, i64 first, int 
     if (threadIdx.x == 0) m.phase[op[INDEX]] = full ? 0 : phase + 1;
     if (!full) return false;
     int rows = round_up(d_out, 32);
-    product((const uint4*)op[W_IN] + rank * QUADS(rows, units), rows, units, OFFSET(m.input), p.input_pitch, OFFSET(m.part));
-    int n = shares(rows, units);
+    int n = op[N_IN];
+    product((const uint4*)op[W_IN], rows, units, n, OFFSET(m.input), p.input_pitch, OFFSET(m.part));
     gather(p, m, rows, n, rank, turn);
     for (int i = threadIdx.x; i < d_out * STREAMS; i += THREADS) {
         SPLIT(i, d_out, s, j);
-        float v = whole(p, m, rows, n, turn, s, j) + __ldg((const float*)op[B_IN] + j);
+        float v = whole(p, m, rows, n, turn, s, j) + ((const float*)op[B_IN])[j];
         m.x[s * p.x_pitch + j] = v;
         m.slots[s * p.slots + op[SAVE] + j] = v;
     }
@@ -454,14 +447,14 @@ DEVICE bool down(const Params& p, const Place& m, const i64* op, i64 first, int 
 DEVICE void up(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank) {
     int d = op[WIDE], pool = op[POOL], d_out = op[D_OUT], total = pool * d_out;
     int own = (total + CLUSTER - 1) / CLUSTER, rows = round_up(own, 32), units = round_up(d, UNIT) / UNIT;
-    product((const uint4*)op[W_IN] + rank * QUADS(rows, units), rows, units, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
+    int n = op[N_IN];
+    product((const uint4*)op[W_IN], rows, units, n, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
     __syncthreads();
-    int n = shares(rows, units);
     for (int i = threadIdx.x; i < own * STREAMS; i += THREADS) {
         SPLIT(i, own, s, mine);
         int row = rank * own + mine;
         if (s < streams && row < total)
-            ((float*)op[HELD])[(first + s) * total + row] = add_shares(m.part, rows, n, s, mine) + __ldg((const float*)op[B_IN] + row);
+            ((float*)op[HELD])[(first + s) * total + row] = add_shares(m.part, rows, n, s, mine) + ((const float*)op[B_IN])[mine];
     }
     for (int i = threadIdx.x; i < d_out * STREAMS; i += THREADS) {
         SPLIT(i, d_out, s, j);
@@ -481,10 +474,10 @@ DEVICE float uniform(i64 key, i64 position) {  // sampling.draw
 
 // sampling.sample for one stream by one warp; a lane has `each` neighbouring tokens. Returns the token and sets
 // *normaliser to log sum exp(logits).
-DEVICE int draw(const Params& p, const float* logits, float* weights, float r, float* normaliser) {
+DEVICE int draw(const Params& p, const float* settings, const float* logits, float* weights, float r, float* normaliser) {
     int vocab = p.vocab, each = (vocab + 31) / 32, lane = threadIdx.x % 32;
     int begin = lane * each < vocab ? lane * each : vocab, end = begin + each < vocab ? begin + each : vocab;
-    float temperature = p.settings[1], top_p = p.settings[2];
+    float temperature = settings[1], top_p = settings[2];
     float top = __uint_as_float(0xff800000u);
     for (int v = begin; v < end; v++) top = fmaxf(top, logits[v]);
     top = warp_max(top);
@@ -570,10 +563,20 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) decode(const Params p) {
     m.logits = next; next += STREAMS * round_up((int)p.vocab, 4);
     m.weights = next; next += STREAMS * round_up((int)p.vocab, 4);
     m.scale = next; next += round_up(STREAMS, 4);
+    m.settings = next; next += 4;
     m.token = (int*)next; next += round_up(STREAMS, 4);
-    m.phase = (int*)next;
+    m.phase = (int*)next; next += round_up((int)p.operations, 4);
 
-    for (int i = threadIdx.x; i < FIELDS * p.operations; i += THREADS) m.ops[i] = p.ops[i];
+    const char* arena = p.arena + rank * p.arena_stride;
+    for (i64 i = threadIdx.x; i < p.resident / 16; i += THREADS) ((uint4*)next)[i] = __ldg((const uint4*)arena + i);
+#define PLACE(at) ((at) < p.resident ? (i64)((char*)next + (at)) : (i64)(arena + (at)))
+    for (int i = threadIdx.x; i < FIELDS * p.operations; i += THREADS) {
+        int field = i % FIELDS;
+        m.ops[i] = field >= W_IN && field <= B_OUT ? PLACE(p.ops[i]) : p.ops[i];
+    }
+    const uint4* head = (const uint4*)PLACE(p.head);
+    const float* head_bias = (const float*)PLACE(p.head_bias);
+    if (threadIdx.x < 3) m.settings[threadIdx.x] = p.settings[threadIdx.x];
     for (float* q = m.x + threadIdx.x; q < zero_end; q += THREADS) *q = 0.f;
     for (int i = threadIdx.x; i < p.operations; i += THREADS) m.phase[i] = (int)p.phases[i];
     for (int s = threadIdx.x; s < STREAMS; s += THREADS) m.token[s] = s < streams ? (int)p.tokens[first + s] : 0;
@@ -602,19 +605,18 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) decode(const Params p) {
             else if (!down(p, m, op, first, streams, rank, turn)) o = (int)op[JUMP];
         }
         norms(p, m, d);
-        product(p.head + rank * QUADS(head_rows, head_units), head_rows, head_units, OFFSET(m.x) + rank * head_units * UNIT, p.x_pitch,
-                OFFSET(m.part));
-        int n = shares(head_rows, head_units);
+        int n = p.head_shares;
+        product(head, head_rows, head_units, n, OFFSET(m.x) + rank * head_units * UNIT, p.x_pitch, OFFSET(m.part));
         gather(p, m, head_rows, n, rank, turn);
         for (int i = threadIdx.x; i < vocab * STREAMS; i += THREADS) {
             SPLIT(i, vocab, s, v);
-            m.logits[s * v_pitch + v] = m.scale[s] * whole(p, m, head_rows, n, turn, s, v) + __ldg(p.head_bias + v);
+            m.logits[s * v_pitch + v] = m.scale[s] * whole(p, m, head_rows, n, turn, s, v) + head_bias[v];
         }
         __syncthreads();
         for (int s = threadIdx.x / 32; s < streams; s += WARPS) {
             float normaliser;
             const float* logits = m.logits + s * v_pitch;
-            int token = draw(p, logits, m.weights + s * v_pitch, uniform(p.keys[first + s], p.position + step), &normaliser);
+            int token = draw(p, m.settings, logits, m.weights + s * v_pitch, uniform(p.keys[first + s], p.position + step), &normaliser);
             i64 place = (first + s) * p.count + step;
             if (p.forced) token = (int)p.forced[place];
             if (threadIdx.x % 32 == 0) {

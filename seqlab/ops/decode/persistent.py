@@ -24,7 +24,7 @@ VOCAB_MAX = 1024  # a lane keeps the fate of its 32 tokens in one word
 TOKENS_MAX = 1 << 14  # of one launch
 CLUSTERS, STREAMS = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
 FIELDS = ("kind save add slot jump wide inner rank pool d_out index w_in w_x w_out b_in w_conv b_conv w_dt b_dt "
-          "w_a w_d b_out conv ssm pending held").split()  # fmt: skip
+          "w_a w_d b_out conv ssm pending held n_in n_x n_out").split()  # fmt: skip
 
 
 def unavailable(request: Request | None = None) -> str | None:
@@ -121,7 +121,7 @@ def sizes(program: Program, shape: Shape) -> dict[str, int]:
     out["exchange_rows"] = max(gathered)
     floats = _up(2 * len(FIELDS) * len(operations), 4) + 4 + s * (out["x_pitch"] + 3 * out["inner_pitch"] + out["input_pitch"])
     floats += s * out["slots"] + out["part_floats"] + (2 * c * s * out["exchange_rows"] if c > 1 else 0)
-    floats += _up(s * out["rows_max"], 4) + 2 * s * _up(program.vocab_size, 4) + 2 * _up(s, 4) + len(operations) + 4
+    floats += _up(s * out["rows_max"], 4) + 2 * s * _up(program.vocab_size, 4) + 2 * _up(s, 4) + 4 + _up(len(operations), 4)
     return {**out, "shared": 4 * floats}
 
 
@@ -194,6 +194,31 @@ def _columns(weight: Tensor, cluster: int, width: int) -> list[Tensor]:
     return [weight[:, c * width : (c + 1) * width] for c in range(cluster)]
 
 
+class Arena:
+    """One piece of memory for everything that a block reads, the small and often missed first, so that shared memory can
+    take a beginning of it: tensors (cluster ...) are laid out by rank, each on a boundary of 16 bytes."""
+
+    def __init__(self, cluster: int):
+        self.cluster, self._entries = cluster, []
+
+    def add(self, rank: int, tensor: Tensor, tell) -> None:
+        """`tell` will be called with the tensor's place, in bytes."""
+        self._entries.append((rank, tensor.contiguous(), tell))
+
+    def build(self, room: int) -> tuple[Tensor, int]:
+        """The memory (cluster bytes), and how many bytes of whole tensors at its beginning fit `room`."""
+        self._entries.sort(key=lambda entry: entry[0])
+        parts, end, resident = [], 0, 0
+        for _, tensor, tell in self._entries:
+            flat = tensor.view(self.cluster, -1).view(torch.uint8)
+            parts.append(torch.nn.functional.pad(flat, (0, -flat.shape[1] % 16)))
+            tell(end)
+            end += parts[-1].shape[1]
+            if end <= room:
+                resident = end
+        return torch.cat(parts, 1).contiguous(), resident
+
+
 class Runner:
     """Runs the tokens of all streams; the kernel works on the state tensors in place."""
 
@@ -206,20 +231,33 @@ class Runner:
         self._sizes = sizes(program, self.shape)
         self._kept: list[Tensor] = []
         cells = iter(matrices(program, self.shape))
+        self._wanted: list[dict[str, tuple[Tensor, int]]] = []  # of each operation: tensors (cluster ...), how much wanted
         rows = [self._row(o, cells) for o in program.operations]
-        self._operations = torch.tensor(rows, dtype=torch.int64).to(request.device)
-        share = _up(-(-program.d_model // self.shape.cluster), self.shape.unit)
-        head = pack(_columns(program.head, self.shape.cluster, share), *next(cells), self.shape)
+        share, cell = _up(-(-program.d_model // self.shape.cluster), self.shape.unit), next(cells)
+        head = pack(_columns(program.head, self.shape.cluster, share), *cell, self.shape)
         bias = torch.zeros(program.vocab_size, device=request.device)
         if request.allowed is not None:
             bias.masked_fill_(~request.allowed, -torch.inf)
+        arena = Arena(self.shape.cluster)
+        for row, wanted in zip(rows, self._wanted):
+            for field, (tensor, rank) in wanted.items():
+                arena.add(rank, tensor, functools.partial(row.__setitem__, field))
+        places: dict[str, int] = {}
+        arena.add(0, bias.expand(self.shape.cluster, -1), functools.partial(places.__setitem__, "head_bias"))
+        arena.add(2, head, functools.partial(places.__setitem__, "head"))
+        memory, resident = arena.build(self._device.shared_limit - self._sizes["shared"])
+        self._shared = self._sizes["shared"] + resident
+        self._operations = torch.tensor([list(row.values()) for row in rows], dtype=torch.int64).to(request.device)
         base = None if request.base is None else request.base.float()
         self._fixed = {
             "ops": self._keep(self._operations),
             "embedding": self._keep(program.embedding),
             "base": 0 if base is None else self._keep(base),
-            "head": self._keep(head),
-            "head_bias": self._keep(bias),
+            "arena": self._keep(memory),
+            "arena_stride": memory.shape[1],
+            "resident": resident,
+            "head_shares": self.shape.shares(*cell),
+            **places,
             "operations": len(rows),
             "batch": request.batch,
             "d_model": program.d_model,
@@ -233,8 +271,8 @@ class Runner:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _row(self, o: Operation, cells) -> list[int]:
-        """One operation as the kernel reads it."""
+    def _row(self, o: Operation, cells) -> dict[str, int]:
+        """One operation as the kernel reads it, but for the places of its tensors in the arena."""
         shape, t, offsets = self.shape, o.tensors, [0]
         for width in self._program.slots:
             offsets.append(offsets[-1] + width)
@@ -246,28 +284,36 @@ class Runner:
         row |= {"kind": o.kind, "save": slot(o.save), "add": slot(o.add), "slot": slot(o.slot), "jump": o.jump}
         row |= {"wide": o.d_model, "inner": o.d_inner, "rank": o.rank, "pool": o.pool, "d_out": o.d_out, "index": o.index}
         carried, c = self._carried, shape.cluster
+        wanted: dict[str, tuple[Tensor, int]] = {}
+        self._wanted.append(wanted)
+
+        def matrix(field: str, parts: list[Tensor], rank: int) -> None:
+            cell = next(cells)
+            wanted[field] = pack(parts, *cell, shape), rank
+            row["n_" + field.removeprefix("w_")] = shape.shares(*cell)
+
         if o.kind == BLOCK:
             own = o.d_inner // c
             u, z = t["in_proj"].chunk(2)
-            rows = [torch.cat([u[i * own : (i + 1) * own], z[i * own : (i + 1) * own]]) for i in range(c)]
-            row["w_in"] = self._keep(pack(rows, *next(cells), shape))
-            row["w_x"] = self._keep(pack(_columns(t["x_proj"], c, own), *next(cells), shape))
-            row["w_out"] = self._keep(pack(_columns(t["out_proj"], c, own), *next(cells), shape))
-            names = {"b_in": "in_bias", "w_conv": "conv", "b_conv": "conv_bias", "w_dt": "dt_proj", "b_dt": "dt_bias", "w_a": "A",
-                     "w_d": "D", "b_out": "out_bias"}  # fmt: skip
-            row |= {field: self._keep(t[name]) for field, name in names.items()}
+            matrix("w_in", [torch.cat([u[i * own : (i + 1) * own], z[i * own : (i + 1) * own]]) for i in range(c)], 3)
+            matrix("w_x", _columns(t["x_proj"], c, own), 1)
+            matrix("w_out", _columns(t["out_proj"], c, own), 2)
+            names = {"w_conv": "conv", "b_conv": "conv_bias", "w_dt": "dt_proj", "b_dt": "dt_bias", "w_a": "A", "w_d": "D"}
+            wanted |= {field: (t[name].unflatten(0, (c, own)), 0) for field, name in names.items()}
+            wanted["b_in"] = t["in_bias"].view(2, c, own).transpose(0, 1), 0
+            wanted["b_out"] = t["out_bias"].expand(c, -1), 0
             row |= {"conv": carried.conv[o.index].data_ptr(), "ssm": carried.ssm[o.index].data_ptr()}
+            return row
+        if o.kind == DOWN:
+            matrix("w_in", _columns(t["weight"], c, _up(-(-o.pool * o.d_model // c), shape.unit)), 4)
+            wanted["b_in"] = t["bias"].expand(c, -1), 0
         else:
-            if o.kind == DOWN:
-                share = _up(-(-o.pool * o.d_model // c), shape.unit)
-                parts = _columns(t["weight"], c, share)
-            else:
-                share = -(-o.pool * o.d_out // c)
-                parts = [t["weight"][i * share : (i + 1) * share] for i in range(c)]
-            row["w_in"] = self._keep(pack(parts, *next(cells), shape))
-            row["b_in"] = self._keep(t["bias"])
-            row |= {"pending": carried.pending[o.index].data_ptr(), "held": carried.held[o.index].data_ptr()}
-        return list(row.values())
+            share = -(-o.pool * o.d_out // c)
+            matrix("w_in", [t["weight"][i * share : (i + 1) * share] for i in range(c)], 4)
+            bias = torch.cat([t["bias"], t["bias"].new_zeros(c * share - len(t["bias"]))])
+            wanted["b_in"] = bias.view(c, share), 0
+        row |= {"pending": carried.pending[o.index].data_ptr(), "held": carried.held[o.index].data_ptr()}
+        return row
 
     def load(self, state) -> None:
         """Take over the backbone's state."""
@@ -313,5 +359,5 @@ class Runner:
         p.out, p.log_probs = tokens.data_ptr(), log_probs.data_ptr()
         p.count, p.position, p.top_k = n, position, sampling.top_k
         grid = -(-self.batch // self.shape.streams) * self.shape.cluster
-        self._module.launch(KERNEL, grid, 32 * self.shape.warps, self._sizes["shared"], p)
+        self._module.launch(KERNEL, grid, 32 * self.shape.warps, self._shared, p)
         return tokens, log_probs
