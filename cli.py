@@ -1576,6 +1576,53 @@ def bench_scan(
     emit(json_out, result.as_dict(), human=human)
 
 
+@command(bench_app, "generate")
+def bench_generate(
+    shape: Annotated[Optional[list[str]], typer.Option("--shape", help="Model shape; may be repeated. Default: all.")] = None,
+    batch: Annotated[Optional[list[int]], typer.Option("--batch", help="Streams side by side; may be repeated.")] = None,
+    backend: Annotated[Optional[list[str]], typer.Option("--backend", help="Back end; may be repeated. Default: auto.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    prompt: Annotated[str, typer.Option("--prompt", help="Length of the prompt that is timed; 0: none.")] = "160000",
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long one timing runs.")] = 0.5,
+    json_out: Json = None,
+) -> None:
+    """Tokens a second while generating: parity with the parallel forward pass first, then beside mamba_ssm if installed.
+
+    Example:  seqlab bench generate --shape youtubemix_1m --batch 1 --prompt 0
+    """
+    import torch
+
+    from seqlab.bench import generate
+    from seqlab.dataset import nearest
+    from seqlab.ops import decode
+
+    device = resolve_device(device)
+    for name in backend or []:
+        if name not in ("auto", *decode.BACKENDS):
+            raise UserError(f"--backend {name}: unknown; {nearest(name, ('auto', *decode.BACKENDS))}")
+    on_gpu = device == "cuda"
+    settings = generate.Settings(
+        shapes=tuple(shape or generate.SHAPES),
+        batches=tuple(batch or ((1, 16, 512) if on_gpu else (1, 16))),
+        dtypes=(torch.float32, torch.bfloat16) if on_gpu else (torch.float32,),
+        backends=tuple(backend or ("auto",)),
+        prompt=0 if prompt == "0" else parse_context(prompt, "--prompt"),
+        seconds=seconds,
+        device=device,
+    )
+    console = Console(stderr=True)
+    with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
+        result = generate.run(settings, (lambda text: status.update(text)) if status else (lambda text: None))
+
+    def human() -> None:
+        print_table(f"Generation, {result.machine}", *generate.table(result))
+        print_table("Prompt and state", *generate.facts(result))
+        note(f"largest difference from the parallel forward pass: {max(result.errors.values()):.1e}")
+        for name, why in result.absent.items():
+            note(f"{name}: {why}")
+        print(json.dumps(result.as_dict()))
+
+    emit(json_out, result.as_dict(), human=human)
 
 
 # -- every kind of run: eval, doctor --------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ pytestmark = pytest.mark.skipif(emulate.COMPILER is None, reason="g++ is not ins
 MODELS = {
     "isotropic": {"d_model": 24, "n_layer": 2, "d_state": 5, "vocab_size": 20, "bias": True},
     "unet": {"architecture": "unet", "d_model": 16, "n_layer": 1, "d_state": 16, "pool": (3, 2), "vocab_size": 70},
+    "fixed": {"architecture": "unet", "d_model": 16, "n_layer": 1, "d_state": 5, "pool": (2,), "vocab_size": 16,
+              "blocks": ("s4d_complex", "s4d")},
     "classes": {"d_model": 40, "n_layer": 1, "d_conv": 3, "conv_bias": False, "vocab_size": 16, "n_classes": 4},
-}
+}  # fmt: skip
 
 
 class Device(emulate.Device):
@@ -83,7 +85,8 @@ def errors(name, batch, cluster, streams, half=False, steps=14, sampling=None, a
 
 @pytest.mark.parametrize(
     "name, batch, cluster, streams",
-    [("isotropic", 1, 1, 1), ("isotropic", 3, 4, 2), ("unet", 3, 1, 2), ("unet", 1, 2, 1), ("unet", 3, 4, 2), ("classes", 3, 2, 4)],
+    [("isotropic", 1, 1, 1), ("isotropic", 3, 4, 2), ("unet", 3, 1, 2), ("unet", 1, 2, 1), ("unet", 3, 4, 2), ("classes", 3, 2, 4),
+     ("fixed", 3, 2, 2)],
 )
 def test_steps_equal_the_models(name, batch, cluster, streams):
     worst, same = errors(name, batch, cluster, streams)

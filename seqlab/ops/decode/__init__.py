@@ -111,6 +111,7 @@ class Decoder:
         self._request = Request(model, batch, device, dtype, allowed, classes, base)
         self.backend = _choose(backend, self._request)
         self._runner = BACKENDS[self.backend].Runner(self._request)
+        self._seed, self._keys = None, None  # the streams' keys for this seed
         self.position = 0
         self._token: Tensor | None = None  # (b): the newest token, which the model has not read yet
 
@@ -178,11 +179,13 @@ class Decoder:
             raise ValueError("nothing to go on from: call prefill with a prompt, at least the start token")
         if n < 0:
             raise ValueError(f"n: must be 0 or more tokens, got {n}")
-        keys = torch.tensor([stream_key(sampling.seed, s) for s in self.streams.tolist()], device=self.device)
+        if sampling.seed != self._seed:
+            keys = [stream_key(sampling.seed, s) for s in self.streams.tolist()]
+            self._keys, self._seed = torch.tensor(keys, device=self.device), sampling.seed
         small = torch.uint8 if self.model.config.vocab_size <= 256 else torch.int64
         if n == 0:
             return torch.zeros(self.batch, 0, dtype=small, device=self.device), torch.zeros(self.batch, 0, device=self.device)
-        tokens, log_probs = self._runner.run(self._token, self.position, n, sampling, keys, forced)
+        tokens, log_probs = self._runner.run(self._token, self.position, n, sampling, self._keys, forced)
         self._token = tokens[:, -1].long()
         self.position += n
         return tokens.to(small), log_probs
@@ -228,7 +231,7 @@ class Decoder:
         """Go on where `state_dict` was taken. Raises ValueError where it is of another model or number of streams."""
         if len(saved["streams"]) != self.batch:
             raise ValueError(f"this state has {len(saved['streams'])} streams, the decoder {self.batch}")
-        self.position, self.streams = int(saved["position"]), saved["streams"].clone()
+        self.position, self.streams, self._seed = int(saved["position"]), saved["streams"].clone(), None
         if "token" not in saved:
             self._token = None
             return

@@ -83,8 +83,12 @@ class Runner:
             row[k.B_IN] = self._keep(torch.cat([_pad(u_bias, 0), _pad(z_bias, 0)]))
             row[k.W_CONV] = self._keep(_pad(t["conv"].t(), 1))
             row[k.B_CONV] = self._keep(_pad(t["conv_bias"], 0))
-            row[k.W_X] = self._keep(_tiles(t["x_proj"]))
-            row[k.W_DT] = self._keep(_tiles(t["dt_proj"]))
+            row[k.FIXED] = o.fixed
+            if o.fixed:
+                row[k.W_C] = self._keep(_pad(t["C"].t(), 1))
+            else:
+                row[k.W_X] = self._keep(_tiles(t["x_proj"]))
+                row[k.W_DT] = self._keep(_tiles(t["dt_proj"]))
             row[k.B_DT] = self._keep(_pad(t["dt_bias"], 0))
             row[k.W_A] = self._keep(_pad(t["A"].t(), 1))
             row[k.W_D] = self._keep(_pad(t["D"], 0))
@@ -92,7 +96,7 @@ class Runner:
             row[k.B_OUT] = self._keep(_pad(t["out_bias"], 0))
             wide = -(-o.d_inner // 16) * 16
             self._conv.append(torch.zeros(self.batch, self._program.d_conv - 1, wide))
-            self._ssm.append(torch.zeros(self.batch, self._program.d_state, wide))
+            self._ssm.append(torch.zeros(self.batch, o.states, wide))
             row[k.CONV], row[k.SSM] = self._conv[-1].data_ptr(), self._ssm[-1].data_ptr()
             return
         if o.pool and o.save >= 0:  # DOWN: the input is a frame of padded positions

@@ -36,8 +36,8 @@ from seqlab.ops.lanes import (
 SLOTS_P = 17
 # one operation
 (KIND, SAVE, ADD, SLOT, JUMP, WIDE, INNER, RANK, POOL, D_OUT, W_IN, B_IN, W_CONV, B_CONV, W_X, W_DT, B_DT, W_A, W_D, W_OUT,
- B_OUT, CONV, SSM, PENDING, HELD, PHASE) = range(26)  # fmt: skip
-SLOTS_OP = 26
+ B_OUT, CONV, SSM, PENDING, HELD, PHASE, FIXED, W_C) = range(28)  # fmt: skip
+SLOTS_OP = 28
 # scratch of one stream: byte offsets
 X, NORMED, UZ, PROJECTED, DELTA, Y, LOGITS, WEIGHTS, SKIPS, PITCH = range(10)
 # state of one stream is at `state + stream * STATE_PITCH + offset`; the pitch is of the operation's own arrays
@@ -127,28 +127,11 @@ def _add(work, to, source, d):
 
 
 @helper
-def _mixer(work, op, p, at, scratch, first, streams, epsilon):
-    """x += mixer(norm(x)) for every stream of the group; `at`: offsets of the scratch areas."""
-    d, di, rank, n, width = op[WIDE], op[INNER], op[RANK], p[STATES], p[WIDTH]
-    dp, dip = _padded(d), _padded(di)
-    pitch, tiles = at[PITCH], dip // 16
-    for s in range(streams):
-        mine = scratch + s * pitch
-        _norm(work, mine + at[X], mine + at[NORMED], d, epsilon, mine + at[PROJECTED])
-    _product(work, op[W_IN], op[B_IN], scratch + at[NORMED], pitch, scratch + at[UZ], pitch, 2 * tiles, d, streams)
-    for s in range(streams):
-        u = scratch + s * pitch + at[UZ]
-        seen = op[CONV] + (first + s) * (width - 1) * dip * 4
-        for t in range(tiles):
-            here = 64 * t
-            now = load(work, u + here)
-            total = fma(now, load(work, op[W_CONV] + (width - 1) * dip * 4 + here), load(work, op[B_CONV] + here))
-            for k in range(width - 1):
-                past = seen + k * dip * 4 + here
-                total = fma(load(work, past), load(work, op[W_CONV] + k * dip * 4 + here), total)
-                following = load(work, past + dip * 4) if k + 2 < width else now
-                store(work, past, following)
-            store(work, u + here, total * sigmoid(work, total))
+def _selective_scan(work, op, n, at, scratch, first, streams):
+    """The recurrence that x_proj steers, and the gate: u, z -> y."""
+    di, rank, pitch = op[INNER], op[RANK], at[PITCH]
+    dip = _padded(di)
+    tiles = dip // 16
     projected = (rank + 2 * n + 15) // 16
     _product(work, op[W_X], 0, scratch + at[UZ], pitch, scratch + at[PROJECTED], pitch, projected, di, streams)
     _product(work, op[W_DT], op[B_DT], scratch + at[PROJECTED], pitch, scratch + at[DELTA], pitch, tiles, rank, streams)
@@ -184,6 +167,68 @@ def _mixer(work, op, p, at, scratch, first, streams, epsilon):
                 y = y + h * peek(work, C + 4 * i)
             gate = load(work, z + here)
             store(work, mine + at[Y] + here, (y + y2) * (gate * sigmoid(work, gate)))
+
+
+@helper
+def _fixed_scan(work, op, n, at, scratch, first, streams):
+    """The recurrence of parameters alone, real (FIXED 1) or complex (2), and the gate: u, z -> y."""
+    dip, pitch = _padded(op[INNER]), at[PITCH]
+    half = n * dip * 4  # to the imaginary parts
+    numbers = n * op[FIXED]
+    for s in range(streams):
+        mine = scratch + s * pitch
+        u, z = mine + at[UZ], mine + at[UZ] + dip * 4
+        for t in range(dip // 16):
+            here = 64 * t
+            x = load(work, u + here)
+            v = x * load(work, op[B_DT] + here)
+            y = x * load(work, op[W_D] + here)
+            state = op[SSM] + (first + s) * numbers * dip * 4 + here
+            A, C = op[W_A] + here, op[W_C] + here
+            for i in range(n):
+                row = i * dip * 4
+                a, h = load(work, A + row), load(work, state + row)
+                if op[FIXED] == 1:
+                    h = fma(a, h, v)
+                    y = fma(h, load(work, C + row), y)
+                else:
+                    b, g = load(work, A + half + row), load(work, state + half + row)
+                    turned = a * g + b * h
+                    h = (a * h - b * g) + v
+                    y = y + (h * load(work, C + row) - turned * load(work, C + half + row))
+                    store(work, state + half + row, turned)
+                store(work, state + row, h)
+            gate = load(work, z + here)
+            store(work, mine + at[Y] + here, y * (gate * sigmoid(work, gate)))
+
+
+@helper
+def _mixer(work, op, p, at, scratch, first, streams, epsilon):
+    """x += mixer(norm(x)) for every stream of the group; `at`: offsets of the scratch areas."""
+    d, di, n, width = op[WIDE], op[INNER], p[STATES], p[WIDTH]
+    dp, dip = _padded(d), _padded(di)
+    pitch, tiles = at[PITCH], dip // 16
+    for s in range(streams):
+        mine = scratch + s * pitch
+        _norm(work, mine + at[X], mine + at[NORMED], d, epsilon, mine + at[PROJECTED])
+    _product(work, op[W_IN], op[B_IN], scratch + at[NORMED], pitch, scratch + at[UZ], pitch, 2 * tiles, d, streams)
+    for s in range(streams):
+        u = scratch + s * pitch + at[UZ]
+        seen = op[CONV] + (first + s) * (width - 1) * dip * 4
+        for t in range(tiles):
+            here = 64 * t
+            now = load(work, u + here)
+            total = fma(now, load(work, op[W_CONV] + (width - 1) * dip * 4 + here), load(work, op[B_CONV] + here))
+            for k in range(width - 1):
+                past = seen + k * dip * 4 + here
+                total = fma(load(work, past), load(work, op[W_CONV] + k * dip * 4 + here), total)
+                following = load(work, past + dip * 4) if k + 2 < width else now
+                store(work, past, following)
+            store(work, u + here, total * sigmoid(work, total))
+    if op[FIXED]:
+        _fixed_scan(work, op, n, at, scratch, first, streams)
+    else:
+        _selective_scan(work, op, n, at, scratch, first, streams)
     _product(work, op[W_OUT], op[B_OUT], scratch + at[Y], pitch, scratch + at[NORMED], pitch, dp // 16, di, streams)
     for s in range(streams):
         _add(work, scratch + s * pitch + at[X], scratch + s * pitch + at[NORMED], d)

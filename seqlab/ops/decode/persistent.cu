@@ -41,9 +41,9 @@ struct Params {
 };
 
 typedef unsigned long long u64;
-#define FIELDS 29
+#define FIELDS 31
 enum { KIND, SAVE, ADD, SLOT, JUMP, WIDE, INNER, RANK, POOL, D_OUT, INDEX, W_IN, W_X, W_OUT, B_IN, W_CONV, B_CONV, W_DT, B_DT,
-       W_A, W_D, B_OUT, CONV, SSM, PENDING, HELD, N_IN, N_X, N_OUT };
+       W_A, W_D, B_OUT, CONV, SSM, PENDING, HELD, N_IN, N_X, N_OUT, FIXED, W_C };
 enum { BLOCK_OP, DOWN_OP, UP_OP };
 
 #define THREADS (32 * WARPS)
@@ -299,36 +299,10 @@ DEVICE void store_state(const float* h, float* at, int lane) {
 #endif
 }
 
-// x += mixer(norm(x)), then the operation's add and save.
-DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank, Turn& turn) {
-    int d = op[WIDE], inner = op[INNER], own = inner / CLUSTER, start = rank * own, r = op[RANK];
-    int own_units = round_up(own, UNIT) / UNIT, pitch = p.inner_pitch;
-    int in_rows = round_up(2 * own, 32), in_units = round_up(d, UNIT) / UNIT, n = op[N_IN];
-    norms(p, m, d);
-    product((const uint4*)op[W_IN], in_rows, in_units, n, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
-    __syncthreads();
-
-    const float *conv_weight = (const float*)op[W_CONV], *bias = (const float*)op[B_IN];
-    for (int i = threadIdx.x; i < own * STREAMS; i += THREADS) {
-        SPLIT(i, own, s, c);
-        float past[WIDTH], *seen = (float*)op[CONV] + (first + s) * (WIDTH - 1) * inner + start + c;
-#pragma unroll
-        for (int k = 0; k < WIDTH - 1; k++) past[k] = s < streams ? seen[k * inner] : 0.f;
-        float scale = m.scale[s];
-        float u = scale * add_shares(m.part, in_rows, n, s, c) + bias[c];
-        float z = scale * add_shares(m.part, in_rows, n, s, own + c) + bias[own + c];
-        m.gate[s * pitch + c] = z * sigmoid(z);
-        past[WIDTH - 1] = u;
-        float v = ((const float*)op[B_CONV])[c];
-#pragma unroll
-        for (int k = 0; k < WIDTH; k++) v += conv_weight[c * WIDTH + k] * past[k];
-#pragma unroll
-        for (int k = 0; k < WIDTH - 1; k++)
-            if (s < streams) seen[k * inner] = past[k + 1];
-        m.u[s * pitch + c] = v * sigmoid(v);
-    }
-    __syncthreads();
-
+// x_proj and the recurrence that it steers: u, gate -> y, own channels.
+DEVICE void selective_scan(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank, Turn& turn) {
+    int inner = op[INNER], own = inner / CLUSTER, start = rank * own, r = op[RANK];
+    int own_units = round_up(own, UNIT) / UNIT, pitch = p.inner_pitch, n;
     // what the scan will need from memory first is asked for now
     int items = own * STREAMS * LANES, lane = threadIdx.x % LANES;
     float h[BATCH][EACH];
@@ -383,6 +357,73 @@ DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int
             if (live && lane == 0) m.y[s * pitch + c] = (y + ((const float*)op[W_D])[c] * u) * m.gate[s * pitch + c];
         }
     }
+}
+
+// The recurrence of parameters alone, real (FIXED 1) or complex (2, imaginary parts STATES further on).
+DEVICE void fixed_scan(const Params& p, const Place& m, const i64* op, i64 first, int streams, int start) {
+    int inner = op[INNER], own = inner / CLUSTER, pitch = p.inner_pitch, lane = threadIdx.x % LANES;
+    int items = own * STREAMS * LANES, numbers = STATES * (int)op[FIXED];
+    bool is_complex = op[FIXED] == 2;
+    for (int item = threadIdx.x; item - (int)threadIdx.x % 32 < items; item += THREADS) {
+        bool live = item < items;
+        SPLIT(live ? item / LANES : 0, own, s, c);
+        float u = m.u[s * pitch + c], v = ((const float*)op[B_DT])[c] * u, y = 0.f;
+        const float *decay = (const float*)op[W_A] + c * numbers, *C = (const float*)op[W_C] + c * numbers;
+        float* state = (float*)op[SSM] + ((first + s) * inner + start + c) * numbers;
+        if (live && s < streams) {
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                int j = lane * EACH + i;
+                if (j < STATES) {
+                    float a = decay[j], h = state[j], now = a * h + v;
+                    if (is_complex) {
+                        float b = decay[STATES + j], g = state[STATES + j], turned = a * g + b * h;
+                        now -= b * g;
+                        y -= turned * C[STATES + j];
+                        state[STATES + j] = turned;
+                    }
+                    y += now * C[j];
+                    state[j] = now;
+                }
+            }
+        }
+        y = sum4(y);
+        if (live && lane == 0) m.y[s * pitch + c] = (y + ((const float*)op[W_D])[c] * u) * m.gate[s * pitch + c];
+    }
+}
+
+// x += mixer(norm(x)), then the operation's add and save.
+DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank, Turn& turn) {
+    int d = op[WIDE], inner = op[INNER], own = inner / CLUSTER, start = rank * own;
+    int own_units = round_up(own, UNIT) / UNIT, pitch = p.inner_pitch;
+    int in_rows = round_up(2 * own, 32), in_units = round_up(d, UNIT) / UNIT, n = op[N_IN];
+    norms(p, m, d);
+    product((const uint4*)op[W_IN], in_rows, in_units, n, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
+    __syncthreads();
+
+    const float *conv_weight = (const float*)op[W_CONV], *bias = (const float*)op[B_IN];
+    for (int i = threadIdx.x; i < own * STREAMS; i += THREADS) {
+        SPLIT(i, own, s, c);
+        float past[WIDTH], *seen = (float*)op[CONV] + (first + s) * (WIDTH - 1) * inner + start + c;
+#pragma unroll
+        for (int k = 0; k < WIDTH - 1; k++) past[k] = s < streams ? seen[k * inner] : 0.f;
+        float scale = m.scale[s];
+        float u = scale * add_shares(m.part, in_rows, n, s, c) + bias[c];
+        float z = scale * add_shares(m.part, in_rows, n, s, own + c) + bias[own + c];
+        m.gate[s * pitch + c] = z * sigmoid(z);
+        past[WIDTH - 1] = u;
+        float v = ((const float*)op[B_CONV])[c];
+#pragma unroll
+        for (int k = 0; k < WIDTH; k++) v += conv_weight[c * WIDTH + k] * past[k];
+#pragma unroll
+        for (int k = 0; k < WIDTH - 1; k++)
+            if (s < streams) seen[k * inner] = past[k + 1];
+        m.u[s * pitch + c] = v * sigmoid(v);
+    }
+    __syncthreads();
+
+    if (op[FIXED]) fixed_scan(p, m, op, first, streams, start);
+    else selective_scan(p, m, op, first, streams, rank, turn);
     __syncthreads();
 
     int out_rows = round_up(d, 32);
@@ -572,7 +613,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) decode(const Params p) {
 #define PLACE(at) ((at) < p.resident ? (i64)((char*)next + (at)) : (i64)(arena + (at)))
     for (int i = threadIdx.x; i < FIELDS * p.operations; i += THREADS) {
         int field = i % FIELDS;
-        m.ops[i] = field >= W_IN && field <= B_OUT ? PLACE(p.ops[i]) : p.ops[i];
+        m.ops[i] = (field >= W_IN && field <= B_OUT) || field == W_C ? PLACE(p.ops[i]) : p.ops[i];
     }
     const uint4* head = (const uint4*)PLACE(p.head);
     const float* head_bias = (const float*)PLACE(p.head_bias);

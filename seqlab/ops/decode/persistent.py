@@ -24,7 +24,8 @@ VOCAB_MAX = 1024  # a lane keeps the fate of its 32 tokens in one word
 TOKENS_MAX = 1 << 14  # of one launch
 CLUSTERS, STREAMS = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
 FIELDS = ("kind save add slot jump wide inner rank pool d_out index w_in w_x w_out b_in w_conv b_conv w_dt b_dt "
-          "w_a w_d b_out conv ssm pending held n_in n_x n_out").split()  # fmt: skip
+          "w_a w_d b_out conv ssm pending held n_in n_x n_out "
+          "fixed w_c").split()  # fmt: skip
 
 
 def unavailable(request: Request | None = None) -> str | None:
@@ -90,8 +91,9 @@ def matrices(program: Program, shape: Shape) -> list[tuple[int, int]]:
     for o in program.operations:
         if o.kind == BLOCK:
             own = _up(o.d_inner // c, u) // u
-            out += [(_up(2 * (o.d_inner // c), 32), _up(o.d_model, u) // u), (_up(o.rank + 2 * n, 32), own)]
-            out += [(_up(o.d_model, 32), own)]
+            out.append((_up(2 * (o.d_inner // c), 32), _up(o.d_model, u) // u))
+            out += [] if o.fixed else [(_up(o.rank + 2 * n, 32), own)]
+            out.append((_up(o.d_model, 32), own))
         elif o.kind == DOWN:
             out.append((_up(o.d_out, 32), _up(-(-o.pool * o.d_model // c), u) // u))
         else:
@@ -138,8 +140,8 @@ def cost(program: Program, batch: int, shape: Shape, multiprocessors: int) -> fl
     weights = meetings = 0.0
     for o in program.operations:
         share = per_token[id(o)]
-        weights += share * sum(r * k * shape.unit for r, k in (next(numbers) for _ in range(3 if o.kind == BLOCK else 1)))
-        meetings += share * (2 if o.kind == BLOCK else 1)
+        weights += share * sum(r * k * shape.unit for r, k in (next(numbers) for _ in range(3 - (o.fixed > 0) if o.kind == BLOCK else 1)))
+        meetings += share * (2 if o.kind == BLOCK and not o.fixed else 1)
     r, k = next(numbers)
     weights += r * k * shape.unit
     waves = math.ceil(math.ceil(batch / shape.streams) * shape.cluster / multiprocessors)
@@ -296,9 +298,12 @@ class Runner:
             own = o.d_inner // c
             u, z = t["in_proj"].chunk(2)
             matrix("w_in", [torch.cat([u[i * own : (i + 1) * own], z[i * own : (i + 1) * own]]) for i in range(c)], 3)
-            matrix("w_x", _columns(t["x_proj"], c, own), 1)
+            if not o.fixed:
+                matrix("w_x", _columns(t["x_proj"], c, own), 1)
             matrix("w_out", _columns(t["out_proj"], c, own), 2)
-            names = {"w_conv": "conv", "b_conv": "conv_bias", "w_dt": "dt_proj", "b_dt": "dt_bias", "w_a": "A", "w_d": "D"}
+            names = {"w_conv": "conv", "b_conv": "conv_bias", "b_dt": "dt_bias", "w_a": "A", "w_d": "D"}
+            names |= {"w_c": "C"} if o.fixed else {"w_dt": "dt_proj"}
+            row["fixed"] = o.fixed
             wanted |= {field: (t[name].unflatten(0, (c, own)), 0) for field, name in names.items()}
             wanted["b_in"] = t["in_bias"].view(2, c, own).transpose(0, 1), 0
             wanted["b_out"] = t["out_bias"].expand(c, -1), 0

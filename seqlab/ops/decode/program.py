@@ -8,7 +8,8 @@ the residual stream, which starts as the embedding of the token (plus that of th
            slots[save] = x and on to the next operation; else x = slots[slot] and on to operation `jump`
     UP     held = UpPool(x);  x = slots[slot]
 
-and logits = head(norm_f(x)) end it. `slots` keep what a U-Net's skip connections carry upwards; an isotropic stack has
+A BLOCK's recurrence depends on the input (`fixed` 0) or does not (1: real, 2: complex states, real parts first); the latter has
+neither x_proj nor dt_proj. logits = head(norm_f(x)) end the token. `slots` keep what a U-Net's skip connections carry upwards; an isotropic stack has
 blocks alone. The gains of the norms are folded into the matrices behind them.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from seqlab.backbones.mamba import MambaMixer, MixerState
+from seqlab.backbones.s4d import S4DMixer
 from seqlab.backbones.unet import PoolState, UNet, UNetState
 
 BLOCK, DOWN, UP = 0, 1, 2
@@ -38,6 +40,8 @@ class Operation:
     jump: int = -1
     d_inner: int = 0
     rank: int = 0
+    fixed: int = 0
+    states: int = 0  # numbers of state of a channel
     pool: int = 0
     d_out: int = 0  # width of x behind a pool
 
@@ -107,8 +111,16 @@ class Program:
     def _block(self, layer: nn.Module) -> Operation:
         mixer = layer.mixer
         config = mixer.config
+        fixed = 0 if isinstance(mixer, MambaMixer) else 1 + mixer.is_complex
         block = Operation(
-            BLOCK, len(self.blocks), config.d_model, d_inner=config.d_inner, rank=config.rank, d_out=config.d_model
+            BLOCK,
+            len(self.blocks),
+            config.d_model,
+            d_inner=config.d_inner,
+            rank=0 if fixed else config.rank,
+            fixed=fixed,
+            states=config.d_state * (2 if fixed == 2 else 1),
+            d_out=config.d_model,
         )
         zeros = torch.zeros(1, device=mixer.D.device)
         in_bias, out_bias, conv_bias = mixer.in_proj.bias, mixer.out_proj.bias, mixer.conv1d.bias
@@ -117,14 +129,25 @@ class Program:
             "in_bias": zeros.repeat(2 * config.d_inner) if in_bias is None else _copy(in_bias),
             "conv": _copy(mixer.conv1d.weight).squeeze(1),
             "conv_bias": zeros.repeat(config.d_inner) if conv_bias is None else _copy(conv_bias),
-            "x_proj": _copy(mixer.x_proj.weight),
-            "dt_proj": _copy(mixer.dt_proj.weight),
-            "dt_bias": _copy(mixer.dt_proj.bias),
-            "A": -torch.exp(_copy(mixer.A_log)) * LOG2E,
             "D": _copy(mixer.D),
             "out_proj": _copy(mixer.out_proj.weight),
             "out_bias": zeros.repeat(config.d_model) if out_bias is None else _copy(out_bias),
         }
+        if not fixed:
+            block.tensors |= {
+                "x_proj": _copy(mixer.x_proj.weight),
+                "dt_proj": _copy(mixer.dt_proj.weight),
+                "dt_bias": _copy(mixer.dt_proj.bias),
+                "A": -torch.exp(_copy(mixer.A_log)) * LOG2E,
+            }
+        else:
+            with torch.no_grad():
+                log_decay, delta, C = mixer.discrete()
+                parts = [torch.exp(log_decay), C]
+                if fixed == 2:
+                    parts = [torch.cat([z.real, z.imag], 1) for z in parts]
+            # (d n), complex (d 2n); delta takes the place of dt_bias
+            block.tensors |= {"A": parts[0].float(), "C": parts[1].float(), "dt_bias": _copy(delta)}
         self.operations.append(block)
         return block
 
@@ -139,7 +162,7 @@ def reason(model: nn.Module) -> str | None:
     stages = backbone.stages if isinstance(backbone, UNet) else [backbone.layers]
     for stage in stages:
         for layer in stage:
-            if type(layer.mixer) is not MambaMixer:
+            if type(layer.mixer) not in (MambaMixer, S4DMixer):
                 return f"blocks of kind {type(layer.mixer).__name__} are run by the model itself: use graph or reference"
     return None
 
@@ -148,7 +171,7 @@ def reason(model: nn.Module) -> str | None:
 class Carried:
     """The state of a program, one tensor a block and pool, float32, written in place by the back ends.
 
-    conv[i] (b d_conv-1 d_inner), ssm[i] (b d_inner n), pending[l] (b p-1 d), held[l] (b p d), phase[l] int.
+    conv[i] (b d_conv-1 d_inner), ssm[i] (b d_inner states), pending[l] (b p-1 d), held[l] (b p d), phase[l] int.
     """
 
     def __init__(self, program: Program, batch: int, device: torch.device):
@@ -157,7 +180,7 @@ class Carried:
 
         blocks = program.blocks
         self.conv = [zeros(program.d_conv - 1, o.d_inner) for o in blocks]
-        self.ssm = [zeros(o.d_inner, program.d_state) for o in blocks]
+        self.ssm = [zeros(o.d_inner, o.states) for o in blocks]
         down = [o for o in program.operations if o.kind == DOWN]
         down.sort(key=lambda o: o.index)
         self.pending = [zeros(o.pool - 1, o.d_model) for o in down]

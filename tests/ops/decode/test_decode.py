@@ -17,8 +17,10 @@ MODELS = {
     "wide": {"d_model": 64, "n_layer": 2, "vocab_size": 256, "tie_embeddings": False, "bias": True},
     "unet": {"architecture": "unet", "d_model": 24, "n_layer": 2, "d_state": 4, "pool": (3, 2), "vocab_size": 37},
     "classes": {"architecture": "unet", "d_model": 16, "n_layer": 1, "pool": (4,), "vocab_size": 256, "n_classes": 3},
+    "fixed": {"architecture": "unet", "d_model": 24, "n_layer": 1, "d_state": 5, "pool": (2, 3), "vocab_size": 40,
+              "blocks": ("s4d_complex", "s4d", "s6")},
     "odd": {"d_model": 20, "n_layer": 2, "d_state": 16, "d_conv": 3, "expand": 1, "conv_bias": False, "vocab_size": 16},
-}
+}  # fmt: skip
 
 
 def make(name: str, seed: int = 0):
@@ -139,7 +141,7 @@ def test_only_allowed_tokens_are_drawn_and_scored(backend):
 
 # ------------------------------------------------------------------------------------------------------------- state
 @pytest.mark.parametrize("backend", HERE)
-@pytest.mark.parametrize("name", ["isotropic", "unet", "classes"])
+@pytest.mark.parametrize("name", ["isotropic", "unet", "classes", "fixed"])
 def test_saved_state_goes_on_exactly(backend, name):
     model = make(name)
     decoder = decoder_of(model, 2, backend)
