@@ -132,7 +132,7 @@ class Decoder:
         rows = 1 if same else self.batch
         state = None if fresh else self._runner.state()
         scores = []
-        size = max(1, PREFILL // rows)
+        size = max(1, PREFILL // (1 if self.device.type == "cuda" else 8) // rows)
         for start in range(0, inputs.shape[1], size):
             piece, target = inputs[:rows, start : start + size], targets[:rows, start : start + size]
             state, score = self._forward(piece, target, state, log_probs)

@@ -164,6 +164,9 @@ def reason(model: nn.Module) -> str | None:
         for layer in stage:
             if type(layer.mixer) not in (MambaMixer, S4DMixer):
                 return f"blocks of kind {type(layer.mixer).__name__} are run by the model itself: use graph or reference"
+            for name, module in layer.mixer.named_children():
+                if name.endswith("_proj") and type(module) is not nn.Linear:
+                    return f"{name} is a {type(module).__name__}, which only the model itself can run: use graph or reference"
     return None
 
 

@@ -268,6 +268,20 @@ def test_what_does_not_fit_is_one_clear_line():
         Decoder(model, backend="cpu", dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "persistent"])
+def test_an_adapter_in_the_place_of_a_projection_is_not_overlooked(backend):
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1.0
+
+    model = make("isotropic")
+    model.backbone.layers[1].mixer.out_proj.__class__ = Adapted
+    with pytest.raises(RuntimeError, match="Adapted|GPU"):
+        Decoder(model, backend=backend)
+    ids = tokens_of(model, 2, 12)
+    torch.testing.assert_close(Decoder(model, 2, backend="auto").score(ids), parallel(model, ids), atol=1e-4, rtol=0)
+
+
 def test_state_of_another_model_is_refused():
     decoder = Decoder(make("isotropic"), 1)
     decoder.prefill(torch.tensor([1, 2]))
