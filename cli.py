@@ -444,7 +444,7 @@ def train_dna(
     out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")] = False,
     init: Annotated[Optional[Path], typer.Option("--init", help="Start from the weights of this run.")] = None,
-    context: Annotated[Optional[str], typer.Option("--context", help="Window length in bases.")] = None,
+    context: Annotated[Optional[str], typer.Option("--context", help="Window length in bases; whole: each sequence.")] = None,
     seed: Annotated[Optional[int], typer.Option("--seed")] = None,
     devices: Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")] = None,
     context_parallel: Annotated[
