@@ -267,7 +267,7 @@ class WindowSampler:
                 raise UserError(f"{store.directory}: the {split} split is empty; prepare the dataset with one")
             raise UserError(
                 f"context {context:,} does not fit: the longest stretch of the {split} split of {store.directory} is "
-                f"{longest:,} tokens; use a context of {longest - extra:,} or less, or prepare larger blocks"
+                f"{longest:,} tokens; use a context of {longest - extra:,} or less, or prepare larger blocks (DNA: or --context whole)"
             )
         self._slack = length - extra - count * context
         self._first = np.cumsum(count) - count  # number of each interval's first window
