@@ -19,6 +19,7 @@ so that one model gives both the conditional and the unconditional likelihood; e
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -194,6 +195,10 @@ class AudioModeling(AudioObjective):
         self.zero = QUANTIZERS[self.config.sound.quantizer].zero
         self.end_silence = round(self.config.data.end_silence * self.config.sound.sample_rate)
         self._ends = store.offsets + store.lengths  # of the recordings, in increasing order
+        # augmentation takes about as long as a GPU's step, so the next step's is made meanwhile; a CPU is busy itself
+        self.prefetch = torch.cuda.is_available() and (config.data.gain_db > 0 or config.data.speed > 0)
+        self._worker = ThreadPoolExecutor(1)  # starts its thread when it is first used
+        self._ahead: dict[tuple[int, int, int], Future] = {}
 
     # -- data ------------------------------------------------------------------------------------------------------
     def _sampler(self, rank: int, world_size: int) -> CoveringSampler:
@@ -212,6 +217,14 @@ class AudioModeling(AudioObjective):
         return self._samplers[key]
 
     def train_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
+        if not self.prefetch:
+            return self._train_batches(step, rank, world_size)
+        ready = self._ahead.pop((step, rank, world_size), None)
+        batches = self._train_batches(step, rank, world_size) if ready is None else ready.result()
+        self._ahead = {(step + 1, rank, world_size): self._worker.submit(self._train_batches, step + 1, rank, world_size)}
+        return batches
+
+    def _train_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
         bounds = self._sampler(rank, world_size).bounds(step)
         rng = np.random.Generator(np.random.Philox(key=step_seed(self.config.train.seed, step, rank)))
         hidden = rng.random(len(bounds)) < self.config.data.class_dropout

@@ -99,6 +99,10 @@ def test_batches_are_pure_functions_of_the_step_and_groups_fit_the_budget(store)
     for step in (0, 7):
         for a, b in zip(one.train_batches(step, 0, 1), other.train_batches(step, 0, 1), strict=True):
             assert all(torch.equal(a[key], b[key]) for key in a)
+    other.prefetch = True  # made ahead in a thread, in order and out of order
+    for step in (0, 1, 2, 7, 8, 3):
+        for a, b in zip(one.train_batches(step, 0, 1), other.train_batches(step, 0, 1), strict=True):
+            assert all(torch.equal(a[key], b[key]) for key in a)
     lengths = np.array([5, 100, 30, 30, 90, 2])
     groups = group_by_length(lengths, 100)
     assert sorted(np.concatenate(groups).tolist()) == list(range(6))
@@ -233,7 +237,7 @@ def test_what_does_not_fit(store, run, tmp_path):
         audio.evaluate_run(run, store, store, contexts=(9999,), device="cpu")
     for sets, message in (
         (["model.vocab_size=64"], "256 codes"),
-        (["model.direction=bidirectional"], "one direction"),
+        (["model.strand=augment"], "one direction"),
         (["data.context=1"], "context: must be 2"),
         (["data.class_dropout=2"], "class_dropout"),
         (["data.speed=0.9"], "speed"),
