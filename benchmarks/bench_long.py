@@ -1,12 +1,11 @@
 """Long sequences on one GPU: time and memory of a whole training step in every memory mode, and what the planner predicts.
 
-    python benchmarks/bench_long.py [--only target,modes,sweep,planner] [--json FILE]
+    python benchmarks/bench_long.py [--only peer,modes,sweep,planner] [--json FILE]
 
 parity   first, and nothing is timed if it fails: every mode's gradients against the plain ones, float32, every parameter
-target   bidirectional, d_model 256, 16 layers, 1 x 2^20, bfloat16, with AdamW: each mode, and a stack made of mamba_ssm's
-         fused block with the same width, tied projections, flips and checkpointing, where mamba_ssm is installed;
-         causal, the same size, 2^20 and 2^24 in one step
-modes    tokens/s and peak memory by length, 2^14 to 2^24, in every mode that fits
+peer     bidirectional, d_model 256, 16 layers, 1 x 2^20, bfloat16, with AdamW: a stack made of mamba_ssm's fused block with
+         tied projections, flips and checkpointing, where mamba_ssm is installed
+modes    our step, bidirectional and causal, of the same size: tokens/s and peak memory by length, 2^14 to 2^24, in every mode
 sweep    the same step in pieces of 2^15 to 2^18 tokens
 planner  predicted and measured peak of ten models
 
@@ -154,7 +153,7 @@ def measure(run, repeats: int, warm: int = 1) -> tuple[float, float]:
     return statistics.median(times), torch.cuda.max_memory_allocated() / GIB
 
 
-def attempt(name: str, length: int, make, repeats: int, results: list, warm: int = 1) -> dict | None:
+def attempt(name: str, length: int, make, repeats: int, warm: int, results: list) -> dict | None:
     """Measure, print a line, go on after a failure."""
     release()
     try:
@@ -214,38 +213,29 @@ def ours(changes: dict, length: int, memory: Memory):
     return lambda: Ours(changes, 1, length).step(memory)
 
 
-def target(results: list, chunk: int, repeats: int, longest: int, peer: bool) -> None:
-    size = 1 << 20
-    for memory in (Memory(), Memory("subtract"), Memory("block"), Memory("layerwise", 2 * chunk), Memory("offload", chunk)):
-        attempt(f"bidirectional, {memory.mode}", size, ours(BOTH, size, memory), repeats, results)
+def peer(results: list, repeats: int) -> None:
+    """A stack made of mamba_ssm's fused block, every block checkpointed."""
     try:
         import mamba_ssm  # noqa: F401
     except Exception as error:
         print(f"  mamba_ssm is not here ({error})")
-        peer = False
-    if peer:
-        attempt("bidirectional, mamba_ssm, blocks", size, lambda: peer_step(256, 16, size, True), min(repeats, 2), results)
-        attempt("causal, mamba_ssm, blocks", size, lambda: peer_step(256, 16, size, False), min(repeats, 2), results)
-    attempt("causal, plain", size, ours(CAUSAL, size, Memory()), repeats, results)
-    attempt("causal, block", size, ours(CAUSAL, size, Memory("block")), repeats, results)
-    for length in (size, longest):
-        long = length > size
-        run = ours(CAUSAL, length, Memory("chunked", 2 * chunk))
-        attempt("causal, chunked", length, run, 1 if long else repeats, results, 0 if long else 1)
+        return
+    attempt("bidirectional, mamba_ssm, blocks", 1 << 20, lambda: peer_step(256, 16, 1 << 20, True), repeats, 1, results)
 
 
-def by_length(results: list, chunk: int, powers: range) -> None:
+def by_length(results: list, chunk: int, powers: range, repeats: int) -> None:
     """A mode that has run out of memory is not tried at longer lengths."""
-    for changes, names in ((CAUSAL, ("plain", "subtract", "block", "chunked")), (BOTH, ("plain", "subtract", "block", "layerwise", "offload"))):
+    causal, both = ("plain", "subtract", "block", "chunked"), ("plain", "subtract", "block", "layerwise", "offload")
+    for changes, names in ((BOTH, both), (CAUSAL, causal)):
         kind = changes["direction"]
         for name in names:
             for power in powers:
                 length = 1 << power
-                if name == "offload" and 4 * 256 * 16 * length > 100 * GIB:
-                    break  # of host memory
-                memory = Memory(name, chunk if name in modes.CUTTING else None)
-                repeats, warm = (3, 1) if power < 20 else (1, 0)
-                if attempt(f"{kind}, {name}", length, ours(changes, length, memory), repeats, results, warm) is None:
+                if name == "offload" and 4 * 256 * 16 * length > 40 * GIB:
+                    break  # of host memory, which takes long to lock
+                memory = Memory(name, chunk // (2 if name == "offload" else 1) if name in modes.CUTTING else None)
+                times = (repeats, 1) if power <= 20 else (1, 0)
+                if attempt(f"{kind}, {name}", length, ours(changes, length, memory), *times, results) is None:
                     break
 
 
@@ -254,7 +244,7 @@ def sweep(results: list, repeats: int) -> None:
     for power in (15, 16, 17, 18):
         for kind, changes, mode in (("causal", CAUSAL, "chunked"), ("bidirectional", BOTH, "layerwise")):
             memory = Memory(mode, 1 << power)
-            attempt(f"{kind}, {mode}, pieces of 2^{power}", 1 << 20, ours(changes, 1 << 20, memory), repeats, results)
+            attempt(f"{kind}, {mode}, pieces of 2^{power}", 1 << 20, ours(changes, 1 << 20, memory), repeats, 1, results)
 
 
 def planned(results: list, chunk: int) -> None:
@@ -283,13 +273,11 @@ def planned(results: list, chunk: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="target,modes,sweep,planner")
-    parser.add_argument("--chunk", type=int, default=1 << 17)
+    parser.add_argument("--only", default="peer,modes,sweep,planner")
+    parser.add_argument("--chunk", type=int, default=1 << 18)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--longest", type=int, default=1 << 24, help="of the causal model under target")
     parser.add_argument("--powers", default="14,25,2", help="range of lengths under modes: from, to, step")
     parser.add_argument("--blocks", choices=("default", "fused", "separate"), default="default", help="Mamba blocks as one operator")
-    parser.add_argument("--no-peer", action="store_true", help="leave mamba_ssm out")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.blocks != "default":
@@ -299,8 +287,8 @@ def main() -> None:
     print(f"{result['device']}, torch {result['torch']}, pieces of {options.chunk:,} tokens, fused blocks: {Block.fuse}", flush=True)
     for name, run in (
         ("parity", parity),
-        ("target", lambda r: target(r, options.chunk, options.repeats, options.longest, not options.no_peer)),
-        ("modes", lambda r: by_length(r, options.chunk, range(*map(int, options.powers.split(","))))),
+        ("peer", lambda r: peer(r, options.repeats)),
+        ("modes", lambda r: by_length(r, options.chunk, range(*map(int, options.powers.split(","))), options.repeats)),
         ("sweep", lambda r: sweep(r, options.repeats)),
         ("planner", lambda r: planned(r, options.chunk)),
     ):

@@ -170,6 +170,11 @@ class LanguageModeling(LanguageObjective):
             self.context = self._longest_window = config.data.context
             self._sampler(self.context, 0, 1)  # fails now, not at the first step, if no window fits
 
+    @property
+    def longest_row(self) -> int:
+        """Positions of the longest row of any batch."""
+        return self.context
+
     # -- data ------------------------------------------------------------------------------------------------------
     def context_at(self, step: int) -> int:
         """Context of a step: doubling stages of equal length, then the full context (length warm-up)."""

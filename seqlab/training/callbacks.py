@@ -61,6 +61,9 @@ class MemoryChoice(Callback):
             mode = "block" if train.checkpoint_blocks else "plain" if train.memory == "auto" else train.memory
             return Memory(mode, train.chunk_tokens), f"memory: {mode}"
         batch = {key: value.to(module.device) for key, value in batch.items()}
+        longest = getattr(task, "longest_row", 0)
+        if place.context == 1 and batch["ids"].shape[1] < longest:  # whole sequences: the last step need not have the longest
+            batch = planner.resize(batch, batch["ids"].shape[0], longest)
         model = module.model
         if place.context > 1:  # this process alone measures: with a model that waits for no other
             model = task.build_model().to(module.device)

@@ -213,6 +213,8 @@ class Probe:
             self.model._compiled_call_impl = compiled
             self.model.zero_grad(set_to_none=True)
             modes.prepare(Memory(), self.model)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # so that what is free is seen to be
         return peak, seconds
 
     def _settle(self, peak: bool = False) -> int:

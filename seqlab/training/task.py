@@ -63,3 +63,6 @@ class Task(Protocol):
     #     def piece(self, model, batch, start: int, stop: int, state: Any, more: bool) -> tuple[Tensor, Tensor, Any]:
     #         """Loss, weight and the state after positions start .. stop; `state` is None at the start of the sequence,
     #         `more` False at its last piece."""
+    #
+    # `longest_row`, an int: positions of the longest row of any batch, where the last step's batch need not have it; what
+    # the planner makes room for.
