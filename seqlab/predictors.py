@@ -24,8 +24,8 @@ before sample `start` is the sample before it, or silence if the recording start
 
 _SMOOTHING = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _CHUNK = 1 << 20
-_SELECT = 300_000  # samples of the validation split on which settings are chosen
-_FIT = 600_000  # samples of the training split on which the adaptive predictor's widths and weights are fitted
+_SELECT = 200_000  # samples of the validation split on which settings are chosen
+_FIT = 400_000  # samples of the training split on which the adaptive predictor's widths and weights are fitted
 
 
 # -- counting ------------------------------------------------------------------------------------------------------
@@ -98,15 +98,14 @@ def whole_intervals(store: TokenStore, split: str) -> list[Span]:
     return [(start, end, start) for start, end in store.intervals(split).tolist()]
 
 
-def take(spans: list[Span], samples: int) -> list[Span]:
-    """At most about so many samples of the spans: evenly spread ones, the last cut to fit."""
+def take(spans: list[Span], samples: int, piece: int = 1 << 14) -> list[Span]:
+    """At most about so many samples of the spans, in pieces of at most `piece`, evenly spread over them."""
     total = sum(end - start for start, end, _ in spans)
     if total <= samples:
         return spans
-    if len(spans) < 8:  # a few long recordings: the beginning of each
-        return [(start, start + max(1, (end - start) * samples // total), begin) for start, end, begin in spans]
-    keep = max(1, len(spans) * samples // total)
-    return [spans[i * len(spans) // keep] for i in range(keep)]
+    pieces = [(at, min(at + piece, end), begin) for start, end, begin in spans for at in range(start, end, piece)]
+    keep = max(1, len(pieces) * samples // total)
+    return [pieces[i * len(pieces) // keep] for i in range(keep)]
 
 
 # -- adaptive linear prediction ------------------------------------------------------------------------------------

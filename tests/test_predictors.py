@@ -142,7 +142,7 @@ def test_taking_some_of_the_spans():
     spans = [(i * 10, i * 10 + 10, i * 10) for i in range(20)]
     assert take(spans, 1000) == spans
     assert take(spans, 50) == spans[::4]
-    assert take([(0, 1000, 0), (1000, 1400, 1000)], 140) == [(0, 100, 0), (1000, 1040, 1000)]
+    assert take([(0, 1000, 0), (1000, 1400, 1000)], 700, piece=300) == [(0, 300, 0), (600, 900, 0), (1000, 1300, 1000)]
 
 
 def test_silence_and_square_waves_do_not_break_it(tmp_path):
