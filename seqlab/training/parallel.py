@@ -41,7 +41,7 @@ from seqlab.training.task import Task
 class Traffic:
     """What this rank has given to collectives: how many there were, and the bytes it contributed.
 
-    An all-gather over k ranks sends a contribution k - 1 times (ring algorithms: once to each neighbour's neighbour).
+    A ring of k ranks passes every contribution on k - 1 times; each rank receives k - 1 contributions.
     """
 
     collectives: int = 0
@@ -127,7 +127,6 @@ class Ranks:
         reverse: bool = False,
     ) -> Tensor:
         """`seqlab.ops.selective_scan` of the whole sequence, u (b l d) and the result being this rank's piece."""
-
         entering, sums = self.entering_state(u, delta, A, B, delta_bias, delta_softplus, mask, reverse)
         y, left = ops.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, entering, mask, reverse, return_final_state=True
