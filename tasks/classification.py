@@ -95,6 +95,7 @@ class Config:
     target_scale: float = 1.0
     seeds: int = 1
     epochs: float = 20.0
+    min_steps: int = 0  # a small set has as many epochs more as make so many steps
     freeze: Literal["none", "backbone"] = "none"  # backbone: train the head alone
     class_weights: Literal["none", "balanced"] = "none"  # balanced: every class has the same weight in the loss
     select_by: Literal["loss", "error"] = "loss"  # what validation minimises: cross-entropy, or the share that is wrong
@@ -109,6 +110,8 @@ class Config:
             raise ValueError(f"seeds: must be 1 or more, got {self.seeds}")
         if not self.epochs > 0:
             raise ValueError(f"epochs: must be above 0, got {self.epochs}")
+        if self.min_steps < 0:
+            raise ValueError(f"min_steps: must be 0 or more, got {self.min_steps}")
         if not self.target_scale > 0:
             raise ValueError(f"target_scale: must be above 0, got {self.target_scale}")
         if self.data.batch_size % self.train.devices:
@@ -152,7 +155,7 @@ class ClassificationTask:
             values = store.labels[self.train_rows]
             mean, scale = float(values.mean()), float(values.std()) or 1.0
         limit = config.data.max_length or (store.manifest.get("benchmark") or {}).get("max_length")
-        steps = max(1, math.ceil(config.epochs * len(self.train_rows) / config.data.batch_size))
+        steps = max(1, config.min_steps, math.ceil(config.epochs * len(self.train_rows) / config.data.batch_size))
         steps = min(config.train.max_steps, steps)
         an_epoch = math.ceil(len(self.train_rows) / config.data.batch_size)
         self.config = replace(

@@ -18,7 +18,7 @@ from tasks import classification, runs
 from tasks.classification import ClassificationTask, Config, interpret
 
 SIZE = ["--set", "model.d_model=16", "--set", "model.n_layer=1", "--set", "model.d_state=4", "--set", "train.accelerator=cpu"]
-QUICK = ["--set", "eval.max_k=2", "--set", "eval.baselines=[k-mers]", "--set", "train.ema_decay=0"]
+QUICK = ["--set", "min_steps=0", "--set", "eval.max_k=2", "--set", "eval.baselines=[k-mers]", "--set", "train.ema_decay=0"]
 
 
 def run(*arguments, code=0):
@@ -70,7 +70,7 @@ def data(tmp_path_factory):
 def trained(data):
     """Two seeds of the binary set, by the command."""
     stdout, stderr = run(
-        "train", "classify", "--data", data / "binary", "--out", data / "run", "--seeds", 2, "--epochs", 12, "--set",
+        "train", "classify", "--data", data / "binary", "--out", data / "run", "--seeds", 2, "--epochs", 12, "--set", "min_steps=0", "--set",
         "optim.lr=0.02", "--set", "data.batch_size=32", *SIZE, "--set", "eval.max_k=2", "--set", "train.ema_decay=0",
         "--set", "eval.baseline_seeds=1",
     )  # fmt: skip
@@ -131,6 +131,18 @@ def test_max_length_cuts_and_the_benchmarks_limit_is_the_default(data, tmp_path)
     assert task.train_batches(0, 0, 1)[0]["ids"].shape[1] == 10
     store.manifest["benchmark"] = {"suite": "genomic-benchmarks", "task": "x", "max_length": 12}
     assert ClassificationTask(toy(), store).config.data.max_length == 12
+
+
+def test_how_long_a_run_is(data):
+    store = LabelledStore.open(data / "binary")
+    n = len(ClassificationTask(toy(), store).train_rows)
+    for changes, steps in [
+        (dict(epochs=3.0), -(-3 * n // 64)),
+        (dict(epochs=3.0, min_steps=50), 50),
+        (dict(epochs=3.0, min_steps=50, train=dataclasses.replace(Config().train, max_steps=7)), 7),
+    ]:
+        train = ClassificationTask(toy(**changes), store).config.train
+        assert train.max_steps == steps and 1 <= train.validate_every <= steps
 
 
 def test_balanced_weights(data):
