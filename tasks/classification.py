@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlab import report
-from seqlab.classification import published
+from seqlab.classification import baselines, published
 from seqlab.classification.baselines import BaselineResult, chance, cnn_baseline, kmer_baseline
 from seqlab.classification.dataset import LabelledStore
 from seqlab.classification.metrics import (
@@ -528,18 +528,6 @@ def evaluate_run(
     )
 
 
-def fit_baselines(config: Config, dataset: Path, *, device: str = "cpu") -> None:
-    """Fit the baselines that `evaluate_run` will ask for and keep them with the dataset: they need no model."""
-    store = LabelledStore.open(dataset)
-    config = ClassificationTask(config, store).config
-    for seed in range(config.train.seed, config.train.seed + config.seeds):
-        parts = [store.rows(name, seed, config.data.valid_share) for name in ("train", "valid", "test")]
-        *parts, test = [store.sequences(part, config.data.max_length) for part in parts]
-        for name in config.eval.baselines:
-            cache = _cache_path(name, config, seed, "test", store, store)
-            _baseline(name, config, seed, parts, test, device, cache)
-
-
 def _check_same_labels(config: Config, store: LabelledStore) -> None:
     if store.kind != config.kind or list(config.classes) != store.classes:
         theirs = ", ".join(store.classes[:6]) or store.kind
@@ -550,7 +538,7 @@ def _check_same_labels(config: Config, store: LabelledStore) -> None:
 
 
 def _cache_path(name: str, config: Config, seed: int, split: str, store: LabelledStore, training: LabelledStore) -> Path:
-    parts = (name, seed, split, store.hash, training.hash, config.data.max_length, config.data.valid_share)
+    parts = (baselines.VERSION, name, seed, split, store.hash, training.hash, config.data.max_length, config.data.valid_share)
     if name == "k-mers":
         parts = (*parts, config.eval.max_k)
     return training.directory / "baselines" / f"{name}-{split}-{seed}-{step_seed(*parts):016x}.npz"
