@@ -5,9 +5,9 @@ all-gather after each: per layer and direction two in the forward pass (convolut
 pass; then one all-reduce of the gradients. Every all-gather waits for the slowest
 rank. Assumptions, all of them options:
 
-    rate        tokens/s of one GPU running a shared block, measured (benchmarks/bench_context_parallel.py, `shared`,
-                divided by the ranks): constant down to the floor
-    floor       time of a layer and direction, forward + backward, however short the piece: kernel launches
+    rate, fixed the time of a layer and direction, forward + backward, is fixed + tokens of the piece / rate / layers: the line
+                through the measurements of benchmarks/bench_context_parallel.py, `shared`, divided by the ranks
+    alone       tokens/s of one GPU on a sequence of its own, from the same benchmark: what efficiency is measured against
     jitter      standard deviation of a stretch's duration, as a share of it; how far the slowest of n is behind is drawn
                 (normal, fixed seed)
     links       a collective among n GPUs takes latency * ceil(log2 n) + bytes received / bandwidth; within a host of 8
@@ -16,7 +16,7 @@ rank. Assumptions, all of them options:
     memory      bytes a token and layer that recomputed blocks keep, plus one block at work
 
     python benchmarks/simulate_scaling.py                      the table of docs/RESULTS.md
-    python benchmarks/simulate_scaling.py --rate 2e6 --json -
+    python benchmarks/simulate_scaling.py --rate 2e6 --fixed 1e-3 --json -
 """
 
 import argparse
@@ -38,10 +38,11 @@ class Machine:
     nvlink_latency: float = 8e-6  # s a round of a collective
     network_latency: float = 12e-6
     memory: float = 3.0e12  # bytes/s
-    capacity: float = 72e9  # bytes of a GPU that a step may use
-    floor: float = 0.6e-3  # s a layer and direction
+    capacity: float = 130e9  # bytes of a GPU that a step may use
     jitter: float = 0.02
-    rate: float = 2.0e6  # tokens/s of one GPU in the model below
+    fixed: float = 4e-3  # s a layer and direction; these three: H200, the model below, blocks recomputed
+    rate: float = 1.17e6  # tokens/s
+    alone: float = 1.42e6
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Model:
     directions: int = 1
     parameters: float = 7e6
     kept: float = 1024.0  # bytes a token and layer (float32 residual stream)
-    at_work: float = 20e3  # bytes a token, of the one block at work
+    at_work: float = 10e3  # bytes a token, of the one block at work
 
     @property
     def d_inner(self) -> int:
@@ -88,7 +89,7 @@ def step(machine: Machine, model: Model, n: int, tokens: float) -> dict:
     """Seconds of a training step of one sequence on n GPUs, and where they go."""
     payloads, units = model.payloads(), model.n_layer * model.directions
     piece = tokens / n
-    compute = max(piece / machine.rate / units, machine.floor)  # of a layer and direction
+    compute = machine.fixed + piece / machine.rate / units  # of a layer and direction
     waiting = compute * machine.jitter * slowest(n)
     links = sum(collective(machine, n, n * payload) for payload in payloads)
     combine = 3.0 * n * sum(payloads) / machine.memory
@@ -99,7 +100,7 @@ def step(machine: Machine, model: Model, n: int, tokens: float) -> dict:
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "efficiency": tokens / seconds / (n * machine.rate),
+        "efficiency": tokens / seconds / (n * machine.alone),
         "links": (units * (links + combine) + reduce) / seconds,
         "gib": piece * (model.kept * model.n_layer + model.at_work) / 2**30,
         "fits": piece * (model.kept * model.n_layer + model.at_work) <= machine.capacity,
