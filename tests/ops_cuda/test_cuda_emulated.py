@@ -8,8 +8,8 @@ from seqlab.ops import causal_conv1d, nvrtc
 from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.causal_conv1d import reference as conv_reference
 from seqlab.ops.selective_scan import cuda as scan
-from seqlab.ops.selective_scan import reference
-from seqlab.ops.selective_scan.ends import torch_piece_ends
+from seqlab.ops.selective_scan import cpu, reference
+from seqlab.ops.selective_scan.ends import piece_ends, torch_piece_ends
 
 pytestmark = pytest.mark.skipif(emulate.COMPILER is None, reason="g++ is not installed; it compiles the emulated kernels")
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -212,3 +212,22 @@ def test_gradient_of_a_convolution_added_to_another(monkeypatch):
     into = torch.cat((before, before), -1)
     conv.backward(dy, x, weight, None, None, True, True, into=into[..., 12:], add=True)
     assert worst([(into[..., 12:], (before + alone).double())]) < 1e-6 and torch.equal(into[..., :12], before)
+
+
+@pytest.mark.parametrize("adjoint", (False, True))
+@pytest.mark.parametrize("reverse", (False, True))
+def test_what_a_piece_does_to_a_state_part_by_part(monkeypatch, reverse, adjoint):
+    """The kernels on slices of a longer piece, as ends.py calls them: strided rows, a mask cut in time."""
+    device = emulate.Device(scan.SOURCE, scan.KERNELS, 2, 2)
+    monkeypatch.setattr(scan, "_device", lambda x: device)
+    monkeypatch.setattr(cpu, "piece_ends", scan.piece_ends)
+    monkeypatch.setitem(piece_ends.__globals__, "NEAR", {"cpu": 30})
+    torch.manual_seed(2)
+    x, delta, z = (torch.randn(2, 200, 6) for _ in range(3))
+    vector, A, mask = torch.randn(2, 200, 3), -0.02 * torch.rand(6, 3) - 1e-4, torch.rand(2, 200) > 0.3
+    options = dict(delta_softplus=True, mask=mask, reverse=reverse, gate=z, adjoint=adjoint)
+    found = piece_ends(x, vector, delta, A, **options)
+    exact = torch_piece_ends(
+        x.double(), vector.double(), delta.double(), A.double(), None, mask, True, reverse, z.double(), adjoint
+    )
+    assert worst(zip(found, exact)) < TOLERANCE[FLOAT]
