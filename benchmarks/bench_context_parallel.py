@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=256)
     parser.add_argument("--n-layer", type=int, default=8)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1 << 18, 1 << 20, 1 << 21, 1 << 22])
-    parser.add_argument("--parity-length", type=int, default=65537)
+    parser.add_argument("--parity-length", type=int, default=200_001)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     if options.device == "cuda":

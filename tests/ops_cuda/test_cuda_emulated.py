@@ -7,8 +7,8 @@ import torch
 from seqlab.ops import causal_conv1d, nvrtc
 from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.causal_conv1d import reference as conv_reference
-from seqlab.ops.selective_scan import cuda as scan
 from seqlab.ops.selective_scan import cpu, reference
+from seqlab.ops.selective_scan import cuda as scan
 from seqlab.ops.selective_scan.ends import piece_ends, torch_piece_ends
 
 pytestmark = pytest.mark.skipif(emulate.COMPILER is None, reason="g++ is not installed; it compiles the emulated kernels")
