@@ -4,7 +4,7 @@ Nothing about the model is assumed but that memory grows linearly with what is a
 few steps on short sequences give the constants:
 
     plain, subtract, block         peak = p0 + p1 tokens                        tokens at once, over all rows
-    chunked, layerwise, offload    peak = p0 + p1 chunk + p2 length + state bytes at a cut x cuts
+    chunked, layerwise, offload    peak = p0 + p1 chunk + p2 length + state bytes at a cut x cuts    (chunked: p2 = 0)
 
 The peak is that of the device's allocator on a GPU; on a CPU the storages that torch makes are watched as they come and go.
 Weights, gradients, AdamW's two moments, an average of the weights and the batch itself are added by arithmetic.
@@ -256,12 +256,16 @@ class Probe:
 
             def measure(unit: int):
                 points = [(unit, 2 * unit), (unit, 3 * unit), (2 * unit, 4 * unit)]
-                return unit, [self.measure(Memory(mode, c), 1, n) for c, n in points]
+                if mode == "chunked":
+                    points[1] = points[0]
+                return unit, [self.measure(Memory(mode, c), 1, n) for c, n in dict.fromkeys(points)]
 
             state = modes.state_bytes(mode, self.model, self.task, self.batch)
             self._linear[mode] = (*self._shrinking(measure), state)
-        unit, ((m1, _), (m2, _), (m3, t3)), state = self._linear[mode]
-        per_length = (m2 - m1 - state) / unit
+        unit, measured, state = self._linear[mode]
+        (m1, _), (m2, _), (m3, t3) = measured[0], measured[-2], measured[-1]
+        # the chunked mode keeps nothing else of the sequence; measured, the allocator's grain would be multiplied by its length
+        per_length = 0.0 if mode == "chunked" else (m2 - m1 - state) / unit
         per_chunk = (m3 - m1 - 2 * unit * per_length) / unit
         constant = m1 - unit * per_chunk - 2 * unit * per_length - 2 * state
         peak = constant + per_chunk * chunk + per_length * length + state * math.ceil(length / chunk)
