@@ -1311,6 +1311,9 @@ def generate_audio(
     top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest codes of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     rank: Annotated[Optional[int], typer.Option("--rank", help="Make so many and keep the --num likeliest.")] = None,
+    rank_by: Annotated[
+        str, typer.Option("--rank-by", help="likelihood, or class: the model's own belief in the class asked for.")
+    ] = "likelihood",
     runaway: Annotated[str, typer.Option("--runaway", help="What has run away: mark it, or resample it.")] = "mark",
     batch: Annotated[int, typer.Option("--batch", help="Samples made side by side.")] = 256,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished generation in --out.")] = False,
@@ -1351,6 +1354,7 @@ def generate_audio(
             top_p=top_p,
             seed=seed,
             candidates=rank,
+            rank_by=rank_by,
             runaway=runaway,
             batch=batch,
         )

@@ -47,7 +47,8 @@ SHOWN = 24  # samples on the contact sheet
 @dataclass(frozen=True)
 class Settings:
     """What to generate. `classes`: labels, dealt out in turn; empty: "unknown". `candidates`: how many are made, of which
-    the `num` likeliest are kept; `num` by default."""
+    `num` are kept; `num` by default. `rank_by`: "likelihood", or "class": how sure the model itself is that a sample is of the
+    class it was made for, the best of every class in turn."""
 
     seconds: float = 10.0
     num: int = 1
@@ -61,6 +62,7 @@ class Settings:
     top_p: float = 1.0
     seed: int = 0
     candidates: int | None = None
+    rank_by: str = "likelihood"
     runaway: str = "mark"  # mark, resample
     batch: int = 256  # streams decoded side by side
 
@@ -71,6 +73,10 @@ class Settings:
             raise UserError("--num and --batch: must be 1 or more")
         if self.candidates is not None and self.candidates < self.num:
             raise UserError(f"--rank {self.candidates}: makes so many and keeps the best --num {self.num}; give at least as many")
+        if self.rank_by not in ("likelihood", "class"):
+            raise UserError(f"--rank-by {self.rank_by}: unknown; use likelihood or class")
+        if self.rank_by == "class" and not (self.classes and self.candidates):
+            raise UserError("--rank-by class: goes with --rank N and --class NAME (or --class all)")
         if self.runaway not in ("mark", "resample"):
             raise UserError(f"--runaway {self.runaway}: unknown; use mark or resample")
         if self.prompt_start < 0 or (self.prompt_seconds is not None and self.prompt_seconds <= 0):
@@ -316,15 +322,47 @@ class Generator:
         }
 
     def _keep(self, out: Path, rows: dict[int, dict]) -> list[dict]:
-        """The `num` likeliest, likeliest first, if there were candidates; the other files are removed."""
+        """The `num` best, best first, if there were candidates; the other files are removed."""
         ordered = [rows[i] for i in sorted(rows)]
-        if self.settings.candidates is None:
+        s = self.settings
+        if s.candidates is None:
             return ordered
+        if s.rank_by == "class":
+            self._judge(out, ordered)
         # what ran away is often very likely (silence, say), so it comes last
-        ordered.sort(key=lambda row: (bool(row["marks"]), -row["log_likelihood"]))
-        for row in ordered[self.settings.num :]:
+        merit = "log_likelihood" if s.rank_by == "likelihood" else "log_posterior"
+        ordered.sort(key=lambda row: (bool(row["marks"]), -row[merit]))
+        if s.rank_by == "class":  # the best of every class, then the second of every class, ...
+            place: dict[str, int] = {}
+            for row in ordered:
+                row["place"] = place[row["class"]] = place.get(row["class"], 0) + 1
+            ordered.sort(key=lambda row: (row["place"], s.classes.index(row["class"])))
+            for row in ordered:
+                del row["place"]
+        for row in ordered[s.num :]:
             (out / row["file"]).unlink(missing_ok=True)
-        return ordered[: self.settings.num]
+        return ordered[: s.num]
+
+    def _judge(self, out: Path, rows: list[dict]) -> None:
+        """Adds `log_posterior` to every row: log p(class it was made for | samples) by Bayes' rule, all classes alike."""
+        labels = self.sound.labels
+        model = self.run.model.to(self.device)
+        lead = len(self.prompt) if self.settings.with_prompt else 0
+        batch = max(1, (1 << 19) // (len(self.prompt) + self.samples))
+        for at in range(0, len(rows), batch):
+            part = rows[at : at + batch]
+            codes = []
+            for row in part:
+                wave = np.concatenate(list(read_mono(out / row["file"], self.rate)))[lead:]
+                codes.append(self.quantizer.encode(wave * np.float32(self.sound.scale)))
+            first = np.tile(self.first_ids().numpy().astype(np.uint8), (len(part), 1))
+            ids = torch.from_numpy(np.concatenate([first, np.stack(codes)], axis=1)).to(self.device)
+            scores = torch.stack(
+                [log_likelihood(model, ids, first.shape[1], torch.full((len(part),), k)) for k in range(len(labels))]
+            )
+            posterior = scores.log_softmax(0)
+            for i, row in enumerate(part):
+                row["log_posterior"] = float(posterior[labels.index(row["class"]), i])
 
     def _facts(self, rows: list[dict], outcome: Outcome | None) -> dict[str, Any]:
         facts = {
@@ -347,6 +385,7 @@ class Generator:
     def _write_results(self, out: Path, outcome: Outcome) -> None:
         text = io.StringIO()
         fields = ["file", "class", "seconds", "log_likelihood", "bits_per_sample", "attempt", "marks"]
+        fields += ["log_posterior"] if self.settings.rank_by == "class" else []
         writer = csv.DictWriter(text, fields, lineterminator="\n")
         writer.writeheader()
         for row in outcome.rows:
@@ -383,6 +422,22 @@ class _StopOnInterrupt:
     def __exit__(self, *exc: object) -> None:
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
+
+
+@torch.inference_mode()
+def log_likelihood(model: torch.nn.Module, ids: torch.Tensor, start: int, classes: torch.Tensor, piece: int = 1 << 17) -> torch.Tensor:
+    """log p of ids[:, start:] given all before them and the classes (b,): (b,) float64. ids (b l) with start >= 1."""
+    model.eval()
+    state, total = None, torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+    inputs, targets = ids[:, :-1], ids[:, 1:].long()
+    size = max(1, piece // len(ids))
+    for at in range(0, inputs.shape[1], size):
+        part = slice(at, at + size)
+        logits, state = model(inputs[:, part], state, classes=classes.to(ids.device))
+        scores = logits.float().log_softmax(-1).gather(-1, targets[:, part, None])[..., 0]
+        counted = torch.arange(at, at + scores.shape[1], device=ids.device) >= start - 1
+        total += (scores * counted).double().sum(1)
+    return total
 
 
 def name_of(index: int) -> str:

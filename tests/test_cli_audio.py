@@ -142,6 +142,34 @@ def test_the_best_of_many_are_kept(trained, tmp_path):
     assert sorted(p.name for p in (tmp_path / "best").glob("*.wav")) == sorted(r["file"] for r in best)
 
 
+def test_the_surest_of_every_class_are_kept(trained, tmp_path):
+    import torch
+
+    from seqlab.tokenizers.waveform import QUANTIZERS
+    from tasks import runs
+
+    base = ["generate", "audio", trained / "run", "--seconds", 0.03, "--class", "all"]
+    run(*base, "--num", 8, "--out", tmp_path / "all")
+    run(*base, "--num", 4, "--rank", 8, "--rank-by", "class", "--out", tmp_path / "best")
+    best = json.loads((tmp_path / "best" / "generation.json").read_text())["samples"]
+    assert [r["class"] for r in best] == ["high", "low", "high", "low"]
+    model = runs.load_run(trained / "run").model.eval()
+    surety = {}
+    for i in range(8):
+        codes = QUANTIZERS["mulaw-256"].encode(samples(tmp_path / "all" / f"sample-00{i + 1}.wav")[1] / np.float32(32768))
+        ids = torch.tensor([[128, *codes.tolist()]])
+        with torch.no_grad():
+            logits = [model(ids[:, :-1], classes=torch.tensor([k]))[0][0].double().log_softmax(-1) for k in range(2)]
+        p = torch.stack([one.gather(-1, ids[0, 1:, None]).sum() for one in logits]).log_softmax(0)
+        surety[f"sample-00{i + 1}.wav"] = p[i % 2].item()
+    for k in range(2):
+        mine = sorted((n for n in surety if int(n[-5]) % 2 != k), key=lambda n: -surety[n])
+        kept = [r for r in best if r["class"] == ("high", "low")[k]]
+        assert [r["file"] for r in kept] == mine[:2]
+        assert [r["log_posterior"] for r in kept] == pytest.approx([surety[n] for n in mine[:2]], abs=1e-3)
+    assert "log_posterior" in (tmp_path / "best" / "samples.csv").read_text()
+
+
 def test_what_ran_away_is_drawn_anew(trained, tmp_path, monkeypatch):
     from tasks import audio_generation
 
@@ -216,6 +244,8 @@ def test_ctrl_c_saves_and_resume_equals_uninterrupted(trained, tmp_path):
         (["--num", "0"], "--num"),
         (["--rank", "1", "--num", "3"], "give at least as many"),
         (["--runaway", "panic"], "use mark or resample"),
+        (["--rank", "4", "--rank-by", "looks"], "use likelihood or class"),
+        (["--rank", "4", "--rank-by", "class"], "goes with --rank N and --class"),
         (["--prompt", "nowhere.wav"], "no such file"),
         (["--prompt-start", "2"], "go with --prompt"),
         (["--resume"], "nothing to resume"),
