@@ -579,7 +579,7 @@ DEVICE int draw(const Params& p, const float* settings, const float* logits, flo
     return (int)(found < last ? found : last);
 }
 
-KERNEL CLUSTERED BOUNDS(THREADS, 1) decode(const Params p) {
+KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     SHARED_FLOATS(shared);
     int rank = blockIdx.x % CLUSTER;
     i64 first = (i64)(blockIdx.x / CLUSTER) * STREAMS;

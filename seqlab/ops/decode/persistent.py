@@ -66,6 +66,11 @@ class Shape(NamedTuple):
     warps: int = WARPS
 
     @property
+    def together(self) -> int:
+        """Blocks that a multiprocessor has registers for."""
+        return 1 if self.warps >= 16 else 2
+
+    @property
     def tensor(self) -> bool:
         """Products run on tensor cores, eight streams at a time."""
         return self.half and self.streams % 8 == 0
@@ -247,7 +252,10 @@ class Runner:
         places: dict[str, int] = {}
         arena.add(0, bias.expand(self.shape.cluster, -1), functools.partial(places.__setitem__, "head_bias"))
         arena.add(2, head, functools.partial(places.__setitem__, "head"))
-        memory, resident = arena.build(self._device.shared_limit - self._sizes["shared"])
+        grid = -(-request.batch // self.shape.streams) * self.shape.cluster
+        crowded = grid > self._device.multiprocessors
+        room = self._device.shared_limit // self.shape.together - 1024 if crowded else self._device.shared_limit
+        memory, resident = arena.build(room - self._sizes["shared"])
         self._shared = self._sizes["shared"] + resident
         self._operations = torch.tensor([list(row.values()) for row in rows], dtype=torch.int64).to(request.device)
         base = None if request.base is None else request.base.float()
