@@ -145,7 +145,7 @@ def peer(shape: str, batch: int, settings: Settings) -> float:
 def run(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Result:
     """Gate, then time everything. Raises UserError if nothing of ours passes the gate."""
     machine = torch.cuda.get_device_name() if settings.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    shown = {k: [str(x) for x in v] if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+    shown = dataclasses.asdict(settings) | {"dtypes": [_name(dtype) for dtype in settings.dtypes]}
     result = Result(shown, machine, torch.__version__, {})
     for shape in settings.shapes:
         model = make_model(shape, settings)

@@ -11,7 +11,7 @@
 //
 // so a mixer costs two barriers of the cluster. Pools and head work like out_proj; drawing is done by every block alike.
 //
-// Matrices: a warp takes 32 rows and a share of the columns, a lane is a row; weights lie as [16 bytes of k][row] and are
+// Matrices: a warp takes 32 or 64 rows and a share of the columns, a lane is a row or two; weights lie as [16 bytes of k][row] and are
 // read once for all streams, x is read from shared memory at the same address by all lanes. Shares are added up through
 // shared memory. Sums, states and drawing are float32; BF16 says how matrices are stored. With 8 streams or more the
 // products of bfloat16 matrices run on tensor cores (TENSOR): 16 rows and 8 streams a time, x rounded to bfloat16 too;
@@ -50,12 +50,12 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 #if TENSOR
 #define UNIT 16  // columns that are worked on at a time
 #define GROUP 16  // rows of a warp
-#elif BF16
-#define UNIT 8
-#define GROUP 32
+#define PADDED 32  // rows of a matrix are a multiple of this
 #else
-#define UNIT 4
-#define GROUP 32
+#define UNIT (BF16 ? 8 : 4)
+#define ROWS (STREAMS > 1 ? 2 : 1)  // of a lane: each number of x that it reads serves them all
+#define GROUP (32 * ROWS)
+#define PADDED GROUP
 #endif
 #define BATCH (STREAMS >= 4 ? 4 : 1)  // states that a thread of the scan has on their way at a time
 #define LANES 4                            // threads that share the states of a channel
@@ -155,36 +155,45 @@ CALLED void product(const uint4* w, int rows, int units, int n, int in_at, int p
     }
 #else
     for (int job = warp; job < groups * n; job += WARPS) {
-        int share = quotient(job, groups), row = (job - share * groups) * 32 + lane;
+        int share = quotient(job, groups), row = (job - share * groups) * GROUP + lane;
         int k = quotient(units * share, n), end = quotient(units * (share + 1), n);
         const uint4* at = w + (i64)k * rows + row;
-        float sum[STREAMS];
+        float sum[ROWS][STREAMS];
 #pragma unroll
-        for (int s = 0; s < STREAMS; s++) sum[s] = 0.f;
+        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int s = 0; s < STREAMS; s++) sum[r][s] = 0.f;
 #pragma unroll 4
         for (; k < end; k++, at += rows) {
-            uint4 v = *at;
-#if BF16
-            float f[8] = {bf16_low(v.x), bf16_high(v.x), bf16_low(v.y), bf16_high(v.y),
-                          bf16_low(v.z), bf16_high(v.z), bf16_low(v.w), bf16_high(v.w)};
-#else
-            float f[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
-#endif
+            float f[ROWS][UNIT];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                uint4 v = at[32 * r];
+                u32 word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int j = 0; j < UNIT; j++)
+                    f[r][j] = UNIT == 4 ? __uint_as_float(word[j % 4]) : j % 2 ? bf16_high(word[j / 2 % 4]) : bf16_low(word[j / 2 % 4]);
+            }
 #pragma unroll
             for (int s = 0; s < STREAMS; s++) {
                 const float4* x = (const float4*)(in + s * pitch + k * UNIT);
 #pragma unroll
-                for (int j = 0; j < UNIT / 4; j++) {
-                    float4 a = x[j];
-                    sum[s] += f[4 * j] * a.x;
-                    sum[s] += f[4 * j + 1] * a.y;
-                    sum[s] += f[4 * j + 2] * a.z;
-                    sum[s] += f[4 * j + 3] * a.w;
+                for (int j = 0; j < UNIT; j += 4) {
+                    float4 a = x[j / 4];
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++) {
+                        sum[r][s] += f[r][j] * a.x;
+                        sum[r][s] += f[r][j + 1] * a.y;
+                        sum[r][s] += f[r][j + 2] * a.z;
+                        sum[r][s] += f[r][j + 3] * a.w;
+                    }
                 }
             }
         }
 #pragma unroll
-        for (int s = 0; s < STREAMS; s++) part[(share * STREAMS + s) * rows + row] = sum[s];
+        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int s = 0; s < STREAMS; s++) part[(share * STREAMS + s) * rows + row + 32 * r] = sum[r][s];
     }
 #endif
 }
@@ -312,7 +321,7 @@ DEVICE void selective_scan(const Params& p, const Place& m, const i64* op, i64 f
         SPLIT(item / LANES, own, s, c);
         if (item < items && s < streams) load_state(h[j], (const float*)op[SSM] + ((first + s) * inner + start + c) * STATES, lane);
     }
-    int projected = r + 2 * STATES, x_rows = round_up(projected, 32);
+    int projected = r + 2 * STATES, x_rows = round_up(projected, PADDED);
     n = op[N_X];
     product((const uint4*)op[W_X], x_rows, own_units, n, OFFSET(m.u), pitch, OFFSET(m.part));
     gather(p, m, x_rows, n, rank, turn);
@@ -396,7 +405,7 @@ DEVICE void fixed_scan(const Params& p, const Place& m, const i64* op, i64 first
 DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank, Turn& turn) {
     int d = op[WIDE], inner = op[INNER], own = inner / CLUSTER, start = rank * own;
     int own_units = round_up(own, UNIT) / UNIT, pitch = p.inner_pitch;
-    int in_rows = round_up(2 * own, 32), in_units = round_up(d, UNIT) / UNIT, n = op[N_IN];
+    int in_rows = round_up(2 * own, PADDED), in_units = round_up(d, UNIT) / UNIT, n = op[N_IN];
     norms(p, m, d);
     product((const uint4*)op[W_IN], in_rows, in_units, n, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
     __syncthreads();
@@ -426,7 +435,7 @@ DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int
     else selective_scan(p, m, op, first, streams, rank, turn);
     __syncthreads();
 
-    int out_rows = round_up(d, 32);
+    int out_rows = round_up(d, PADDED);
     n = op[N_OUT];
     product((const uint4*)op[W_OUT], out_rows, own_units, n, OFFSET(m.y), pitch, OFFSET(m.part));
     gather(p, m, out_rows, n, rank, turn);
@@ -470,7 +479,7 @@ DEVICE bool down(const Params& p, const Place& m, const i64* op, i64 first, int 
     __syncthreads();
     if (threadIdx.x == 0) m.phase[op[INDEX]] = full ? 0 : phase + 1;
     if (!full) return false;
-    int rows = round_up(d_out, 32);
+    int rows = round_up(d_out, PADDED);
     int n = op[N_IN];
     product((const uint4*)op[W_IN], rows, units, n, OFFSET(m.input), p.input_pitch, OFFSET(m.part));
     gather(p, m, rows, n, rank, turn);
@@ -487,7 +496,7 @@ DEVICE bool down(const Params& p, const Place& m, const i64* op, i64 first, int 
 // The frame's words for its successor's positions; each block writes its own share of the rows.
 DEVICE void up(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank) {
     int d = op[WIDE], pool = op[POOL], d_out = op[D_OUT], total = pool * d_out;
-    int own = (total + CLUSTER - 1) / CLUSTER, rows = round_up(own, 32), units = round_up(d, UNIT) / UNIT;
+    int own = (total + CLUSTER - 1) / CLUSTER, rows = round_up(own, PADDED), units = round_up(d, UNIT) / UNIT;
     int n = op[N_IN];
     product((const uint4*)op[W_IN], rows, units, n, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
     __syncthreads();
@@ -629,7 +638,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
 
     int d = p.d_model, vocab = p.vocab, v_pitch = round_up(vocab, 4);
     Turn turn = {0, 1};
-    int head_rows = round_up(vocab, 32), head_units = round_up((d + CLUSTER - 1) / CLUSTER, UNIT) / UNIT;
+    int head_rows = round_up(vocab, PADDED), head_units = round_up((d + CLUSTER - 1) / CLUSTER, UNIT) / UNIT;
     for (i64 step = 0; step < p.count; step++) {
         for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
             SPLIT(i, d, s, j);

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from seqlab.ops import nvrtc
-from seqlab.ops.decode.program import BLOCK, DOWN, Carried, Operation, Program, reason
+from seqlab.ops.decode.program import BLOCK, DOWN, UP, Carried, Operation, Program, reason
 from seqlab.ops.decode.request import Request
 from seqlab.ops.decode.sampling import Sampling
 
@@ -80,9 +80,14 @@ class Shape(NamedTuple):
         """Columns that a product takes at a time."""
         return 16 if self.tensor else 8 if self.half else 4
 
+    @property
+    def padded(self) -> int:
+        """Rows of a matrix are a multiple of this."""
+        return 64 if self.streams > 1 and not self.tensor else 32
+
     def shares(self, rows: int, units: int) -> int:
         """How many warps divide the columns of a group of rows among them."""
-        return min(max(self.warps // (rows // (16 if self.tensor else 32)), 1), units)
+        return min(max(self.warps // (rows // (16 if self.tensor else self.padded)), 1), units)
 
 
 def _up(n: int, to: int) -> int:
@@ -91,19 +96,19 @@ def _up(n: int, to: int) -> int:
 
 def matrices(program: Program, shape: Shape) -> list[tuple[int, int]]:
     """(padded rows, units of columns) of every matrix as one block of a cluster has it, the head's last."""
-    c, u, n = shape.cluster, shape.unit, program.d_state
+    c, u, n, pad = shape.cluster, shape.unit, program.d_state, shape.padded
     out = []
     for o in program.operations:
         if o.kind == BLOCK:
             own = _up(o.d_inner // c, u) // u
-            out.append((_up(2 * (o.d_inner // c), 32), _up(o.d_model, u) // u))
-            out += [] if o.fixed else [(_up(o.rank + 2 * n, 32), own)]
-            out.append((_up(o.d_model, 32), own))
+            out.append((_up(2 * (o.d_inner // c), pad), _up(o.d_model, u) // u))
+            out += [] if o.fixed else [(_up(o.rank + 2 * n, pad), own)]
+            out.append((_up(o.d_model, pad), own))
         elif o.kind == DOWN:
-            out.append((_up(o.d_out, 32), _up(-(-o.pool * o.d_model // c), u) // u))
+            out.append((_up(o.d_out, pad), _up(-(-o.pool * o.d_model // c), u) // u))
         else:
-            out.append((_up(-(-o.pool * o.d_out // c), 32), _up(o.d_model, u) // u))
-    return [*out, (_up(program.vocab_size, 32), _up(-(-program.d_model // c), u) // u)]
+            out.append((_up(-(-o.pool * o.d_out // c), pad), _up(o.d_model, u) // u))
+    return [*out, (_up(program.vocab_size, pad), _up(-(-program.d_model // c), u) // u)]
 
 
 def sizes(program: Program, shape: Shape) -> dict[str, int]:
@@ -123,8 +128,8 @@ def sizes(program: Program, shape: Shape) -> dict[str, int]:
         "input_pitch": pitch(4, *(-(-o.pool * o.d_model // c) for o in operations if o.kind == DOWN)),
         "part_floats": max(shape.shares(r, k) * r * s for r, k in matrices(program, shape)),
     }
-    gathered = [_up(o.d_model, 32) for o in blocks] + [_up(o.d_out, 32) for o in operations if o.kind == DOWN]
-    gathered += [_up(out["rows_max"], 32), _up(program.vocab_size, 32)]
+    gathered = [_up(o.d_model, shape.padded) for o in blocks] + [_up(o.d_out, shape.padded) for o in operations if o.kind == DOWN]
+    gathered += [_up(out["rows_max"], shape.padded), _up(program.vocab_size, shape.padded)]
     out["exchange_rows"] = max(gathered)
     floats = _up(2 * len(FIELDS) * len(operations), 4) + 4 + s * (out["x_pitch"] + 3 * out["inner_pitch"] + out["input_pitch"])
     floats += s * out["slots"] + out["part_floats"] + (2 * c * s * out["exchange_rows"] if c > 1 else 0)
@@ -133,27 +138,21 @@ def sizes(program: Program, shape: Shape) -> dict[str, int]:
 
 
 def cost(program: Program, batch: int, shape: Shape, multiprocessors: int) -> float:
-    """Microseconds a token of every stream takes, roughly: reading, multiplying, meeting. Fitted on an H100."""
-    per_token, work = {}, 1.0
-    for o in program.operations:  # how often each operation runs, per token
-        per_token[id(o)] = work / o.pool if o.kind == DOWN else work
-        if o.kind == DOWN:
-            work /= o.pool
-        if o.kind != BLOCK and o.kind != DOWN:
-            work *= o.pool
-    numbers = iter(matrices(program, shape))
-    weights = meetings = 0.0
-    for o in program.operations:
-        share = per_token[id(o)]
-        weights += share * sum(r * k * shape.unit for r, k in (next(numbers) for _ in range(3 - (o.fixed > 0) if o.kind == BLOCK else 1)))
-        meetings += share * (2 if o.kind == BLOCK and not o.fixed else 1)
+    """Microseconds a token of every stream takes, roughly: multiplying or reading, scanning, meeting. Fitted on an H200."""
+    numbers, work = iter(matrices(program, shape)), 1.0
+    weights = states = meetings = 0.0
+    for o in program.operations:  # `work`: how often an operation runs, per token
+        work /= o.pool if o.kind == DOWN else 1
+        weights += work * sum(r * k * shape.unit for r, k in (next(numbers) for _ in range(3 - (o.fixed > 0) if o.kind == BLOCK else 1)))
+        states += work * o.d_inner / shape.cluster * o.states
+        meetings += work * (2 if o.kind == BLOCK and not o.fixed else 1)
+        work *= o.pool if o.kind == UP else 1
     r, k = next(numbers)
     weights += r * k * shape.unit
     waves = math.ceil(math.ceil(batch / shape.streams) * shape.cluster / multiprocessors)
     read = weights * (2 if shape.half else 4) / 90e3  # bytes a microsecond that a block reads from the second-level cache
-    multiply = weights * shape.streams / (800e3 if shape.tensor else 110e3)
-    meet = (meetings + 1) * (0.5 if shape.cluster == 1 else 1.1)
-    return waves * (max(read, multiply) + 0.3 * min(read, multiply) + meet)
+    multiply = weights * shape.streams / (400e3 if shape.tensor else 80e3 if shape.streams > 1 else 43e3)
+    return waves * (max(read, multiply) + states * shape.streams / 5.8e3 + 1.9 * (meetings + 1))
 
 
 def plan(program: Program, batch: int, half: bool, device) -> Shape | None:

@@ -13,6 +13,7 @@ neither x_proj nor dt_proj. logits = head(norm_f(x)) end the token. `slots` keep
 blocks alone. The gains of the norms are folded into the matrices behind them.
 """
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,13 @@ from seqlab.backbones.s4d import S4DMixer
 from seqlab.backbones.unet import PoolState, UNet, UNetState
 
 BLOCK, DOWN, UP = 0, 1, 2
+PARAMETERS = re.compile(
+    r"(embedding|class_embedding|lm_head|backbone\.norm_f)\.weight"
+    r"|backbone\.(layers|centre|(down|up)\.\d+)\.\d+\.(norm\.weight|mixer\.(A_log|A_imag|C|D|dt_bias))"
+    r"|backbone\.(layers|centre|(down|up)\.\d+)\.\d+\.mixer\.(in_proj|x_proj|dt_proj|out_proj|conv1d)\.(weight|bias)"
+    r"|backbone\.(down|up)_pools\.\d+\.linear\.(weight|bias)"
+)
+"""Everything that a program knows what to do with."""
 LOG2E = 1.4426950408889634
 
 
@@ -157,7 +165,10 @@ def _copy(parameter: Tensor) -> Tensor:
 
 
 def reason(model: nn.Module) -> str | None:
-    """Why a model has no program: one of its blocks is of a kind that only the model itself can run."""
+    """Why a model has no program: something in it only the model itself can run."""
+    for name, _ in model.named_parameters():
+        if not PARAMETERS.fullmatch(name):
+            return f"parameter {name} is one that only the model itself knows to use: use graph or reference"
     backbone = model.backbone
     stages = backbone.stages if isinstance(backbone, UNet) else [backbone.layers]
     for stage in stages:

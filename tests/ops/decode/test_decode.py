@@ -282,6 +282,13 @@ def test_an_adapter_in_the_place_of_a_projection_is_not_overlooked(backend):
     torch.testing.assert_close(Decoder(model, 2, backend="auto").score(ids), parallel(model, ids), atol=1e-4, rtol=0)
 
 
+def test_a_parameter_nobody_knows_keeps_the_compiled_back_ends_away():
+    model = make("unet")
+    model.backbone.gain = torch.nn.Parameter(torch.ones(1, device=DEVICE))
+    reasons = decode.unavailable(decode.Request(model, 1, torch.device("cpu"), torch.float32))
+    assert "backbone.gain" in reasons["cpu"] and reasons["reference"] is None
+
+
 def test_state_of_another_model_is_refused():
     decoder = Decoder(make("isotropic"), 1)
     decoder.prefill(torch.tensor([1, 2]))
