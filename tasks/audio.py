@@ -248,7 +248,9 @@ class AudioModeling(AudioObjective):
         def augment(codes: np.ndarray) -> np.ndarray:
             # a random amplitude that has the code, so that the new codes have no gaps
             samples = edges[codes] + rng.random(len(codes), dtype=np.float32) * (edges[1:] - edges[:-1])[codes]
-            samples *= np.float32(10 ** (rng.uniform(-data.gain_db, data.gain_db) / 20))
+            # never so loud that it clips: a model that has heard clipping makes it
+            headroom_db = -20 * math.log10(max(1e-3, float(np.abs(samples).max()))) - 0.5  # resampling may overshoot
+            samples *= np.float32(10 ** (rng.uniform(-data.gain_db, min(data.gain_db, headroom_db)) / 20))
             if data.speed:
                 samples = change_speed(samples, 1 + rng.uniform(-data.speed, data.speed))
             return quantizer.encode(samples)

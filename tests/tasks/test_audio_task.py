@@ -122,6 +122,9 @@ def test_augmentation_plays_louder_and_faster(store):
         lengths.append(len(codes) / len(got))
     assert -6.3 < min(levels) < -4 and 4 < max(levels) < 6.3
     assert 0.79 < min(lengths) < 0.87 and 1.13 < max(lengths) < 1.21
+    loud = q.encode(0.9 * np.sin(np.arange(400) / 3))
+    peaks = [np.abs(q.decode(task._augmenter(np.random.default_rng(i))(loud))).max() for i in range(40)]
+    assert max(peaks) < 1.0 and max(peaks) > 0.93, "louder, but never clipped"
     assert AudioModeling(config(*PLAIN), store)._augmenter(None) is None
 
 
