@@ -32,7 +32,7 @@ def emulated(monkeypatch):
 
 @pytest.mark.parametrize("residual", (False, True))
 @pytest.mark.parametrize(
-    "channels,wide,dtype", ((260, FLOAT, FLOAT), (7, FLOAT, FLOAT), (256, FLOAT, HALF), (7, FLOAT, HALF), (8, HALF, HALF))
+    "channels,wide,dtype", ((260, FLOAT, FLOAT), (7, FLOAT, HALF), (8, HALF, HALF))
 )
 def test_norm(emulated, channels, wide, dtype, residual):
     torch.manual_seed(channels)
@@ -52,7 +52,7 @@ def test_norm(emulated, channels, wide, dtype, residual):
     assert relative(dweight, w64.grad) < 1e-6
 
 
-@pytest.mark.parametrize("channels,wide,dtype", ((8, FLOAT, HALF), (8, HALF, HALF), (7, FLOAT, FLOAT), (6, HALF, HALF)))
+@pytest.mark.parametrize("channels,wide,dtype", ((8, HALF, HALF), (7, FLOAT, HALF)))
 def test_sum_of_rows(emulated, channels, wide, dtype):
     x, other = torch.randn(2, 21, channels).to(wide), torch.randn(2, 21, 2 * channels).to(dtype)[..., channels:]
     into = torch.full((2, 21, 2 * channels), 7.0, dtype=wide)

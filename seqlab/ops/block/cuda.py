@@ -6,8 +6,8 @@
 Two directions share the gate z, which is then applied to the sum of their scans, in a pass of its own (Spec.gate_after).
 
 Kept for the backward pass: x, y (of two directions: the sum before the gate), (r | B | C), and the scan's states every few
-hundred steps. s, (u | z), c and delta are made again. Gradients of both directions meet in one (du | dz), which goes through W_in once. Two dozen (b l d)
-tensors of the same block written as separate operators become five kept or passing at a time.
+hundred steps. s, (u | z), c and delta are made again. Gradients of both directions meet in one (du | dz), which goes through
+W_in once. Two dozen (b l d) tensors of the same block written as separate operators become five kept or passing at a time.
 """
 
 from dataclasses import dataclass
