@@ -1,6 +1,6 @@
 """The native GPU scan and convolution against mamba_ssm, causal_conv1d, a torch baseline and causal attention.
 
-    python benchmarks/bench_scan_gpu.py [--quick] [--json FILE] [--plot FILE]
+    python benchmarks/bench_scan_gpu.py [--quick] [--grid] [--large] [--json FILE] [--plot FILE]
 
 First parity: on a small problem of every kind the output and all gradients are compared with the float64 reference, and
 mamba_ssm's errors on the same inputs are printed beside ours; nothing is timed if ours are too large. Then median times
@@ -60,6 +60,47 @@ def peer():
 
 def channel_first(x):
     return [t.transpose(1, 2).contiguous() if t.dim() == 3 else t for t in x]
+
+
+def same_bits(shape=(1, 512, 20000, 16), runs=10):
+    """True if the output and every gradient are the same bits on every run."""
+    x = [t.requires_grad_() for t in inputs(*shape)]
+    grad, first, same = torch.randn_like(x[0]), None, True
+    for _ in range(runs):
+        y = ours(x)
+        found = [y.detach(), *torch.autograd.grad(y, x, grad)]
+        first = first or found
+        same = same and all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+    print(f"{runs} runs of {shape}: {'the same bits' if same else 'DIFFERENT bits'}", flush=True)
+    return same
+
+
+def beyond(length, channels, states=2, piece=1 << 17):
+    """A scan of more elements than an offset of 31 or 32 bits reaches, against the same in pieces with the carried state:
+    relative errors of y and of dC (which a piece knows by itself), and of du in the last piece."""
+    g = torch.Generator("cuda").manual_seed(0)
+    u = torch.randn(1, length, channels, device="cuda", generator=g, dtype=torch.bfloat16)
+    A = -torch.rand(channels, states, device="cuda") - 0.5
+    B, C = (torch.randn(1, length, states, device="cuda", generator=g).bfloat16() for _ in range(2))
+    leaves = [u.requires_grad_(), A, B, C.requires_grad_()]
+    y, final = selective_scan(leaves[0], leaves[0].detach(), *leaves[1:], delta_softplus=True, return_final_state=True,
+                              backend="cuda")  # fmt: skip
+    whole_du, whole_dC = torch.autograd.grad(y, (leaves[0], leaves[3]), u.detach())
+    y, state, worst = y.detach(), None, {"y": 0.0, "dC": 0.0, "du": 0.0}
+    for begin in range(0, length, piece):
+        cut = slice(begin, begin + piece)
+        part, c = u.detach()[:, cut].clone().requires_grad_(), C.detach()[:, cut].clone().requires_grad_()
+        here, state = selective_scan(part, part.detach(), A, B[:, cut], c, None, None, None, True, state,
+                                     return_final_state=True, backend="cuda")  # fmt: skip
+        du, dC = torch.autograd.grad(here, (part, c), part.detach())
+        state = state.detach()
+        worst["y"] = max(worst["y"], relative(here, y[:, cut].double()))
+        worst["dC"] = max(worst["dC"], relative(dC, whole_dC[:, cut].double()))
+        if begin + piece >= length:
+            worst["du"] = relative(du, whole_du[:, cut].double())
+    row = {"elements": length * channels, "errors": worst, "final_state": relative(final, state.double())}
+    print(f"{length * channels} elements, whole against pieces: {row['errors']}, final state {row['final_state']:.1e}", flush=True)
+    return row
 
 
 def median(f, repeats=5, warm=2):
@@ -206,7 +247,7 @@ def lengths(powers, attention_up_to):
 
 def compile_seconds():
     """First use: cold, and from the disk cache (d_state 16, both kernels files)."""
-    defines = (("STATES", 16), ("WARPS", 4), ("BF16", 1), ("PAIRED", 1))
+    defines = (("STATES", 16), ("WARPS", 4), ("BF16", 1), ("PAIRED", 1), ("WIDE", 1))
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     import os
 
@@ -245,12 +286,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the issue's shapes only")
     parser.add_argument("--grid", action="store_true", help="also every batch x d_inner x length that must not be slower")
+    parser.add_argument("--large", action="store_true", help="also more than 2^31 and 2^32 elements, in pieces (50 GB)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(argv)
     if (reason := native.unavailable()) is not None:
         sys.exit(f"the cuda back end cannot run here: {reason}")
     result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "parity": gate(), "compile": compile_seconds()}
+    result["same_bits"] = same_bits()
     result["shapes"] = table(ISSUE, "scan, bfloat16")
     result["bidirectional"] = bidirectional((1, 512, 1 << 20, 16))
     result["convolution"] = [convolution(s) for s in ((1, 512, 1 << 20), (8, 512, 1 << 17))]
@@ -261,6 +304,9 @@ def main(argv=None):
         result["lengths"] = lengths(range(10, 21, 2), 16)
         if options.plot:
             plot(result["lengths"], options.plot)
+    if options.large:
+        sizes = ((1 << 31) // 2048 + 1000, 2048), ((1 << 32) // 4096 + 1000, 4096)
+        result["beyond"] = [beyond(*size) for size in sizes]
     line = json.dumps(result)
     if options.json:
         options.json.write_text(line + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ import torch
 CACHE = "SEQLAB_CACHE"
 OLDEST = (8, 0)  # Ampere: bf16 conversion instructions
 HERE = Path(__file__).resolve().parent
+NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _lock = threading.RLock()
 
 
@@ -217,13 +218,14 @@ class Module:
         self.device = device
         self._image, self._handle, self._functions = image, ctypes.c_void_p(), {}
         with torch.cuda.device(device):
-            torch.empty(0, device=f"cuda:{device}")  # torch makes its context current
+            make_current(device)
             _cuda(driver().cuModuleLoadData(ctypes.byref(self._handle), image), f"loading {name}")
 
     def function(self, kernel: str, shared: int) -> ctypes.c_void_p:
         """A kernel, allowed `shared` bytes of dynamic shared memory."""
         known = self._functions.get(kernel)
         if known is None or known[1] < shared:
+            make_current(self.device)
             f = ctypes.c_void_p()
             _cuda(driver().cuModuleGetFunction(ctypes.byref(f), self._handle, kernel.encode()), kernel)
             if shared > 48 * 1024:
@@ -236,6 +238,7 @@ class Module:
         """How many blocks of a kernel one multiprocessor holds at a time."""
         count = ctypes.c_int()
         f = self.function(kernel, shared)
+        make_current(self.device)
         _cuda(
             driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(ctypes.byref(count), f, block, ctypes.c_size_t(shared)),
             kernel,
@@ -252,12 +255,22 @@ class Module:
             raise NativeError(f"{kernel}: {grid} blocks are more than one launch takes (2^31 - 1)")
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
-        _cuda(
-            driver().cuLaunchKernel(
-                self.function(kernel, shared), grid, 1, 1, block, 1, 1, shared, stream, arguments, None
-            ),
-            kernel,
-        )
+        queue = driver().cuLaunchKernel
+        what = (self.function(kernel, shared), grid, 1, 1, block, 1, 1, shared, stream, arguments, None)
+        status = queue(*what)
+        if status == NO_CONTEXT:  # a thread, such as autograd's, in which torch has not touched the GPU yet
+            make_current(self.device)
+            status = queue(*what)
+        _cuda(status, kernel)
+
+
+def make_current(device: int) -> None:
+    """Make the context that torch uses on a GPU the calling thread's, if that has none."""
+    context = ctypes.c_void_p()
+    _cuda(driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    if not context.value:
+        _cuda(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), ctypes.c_int(device)), "cuDevicePrimaryCtxRetain")
+        _cuda(driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
 _modules: dict[tuple, Module] = {}

@@ -43,7 +43,7 @@ static ucontext_t scheduler;
 static unsigned current;  // fibre: threads of the first block, then of the second, ...
 static unsigned waiting_block[CLUSTER], block_round[CLUSTER], waiting_cluster, cluster_round;
 static std::vector<unsigned> waiting_warp, warp_round;
-static std::vector<float> slot;
+static std::vector<float> slot, operands;
 static int votes[CLUSTER], votes_out[CLUSTER];
 static unsigned block() { return current / blockDim.x; }
 
@@ -119,8 +119,25 @@ DEVICE bool warp_all(bool v) {
     for (int bit = 1; bit < 32; bit *= 2) s += lane_xor(s, bit);
     return s == 0.f;
 }
-DEVICE void copy_ahead(float2* to, const float2* from) { *to = *from; }
+DEVICE void copy8(void* to, const void* from) { memcpy(to, from, 8); }
+DEVICE void copy16(void* to, const void* from) { memcpy(to, from, 16); }
+DEVICE void copies_begun() {}
+DEVICE void copies_but_one() {}
 DEVICE void copies_done() {}
+DEVICE long long wide_product(int a, int b) { return (long long)a * b; }
+// The matrix instruction of device.cuh, from its definition; tf32 drops the low 13 bits of what it multiplies.
+DEVICE void sum_lanes(float (&c)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+    using namespace emulated;
+    const unsigned me = current, first = me / 32 * 32, lane = me % 32, row = lane / 4, column = lane % 4 * 2;
+    const float mine[6] = {a0, a1, a2, a3, b0, b1};
+    for (int i = 0; i < 6; i++) operands[me * 6 + i] = __uint_as_float(__float_as_uint(mine[i]) & 0xffffe000u);
+    warp_barrier();
+    for (unsigned i = 0; i < 4; i++)
+        for (unsigned k = 0; k < 8; k++)
+            c[i] += operands[(first + row * 4 + k % 4) * 6 + i / 2 + k / 4 * 2] *
+                    operands[(first + (column + i % 2) * 4 + k % 4) * 6 + 4 + k / 4];
+    warp_barrier();
+}
 // Copies become visible only once their batch is waited for, so that a missing wait shows.
 struct Copy { void* to; const void* from; int bytes; };
 static std::vector<std::vector<std::vector<Copy>>> batches;  // thread, batch, copy
@@ -176,6 +193,7 @@ template <class P> static void run_grid(void (*kernel)(const P), const P* params
             waiting_block[c] = 0;
         }
         slot.assign(count, 0.f);
+        operands.assign(count * 6, 0.f);
         waiting_warp.assign(count / 32 + 1, 0);
         warp_round.assign(count / 32 + 1, 0);
         waiting_cluster = 0;

@@ -16,7 +16,7 @@ except nvrtc.NativeError as e:
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 
 ARCHITECTURES = (80, 90, 100)
-SCAN = ((16, 4, 1, 1), (5, 1, 0, 0))  # states, warps, bf16, paired
+SCAN = ((16, 4, 1, 1, 1), (5, 1, 0, 0, 0), (16, 3, 0, 1, 1))  # states, warps, bf16, paired, wide
 CONV = ((4, 4, 1, 0, 1, 0), (8, 1, 0, 0, 0, 1))  # width, vector, bf16, paired, silu, masked
 NORM = ((256, 4, 1, 1, 0), (7, 1, 0, 1, 0))  # channels, vector, bf16, wide, paired
 
@@ -24,7 +24,7 @@ NORM = ((256, 4, 1, 1, 0), (7, 1, 0, 1, 0))  # channels, vector, bf16, wide, pai
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("values", SCAN)
 def test_scan_compiles(arch, values):
-    defines = tuple(zip(("STATES", "WARPS", "BF16", "PAIRED"), values, strict=True))
+    defines = tuple(zip(("STATES", "WARPS", "BF16", "PAIRED", "WIDE"), values, strict=True))
     image = nvrtc.compile_source(nvrtc.source(scan.SOURCE), nvrtc.options(defines, arch), scan.SOURCE)
     assert image[:4] == b"\x7fELF"
     for kernel in scan.KERNELS:

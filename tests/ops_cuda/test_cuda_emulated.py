@@ -89,10 +89,42 @@ def test_scan_half_precision_over_several_channel_blocks(monkeypatch):
     assert scan_errors(monkeypatch, 1, 65, 300, 16, HALF, masked=True) < TOLERANCE[HALF]
 
 
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+@pytest.mark.parametrize(
+    "channels,case", ((136, {}), (72, {"reverse": True}), (64, {"masked": True}), (64, {"options": False, "strided": True})),
+    ids=str,
+)  # fmt: skip
+def test_scan_of_aligned_rows(monkeypatch, dtype, channels, case):
+    """Rows read in pieces of 16 bytes: whole warps of channels, a part of one, tiles cut short by the end or by a mask."""
+    assert scan_errors(monkeypatch, 1, 83, channels, 16, dtype, **case) < TOLERANCE[dtype]
+
+
+def test_scan_over_more_chunks_than_are_summed_in_place(monkeypatch):
+    monkeypatch.setattr(scan, "FEW", 2)
+    assert scan_errors(monkeypatch, 1, 200, 6, 3, decay=0.01) < TOLERANCE[FLOAT]
+
+
 @pytest.mark.parametrize("case", ({}, {"masked": True, "reverse": True}, {"options": False}), ids=str)
 def test_scan_with_more_states_than_the_backward_pass_takes_at_once(monkeypatch, case):
     monkeypatch.setattr(scan, "BACKWARD_GROUP", 3)
     assert scan_errors(monkeypatch, 1, 100, 70, 7, **case) < TOLERANCE[FLOAT]
+
+
+def test_a_call_of_a_known_kind_takes_its_own_tensors(monkeypatch):
+    """The second call reuses what was found out for the first: the same layout at other addresses, then another layout."""
+    device = emulate.Device(scan.SOURCE, scan.KERNELS, 2, 2)
+    monkeypatch.setattr(scan, "_device", lambda x: device)
+    torch.manual_seed(0)
+    for strided in (False, False, True, False):
+        u, delta, z = (torch.randn(1, 70, 12)[..., 6:] if strided else torch.randn(1, 70, 6) for _ in range(3))
+        A, B, C = -torch.rand(6, 3), torch.randn(1, 70, 3), torch.randn(1, 3, 70).transpose(1, 2)
+        y, _, kept = scan.forward(u, delta, A, B, C, None, z, None, None, None, True, False, 32)
+        grads = scan.backward(y, None, u, delta, A, B, C, None, z, None, None, None, kept, True, False, 32)
+        exact = [t.double().requires_grad_() for t in (u, delta, A, B, C, z)]
+        y64, _ = reference.run(*exact[:5], None, exact[5], None, True, None, None, False, True)
+        y64.backward(y.double())
+        pairs = [(grads[i], x.grad) for i, x in zip((0, 1, 2, 3, 4, 6), exact, strict=True)]
+        assert worst([(y, y64.detach()), *pairs]) < TOLERANCE[FLOAT]
 
 
 def test_scan_is_the_same_on_every_run(monkeypatch):

@@ -1,6 +1,7 @@
 """The native back ends on a GPU: parity with the float64 reference, determinism, pieces, compile, graphs, large offsets."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -74,10 +75,16 @@ def test_slow_and_fast_decay(decay):
     check_scan(scan_inputs(1, 2000, 64, 16, FLOAT, decay=decay), TOLERANCE[FLOAT])
 
 
-@pytest.mark.parametrize("channels", (1, 2, 63, 64, 65, 300))
+@pytest.mark.parametrize("channels", (1, 2, 63, 64, 65, 96, 128, 300, 512))
 def test_numbers_of_channels(channels):
     check_scan(scan_inputs(1, 100, channels, 16, FLOAT), TOLERANCE[FLOAT])
     check_scan(scan_inputs(1, 100, channels, 16, HALF), TOLERANCE[HALF])
+
+
+@pytest.mark.parametrize("batch,length,channels", ((1, 20001, 128), (3, 3000, 200), (1, 3000, 1024)))
+@pytest.mark.parametrize("reverse", (False, True))
+def test_many_chunks_and_channel_blocks(batch, length, channels, reverse):
+    check_scan(scan_inputs(batch, length, channels, 16, HALF), TOLERANCE[HALF], reverse=reverse)
 
 
 def test_scan_of_slices_of_a_projection():
@@ -85,6 +92,18 @@ def test_scan_of_slices_of_a_projection():
     both = torch.cat((inputs[0], inputs[6]), -1)
     inputs[0], inputs[6] = both[..., :64], both[..., 64:]
     check_scan(inputs, TOLERANCE[HALF])
+
+
+def test_launch_from_a_thread_that_has_not_touched_the_gpu():
+    """Autograd's threads are such: the driver has no context there until somebody sets it."""
+    x = torch.randn(1, 40, 8, device="cuda")
+    A, B = -torch.ones(8, 4, device="cuda"), torch.randn(1, 40, 4, device="cuda")
+    with torch.no_grad():
+        expected = selective_scan(x, x, A, B, B, backend="cuda")
+        torch.cuda.synchronize()
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(torch.no_grad()(selective_scan), x, x, A, B, B, backend="cuda").result()
+    assert torch.equal(found, expected)
 
 
 def test_same_bits_on_ten_runs():

@@ -1,7 +1,5 @@
 """The host side of the native kernels: parameters, planning, reasons."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -97,11 +95,14 @@ def test_missing_compiler_library_says_what_to_install(monkeypatch):
 
 def test_rows_too_far_apart_are_refused():
     u = torch.empty(1, 1, 4)
-    far = torch.as_strided(u, (1, 1, 4), (4, 1 << 30, 1))
-    with pytest.raises(ValueError, match="allowed: below 2\\^30"):
-        scan._arguments(u, far, u, u, u, None, None, None, None, None, True, False)
+    far = torch.as_strided(u, (1, 1, 4), (4, 1 << 29, 1))
+    with pytest.raises(ValueError, match="allowed: below 2\\^29"):
+        scan._template(u, far, u[0].t(), u, u, None, True, False, scan.plan(1, 1, 4, 1, 1, 32))
 
 
 def test_bytes_of_a_shape_match_the_formula():
-    assert scan._shared_bytes("scan_forward", 16, 4) == 4 * 16 * 36 * 2 * 2 + 8 * 32 * 16 * 4 * 2
-    assert math.ceil(scan.STAGE * 16 / 128) <= 8
+    slots, staged, inputs = 16 * 32 * 16 * 4, 4 * 16 * 36 * 2, 3 * 8 * 64 * 2 * 4
+    assert scan._shared_bytes("scan_forward", 16, 4, 2, 1) == slots + 2 * staged + inputs  # B and C twice: one stage ahead
+    assert scan._shared_bytes("scan_forward", 64, 1, 4, 0) == 8 * 32 * 64 + 4 * 64 * 36 * 2 + 3 * 8 * 64 * 4
+    assert 2 * (scan._shared_bytes("scan_backward", 16, 4) + 1024) <= 228 * 1024  # two blocks a Hopper multiprocessor
+    assert 2 * (scan._shared_bytes("scan_backward", 16, 3, 4) + 1024) <= 228 * 1024

@@ -4,6 +4,7 @@ Parallel over channels and over time; deterministic; no workspace grows with l*d
 backward pass, one every SEGMENT steps. See README.md and docs/kernels.md.
 """
 
+import ctypes
 import functools
 import math
 from dataclasses import dataclass
@@ -20,12 +21,18 @@ KERNELS = (
     "scan_ends", "scan_carry", "scan_forward", "adjoint_ends", "adjoint_carry", "scan_backward", "reduce_rows",
     "reduce_blocks",
 )  # fmt: skip
-TILE, STAGE = 8, 32
+TILE, STAGE, BACKWARD_STAGE = 8, 32, 16
 GROUP = 64
 """States in one launch; more are run in groups, whose outputs are added."""
 BACKWARD_GROUP = 16
 """The same for the backward pass, which keeps more for every state; the groups' gradients are added in float32."""
-FORWARD_WARPS, BACKWARD_WARPS = 4, 4
+FEW = 16
+"""Up to so many chunks every block sums up itself what the chunks before leave, which saves a launch."""
+FORWARD_WARPS = 4
+FORWARD_RESIDENT = (12, 16)
+"""Warps a multiprocessor holds; more have fewer registers, and all together are about as fast."""
+BACKWARD_WARPS = {2: 4, 4: 3}
+"""Warps a block by bytes of an element: two blocks fill a multiprocessor's shared memory."""
 
 
 def unavailable(request: Request | None = None) -> str | None:
@@ -74,10 +81,16 @@ def segment_length(batch: int, length: int, channels: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def plan(batch: int, length: int, channels: int, resident: int, warps: int, segment: int) -> Plan:
-    """Choose the chunk, a multiple of `segment`, so that the blocks fill `resident` slots in few and full waves.
+    """Choose the chunk, a multiple of `segment`, so that the blocks fill `resident` slots in few and full waves."""
+    return _plan_and_cost(batch, length, channels, resident, warps, segment)[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_and_cost(batch: int, length: int, channels: int, resident: int, warps: int, segment: int) -> tuple[Plan, float]:
+    """`plan`, and about how many steps it takes.
 
     A wave lasts as long as a chunk; several chunks cost a first pass, taken as 160 steps of work (what is usually left
-    of it) or 0.9 of a chunk, and two more launches.
+    of it) or 0.9 of a chunk, and one or two more launches.
     """
     groups = math.ceil(channels / 64)
     blocks = math.ceil(groups / min(warps, groups))
@@ -92,7 +105,7 @@ def plan(batch: int, length: int, channels: int, resident: int, warps: int, segm
         cost = math.ceil(rows * chunks / resident) * steps + (100 if chunks > 1 else 0) + 0.02 * chunks
         if cost < best_cost:
             best, best_cost = chunk, cost
-    return Plan(best, math.ceil(length / best), segment, warps, blocks)
+    return Plan(best, math.ceil(length / best), segment, warps, blocks), best_cost
 
 
 # --------------------------------------------------------------------------------------------------------- device
@@ -120,23 +133,29 @@ def _device(x: Tensor):
 
 
 @functools.lru_cache(maxsize=1024)
-def _shared_bytes(kernel: str, n: int, warps: int) -> int:
-    """Dynamic shared memory of a kernel (scan.cu says what is in it)."""
-    row, each = STAGE + 4, math.ceil(STAGE * n / (32 * warps))
-    coefficients = 8 * 32 * n * warps if n <= 32 else 0
+def _shared_bytes(kernel: str, n: int, warps: int, size: int = 2, wide: int = 0) -> int:
+    """Dynamic shared memory of a kernel (scan.cu says what is in it); size: bytes of an element of the data; wide: as
+    the macro."""
+    row, slots = STAGE + 4, 16 * 32 * n * warps // (1 if n <= 32 else 2)
+    inputs = 3 * TILE * 64 * size * warps
     if kernel in ("scan_ends", "adjoint_ends"):
-        return 4 * n * row + 8 * 32 * n * warps
+        return 4 * n * row + slots + inputs
     if kernel == "scan_forward":
-        return 4 * n * row * 2 * (2 if each <= 8 else 1) + 8 * 32 * n * warps + coefficients
+        per = 16 // size if wide else 1
+        each = math.ceil(2 * STAGE * n / per / (32 * warps)) * per
+        return 4 * n * row * 2 * (2 if each <= 16 else 1) + slots + inputs
     if kernel == "scan_backward":
-        return 4 * n * row * 2 + 4 * warps * (n * (2 * STAGE + 2) + 1024) + 2 * 8 * 32 * n * warps + 2 * coefficients
+        fold = 576 if size == 2 else 1024
+        floats = 128 * TILE + 3 * 16 * TILE * size  # inputs
+        sums = (n * (2 * BACKWARD_STAGE + 2) + 3) // 4 * 4
+        return 4 * warps * (256 * n + fold + floats + sums) + 8 * n * (BACKWARD_STAGE + 4)
     return 1024 if kernel == "reduce_rows" else 0
 
 
 @functools.lru_cache(maxsize=1024)
-def _most_warps(kernel: str, n: int, warps: int, limit: int) -> int:
+def _most_warps(kernel: str, n: int, warps: int, limit: int, size: int = 2, wide: int = 0) -> int:
     """Fewer warps a block where that many states would not fit a block's shared memory."""
-    while warps > 1 and _shared_bytes(kernel, n, warps) > limit:
+    while warps > 1 and _shared_bytes(kernel, n, warps, size, wide) > limit:
         warps -= 1
     return warps
 
@@ -156,39 +175,112 @@ def _paired(*tensors: Tensor | None) -> int:
     return 1
 
 
-def _defines(u: Tensor, n: int, warps: int, paired: int, grouped: int = 0) -> tuple[tuple[str, int], ...]:
+def _wide(n: int, *tensors: Tensor | None) -> int:
+    """1 if rows can be read in pieces of 16 bytes everywhere; the states of B and C too."""
+    per = 16 // tensors[0].element_size()
+    return int(n % per == 0 and all(
+        x is None or not (x.stride(0) % per or x.stride(1) % per or x.data_ptr() % 16) for x in tensors
+    ))  # fmt: skip
+
+
+def _defines(u: Tensor, n: int, warps: int, paired: int, wide: int, grouped: int = 0) -> tuple[tuple[str, int], ...]:
     basic = (("STATES", n), ("WARPS", warps), ("BF16", int(u.dtype == torch.bfloat16)), ("PAIRED", paired))
-    return (*basic, ("GROUPED", 1)) if grouped else basic
+    return (*basic, ("WIDE", wide), *((("GROUPED", 1),) if grouped else ()))
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+# Finding out how to run a call takes longer than running a short one, so it is done once for every kind of call: shapes,
+# strides, alignments and options. What is left is to fill in the addresses.
+_recipes: dict[tuple, "_Recipe | None"] = {}
 
 
-def _arguments(u, delta, At, B, C, D, z, bias, initial, mask, softplus: bool, reverse: bool):
+@dataclass
+class _Recipe:
+    """How to run one kind of call; `params` is complete but for the addresses."""
+
+    module: object
+    params: ctypes.Structure
+    cut: Plan
+    keep: bool
+    work: int  # floats of workspace
+    sums: int  # where in it the chunks' sums start, in bytes; the states at chunk borders are at its start
+    launches: tuple[tuple[str, int, int, int], ...]  # kernel, blocks, threads, bytes of shared memory
+
+
+def _kind(device, what: str, tensors: tuple[Tensor | None, ...], *options) -> tuple:
+    """What a recipe depends on. `tensors` begins with u and A."""
+    address = 0
+    kind = [device, what, tensors[0].shape, tensors[1].shape[1], tensors[0].dtype, *options]
+    for x in tensors:
+        if x is None:
+            kind.append(None)
+        else:
+            kind.append(x.stride())
+            address |= x.data_ptr()
+    kind.append(address % 16)
+    return tuple(kind)
+
+
+def _remember(kind: tuple, recipe: _Recipe | None) -> _Recipe | None:
+    if len(_recipes) >= 4096:
+        _recipes.clear()
+    _recipes[kind] = recipe
+    return recipe
+
+
+def _template(u, delta, A, B, C, z, softplus: bool, reverse: bool, cut: Plan):
+    """Everything but the addresses."""
     p = nvrtc.params_type(SOURCE)()
-    p.u, p.delta, p.B, p.C, p.z = (_pointer(x) for x in (u, delta, B, C, z))
-    p.A, p.D, p.bias, p.initial, p.mask = (_pointer(x) for x in (At, D, bias, initial, mask))
+    p.A_c, p.A_n = A.stride()
     for name, x in (("u", u), ("delta", delta), ("B", B), ("C", C), ("z", z)):
         if x is not None:
             setattr(p, f"{name}_b", x.stride(0))
             setattr(p, f"{name}_t", x.stride(1))
-            if x.stride(1) >= 1 << 30:
-                raise ValueError(f"selective_scan: rows of {name} are {x.stride(1)} elements apart; allowed: below 2^30")
+            if x.stride(1) >= 1 << 29:
+                raise ValueError(f"selective_scan: rows of {name} are {x.stride(1)} elements apart; allowed: below 2^29")
     p.batch, p.length, p.channels = u.shape
-    p.all_states = At.shape[0]
+    p.all_states = A.shape[1]
     p.softplus, p.reverse = int(softplus), int(reverse)
+    p.chunk, p.chunks, p.segment = cut.chunk, cut.chunks, cut.segment
+    p.all_segments = math.ceil(p.length / cut.segment)
+    p.channel_blocks, p.items = cut.channel_blocks, p.batch * cut.chunks * cut.channel_blocks
+    p.summed, p.carried = cut.chunks - 1, int(cut.chunks > FEW)
     return p
 
 
-def _set_plan(p, cut: Plan, all_segments: int) -> None:
-    p.chunk, p.chunks, p.segment, p.all_segments = cut.chunk, cut.chunks, cut.segment, all_segments
-    p.channel_blocks, p.items = cut.channel_blocks, p.batch * cut.chunks * cut.channel_blocks
-    p.summed = cut.chunks - 1
+def _fill(p, u, delta, A, B, C, D, z, bias, initial, mask) -> None:
+    """The addresses of what is read."""
+    p.u, p.delta, p.A, p.B, p.C = u.data_ptr(), delta.data_ptr(), A.data_ptr(), B.data_ptr(), C.data_ptr()
+    if D is not None:
+        p.D = D.data_ptr()
+    if z is not None:
+        p.z = z.data_ptr()
+    if bias is not None:
+        p.bias = bias.data_ptr()
+    if initial is not None:
+        p.initial = initial.data_ptr()
+    if mask is not None:
+        p.mask = mask.data_ptr()
 
 
-def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def _summary_launches(names: tuple[str, str], n: int, cut: Plan, batch: int, channels: int, size: int):
+    """The launches that find the state entering every chunk: none for a single chunk; few chunks are summed where needed."""
+    ends, carry = names
+    if cut.chunks == 1:
+        return []
+    blocks = batch * (cut.chunks - 1) * cut.channel_blocks
+    launches = [(ends, blocks, cut.threads, _shared_bytes(ends, n, cut.warps, size))]
+    if cut.chunks > FEW:
+        launches.append((carry, math.ceil(batch * n * channels / 128), 128, 0))
+    return launches
+
+
+def _tidy(u, delta, A, B, C, D, z, bias, initial, mask):
+    """The same values, laid out as the kernels read them."""
+    u, delta, B, C, z = (None if x is None else _rows(x) for x in (u, delta, B, C, z))
+    D, bias, initial, mask = (None if x is None else x.contiguous() for x in (D, bias, initial, mask))
+    if A.shape[1] > 32:  # then A is read all the time, and neighbouring channels must be neighbours
+        A = A.t().contiguous().t()
+    return u, delta, A, B, C, D, z, bias, initial, mask
 
 
 def _outputs(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -197,128 +289,174 @@ def _outputs(x: Tensor, mask: Tensor | None) -> Tensor:
     return make(x.shape, dtype=x.dtype, device=x.device)
 
 
-def forward(u, delta, A, B, C, D, z, bias, initial, mask, softplus: bool, reverse: bool, segment: int):
-    """y (b l d), final state (b d n), states at segment starts (b segments n d; empty if segment is 0)."""
-    device = _device(u)
+def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int) -> _Recipe:
     batch, length, channels = u.shape
     n = A.shape[1]
-    u, delta, B, C = (_rows(x) for x in (u, delta, B, C))
-    z = None if z is None else _rows(z)
-    At, D, bias, initial = A.t().contiguous(), _float(D), _float(bias), _float(initial)
-    mask = None if mask is None else mask.contiguous()
-    paired = _paired(u, delta, z)
-    warps = _most_warps("scan_forward", n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit)
+    paired, wide, size = _paired(u, delta, z), _wide(n, u, delta, z, B, C), u.element_size()
+    warps = _most_warps("scan_forward", n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit, size, wide)
     first = plan(1, 1, channels, 1, warps, 1)
-    module = device.module(_defines(u, n, first.warps, paired))
-    shared = _shared_bytes("scan_forward", n, first.warps)
+    shared = _shared_bytes("scan_forward", n, first.warps, size, wide)
+    grain = segment or segment_length(batch, length, channels)
+
+    def work(warps_held: int) -> float:
+        slots = warps_held // first.warps * device.multiprocessors
+        return warps_held * _plan_and_cost(batch, length, channels, slots, warps, grain)[1]
+
+    resident = FORWARD_RESIDENT[0]
+    for more in FORWARD_RESIDENT[1:]:
+        if more // first.warps * (shared + 1024) <= device.shared_limit and work(more) < 0.95 * work(resident):
+            resident = more
+    defines = _defines(u, n, first.warps, paired, wide)
+    if resident != FORWARD_RESIDENT[0]:  # else what the backward pass uses too
+        defines = (*defines, ("FORWARD_RESIDENT", resident))
+    module = device.module(defines)
     slots = module.resident("scan_forward", first.threads, shared) * device.multiprocessors
-    keep, segment = segment > 0, segment or segment_length(batch, length, channels)
-    cut = plan(batch, length, channels, slots, warps, segment)
-    all_segments = math.ceil(length / segment)
+    cut = plan(batch, length, channels, slots, warps, grain)
+    p = _template(u, delta, A, B, C, z, softplus, reverse, cut)
+    launches = _summary_launches(("scan_ends", "scan_carry"), n, cut, batch, channels, size)
+    launches.append(("scan_forward", p.items, cut.threads, shared))
+    borders = batch * cut.chunks * n * channels if cut.chunks > 1 else 0
+    work = borders + batch * cut.chunks * channels if borders else 0
+    return _remember(kind, _Recipe(module, p, cut, segment > 0, work, 4 * borders, tuple(launches)))
+
+
+def forward(u, delta, A, B, C, D, z, bias, initial, mask, softplus: bool, reverse: bool, segment: int):
+    """y (b l d), final state (b d n), states at segment starts (b segments n d; empty if segment is 0)."""
+    device, given = _device(u), (u, A, delta, B, C, D, z, bias, initial, mask)
+    kind = _kind(device, "forward", given, softplus, reverse, segment)
+    recipe = _recipes.get(kind)
+    if recipe is None:
+        u, delta, A, B, C, D, z, bias, initial, mask = _tidy(u, delta, A, B, C, D, z, bias, initial, mask)
+        tidy = (u, A, delta, B, C, D, z, bias, initial, mask)
+        if any(a is not b for a, b in zip(tidy, given, strict=True)):
+            kind = _kind(device, "forward", tidy, softplus, reverse, segment)
+            recipe = _recipes.get(kind)
+        if recipe is None:
+            recipe = _forward_recipe(device, kind, u, delta, A, B, C, z, softplus, reverse, segment)
+    p = type(recipe.params).from_buffer_copy(recipe.params)
+    _fill(p, u, delta, A, B, C, D, z, bias, initial, mask)
+    batch, _, channels = u.shape
+    where = u.device
     y = _outputs(u, mask)
-    new = {"dtype": torch.float32, "device": u.device}
-    final = torch.empty(batch, channels, n, **new)
-    states = torch.empty((batch, all_segments, n, channels) if keep else (0,), **new)
-    p = _arguments(u, delta, At, B, C, D, z, bias, initial, mask, softplus, reverse)
-    _set_plan(p, cut, all_segments)
+    final = torch.empty((batch, channels, A.shape[1]), dtype=torch.float32, device=where)
+    kept = (batch, p.all_segments, A.shape[1], channels) if recipe.keep else (0,)
+    states = torch.empty(kept, dtype=torch.float32, device=where)
     p.y, p.final = y.data_ptr(), final.data_ptr()
-    p.segments = states.data_ptr() if keep else 0
-    if cut.chunks > 1:
-        ends = torch.empty(batch * cut.chunks * (n + 1) * channels, **new)
-        p.ends = ends.data_ptr()
-        p.sums = p.ends + 4 * batch * cut.chunks * n * channels
-        module.launch(
-            "scan_ends",
-            batch * (cut.chunks - 1) * cut.channel_blocks,
-            cut.threads,
-            _shared_bytes("scan_ends", n, cut.warps),
-            p,
-        )
-        module.launch("scan_carry", math.ceil(batch * n * channels / 128), 128, 0, p)
-    module.launch("scan_forward", p.items, cut.threads, shared, p)
+    if recipe.keep:
+        p.segments = states.data_ptr()
+    if recipe.work:
+        work = torch.empty(recipe.work, dtype=torch.float32, device=where)
+        p.ends = work.data_ptr()
+        p.sums = p.ends + recipe.sums
+    for launch in recipe.launches:
+        recipe.module.launch(*launch, p)
     return y, final, states
+
+
+def _backward_recipe(device, kind, dy, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, n: int, grouped):
+    """The launches for `n` states of all."""
+    batch, length, channels = u.shape
+    size = u.element_size()
+    paired, wide = _paired(u, delta, z, dy), _wide(n, u, delta, z, dy, B, C)
+    most = min(BACKWARD_WARPS[size], math.ceil(channels / 64))
+    warps = _most_warps("scan_backward", n, most, device.shared_limit, size)
+    first = plan(1, 1, channels, 1, warps, 1)
+    module = device.module(_defines(u, n, first.warps, paired, wide, grouped))
+    shared = _shared_bytes("scan_backward", n, first.warps, size)
+    slots = module.resident("scan_backward", first.threads, shared) * device.multiprocessors
+    cut = plan(batch, length, channels, slots, warps, segment)
+    p = _template(u, delta, A, B, C, z, softplus, reverse, cut)
+    p.dy_b, p.dy_t = dy.stride(0), dy.stride(1)
+    launches = _summary_launches(("adjoint_ends", "adjoint_carry"), n, cut, batch, channels, size)
+    grid, tiles, several = min(p.items, slots), segment // TILE, cut.channel_blocks > 1
+    launches.append(("scan_backward", grid, cut.threads, shared))
+    launches.append(("reduce_rows", math.ceil((n + 2) * channels / 32), 256, 1024))
+    if several:
+        launches.append(("reduce_blocks", min(8 * device.multiprocessors, math.ceil(batch * length * n / 256)), 256, 0))
+    # The workspace, every part a multiple of 16 bytes from its start.
+    borders = batch * cut.chunks * n * channels if cut.chunks > 1 else 0
+    parts = (
+        borders,
+        batch * cut.chunks * channels if borders else 0,
+        grid * cut.warps * 64 * ((tiles + 1) * n + 16 * tiles),
+        batch * cut.chunks * (n + 2) * channels,
+        cut.channel_blocks * batch * length * n if several else 0,
+        cut.channel_blocks * batch * length * n if several else 0,
+    )
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + (part + 3) // 4 * 4)
+    p.ends, p.sums, p.scratch, p.partial, p.dB, p.dC = (4 * start for start in starts[:6])  # to be moved to where it is
+    return _remember(kind, _Recipe(module, p, cut, several, starts[-1], 0, tuple(launches)))
 
 
 def backward(
     dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, softplus: bool, reverse: bool, segment: int
 ):
     """Gradients of u, delta, A, B, C, D, z, bias, initial (empty tensors for what is absent)."""
-    device = _device(u)
-    batch, length, channels = u.shape
-    n = A.shape[1]
-    u, delta, B, C, dy = (_rows(x) for x in (u, delta, B, C, dy))
-    z = None if z is None else _rows(z)
-    At, D, bias, initial = A.t().contiguous(), _float(D), _float(bias), _float(initial)
-    dfinal = _float(dfinal)
-    mask = None if mask is None else mask.contiguous()
-    paired = _paired(u, delta, z, dy)
+    device, where = _device(u), u.device
+    options = (softplus, reverse, segment)
+    known = _kind(device, "tidy", (u, A, delta, B, C, D, z, bias, initial, mask, dy, dfinal), *options)
+    if known not in _recipes:
+        given = (u, delta, A, B, C, D, z, bias, initial, mask)
+        u, delta, A, B, C, D, z, bias, initial, mask = tidy = _tidy(*given)
+        rows, dy = dy, _rows(dy)
+        last, dfinal = dfinal, None if dfinal is None else dfinal.contiguous()
+        if dy is rows and dfinal is last and all(a is b for a, b in zip(given, tidy, strict=True)):
+            _remember(known, None)
+    channels, n = A.shape
     parts = math.ceil(n / BACKWARD_GROUP)
     kind = u.dtype if parts == 1 else torch.float32
-    new = {"dtype": torch.float32, "device": u.device}
     make = torch.empty if mask is None else torch.zeros  # the kernels leave masked positions alone
-    du, ddelta = (make(u.shape, dtype=kind, device=u.device) for _ in range(2))
-    dz = make((0,) if z is None else u.shape, dtype=kind, device=u.device)
-    dB, dC = (torch.empty((batch, length, n), dtype=u.dtype, device=u.device) for _ in range(2))
-    dA = torch.empty(channels, n, **new)
-    dD = torch.empty(0 if D is None else channels, **new)
-    dbias = torch.empty(parts, 0 if bias is None else channels, **new)
-    dinitial = torch.empty((0,) if initial is None else initial.shape, **new)
+    du, ddelta = (make(u.shape, dtype=kind, device=where) for _ in range(2))
+    dz = make((0,) if z is None else u.shape, dtype=kind, device=where)
+    dB, dC = (torch.empty((*u.shape[:2], n), dtype=u.dtype, device=where) for _ in range(2))
+    dA = torch.empty((channels, n), dtype=torch.float32, device=where)
+    dD = torch.empty(0 if D is None else channels, dtype=torch.float32, device=where)
+    width = 0 if bias is None else channels
+    dbias = torch.empty(width if parts == 1 else (parts, width), dtype=torch.float32, device=where)
+    dinitial = torch.empty((0,) if initial is None else initial.shape, dtype=torch.float32, device=where)
+    given = (u, A, delta, B, C, z, dy)
     for part in range(parts):
         first = part * BACKWARD_GROUP
-        states_here = min(BACKWARD_GROUP, n - first)
-        p = _arguments(u, delta, At, B, C, D, z, bias, initial, mask, softplus, reverse)
-        p.add = int(part > 0)
-        p.A += 4 * first * channels
-        p.B += first * B.element_size()
-        p.C += first * C.element_size()
-        p.segments = states.data_ptr() + 4 * first * channels
-        p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)
-        p.dfinal = 0 if dfinal is None else dfinal.data_ptr() + 4 * first
-        p.du, p.ddelta, p.dz = du.data_ptr(), ddelta.data_ptr(), dz.data_ptr()
-        p.dA, p.dD, p.dbias = dA.data_ptr() + 4 * first, dD.data_ptr(), dbias[part].data_ptr()
-        if part > 0:  # the skip connection belongs to the first group alone
-            p.D, p.dD = 0, 0
-        p.dinitial = 0 if initial is None else dinitial.data_ptr() + 4 * first
+        here = min(BACKWARD_GROUP, n - first)
+        call = _kind(device, "backward", given, *options, here, parts > 1)
+        recipe = _recipes.get(call)
+        if recipe is None:
+            recipe = _backward_recipe(
+                device, call, dy, u, delta, A, B, C, z, softplus, reverse, segment, here, int(parts > 1)
+            )
+        p = type(recipe.params).from_buffer_copy(recipe.params)
+        _fill(p, u, delta, A, B, C, D, z, bias, initial, mask)
+        work = torch.empty(recipe.work, dtype=torch.float32, device=where)
+        start = work.data_ptr()
+        p.ends, p.sums = start, start + (p.sums or 0)
+        p.scratch, p.partial = start + (p.scratch or 0), start + (p.partial or 0)
         targets = dB.data_ptr() + first * dB.element_size(), dC.data_ptr() + first * dC.element_size()
-        defines = (u, states_here, paired, int(parts > 1))
-        _backward_launches(p, device, defines, segment, targets, new)
+        if recipe.keep:
+            p.dB, p.dC = start + p.dB, start + p.dC
+        else:
+            p.dB, p.dC = targets
+        p.segments = states.data_ptr() + 4 * first * channels
+        p.dy = dy.data_ptr()
+        if dfinal is not None:
+            p.dfinal = dfinal.data_ptr() + 4 * first
+        p.du, p.ddelta, p.dz, p.dA = du.data_ptr(), ddelta.data_ptr(), dz.data_ptr(), dA.data_ptr() + 4 * first
+        p.dD, p.dbias = dD.data_ptr(), dbias.data_ptr() + 4 * part * width
+        if initial is not None:
+            p.dinitial = dinitial.data_ptr() + 4 * first
+        if part > 0:  # the skip connection belongs to the first group alone
+            p.add, p.D, p.dD = 1, 0, 0
+        if first:
+            p.A += 4 * first * A.stride(1)
+            p.B += first * B.element_size()
+            p.C += first * C.element_size()
+        p.into_B, p.into_C = targets
+        for launch in recipe.launches:
+            recipe.module.launch(*launch, p)
     if parts > 1:
         du, ddelta, dz = (x.to(u.dtype) for x in (du, ddelta, dz))
-    return du, ddelta, dA, dB, dC, dD, dz, dbias[0] if parts == 1 else dbias.sum(0), dinitial
-
-
-def _backward_launches(p, device, defines, segment: int, targets: tuple[int, int], new: dict) -> None:
-    """The launches for one group of states; `targets` are the addresses of its first columns of dB and dC."""
-    u, n, paired, grouped = defines
-    batch, length, channels = p.batch, p.length, p.channels
-    warps = _most_warps("scan_backward", n, min(BACKWARD_WARPS, math.ceil(channels / 64)), device.shared_limit)
-    threads = plan(1, 1, channels, 1, warps, 1)
-    module = device.module(_defines(u, n, threads.warps, paired, grouped))
-    shared = _shared_bytes("scan_backward", n, threads.warps)
-    slots = module.resident("scan_backward", threads.threads, shared) * device.multiprocessors
-    cut = plan(batch, length, channels, slots, warps, segment)
-    _set_plan(p, cut, math.ceil(length / segment))
-    if cut.chunks > 1:
-        ends = torch.empty(batch * cut.chunks * (n + 1) * channels, **new)
-        p.ends = ends.data_ptr()
-        p.sums = p.ends + 4 * batch * cut.chunks * n * channels
-        blocks = batch * (cut.chunks - 1) * cut.channel_blocks
-        module.launch("adjoint_ends", blocks, cut.threads, _shared_bytes("adjoint_ends", n, cut.warps), p)
-        module.launch("adjoint_carry", math.ceil(batch * n * channels / 128), 128, 0, p)
-    grid = min(p.items, slots)
-    scratch = torch.empty(grid * cut.warps * (segment // TILE) * n * 64, **new)
-    partial = torch.empty(batch * cut.chunks * (n + 2) * channels, **new)
-    p.scratch, p.partial = scratch.data_ptr(), partial.data_ptr()
-    p.dB, p.dC = targets
-    if cut.channel_blocks > 1:
-        sums = torch.empty(2, cut.channel_blocks * batch * length * n, **new)
-        p.dB, p.dC = sums[0].data_ptr(), sums[1].data_ptr()
-    module.launch("scan_backward", grid, cut.threads, shared, p)
-    module.launch("reduce_rows", math.ceil((n + 2) * channels / 32), 256, 1024, p)
-    if cut.channel_blocks > 1:
-        p.y, p.du = targets
-        blocks = min(8 * device.multiprocessors, math.ceil(batch * length * n / 256))
-        module.launch("reduce_blocks", blocks, 256, 0, p)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias if parts == 1 else dbias.sum(0), dinitial
 
 
 def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, gate=None, adjoint: bool = False):
@@ -334,18 +472,20 @@ def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, g
     n = A.shape[1]
     x, vector, delta = (_rows(t) for t in (x, vector, delta))
     gate = None if gate is None else _rows(gate)
-    At, bias = A.t().contiguous(), _float(bias)
+    At, bias = A.t().contiguous(), None if bias is None else bias.contiguous()
     mask = None if mask is None else mask.contiguous()
+    wide = _wide(n, x, delta, gate, vector)
     kernel = "adjoint_ends" if adjoint else "scan_ends"
-    warps = _most_warps(kernel, n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit)
+    size = x.element_size()
+    warps = _most_warps(kernel, n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit, size)
     threads = plan(1, 1, channels, 1, warps, 1)
-    module = device.module(_defines(x, n, threads.warps, _paired(x, delta, gate)))
-    shared = _shared_bytes(kernel, n, threads.warps)
+    module = device.module(_defines(x, n, threads.warps, _paired(x, delta, gate), wide))
+    shared = _shared_bytes(kernel, n, threads.warps, size)
     slots = module.resident(kernel, threads.threads, shared) * device.multiprocessors
     cut = plan(batch, length, channels, slots, warps, segment_length(batch, length, channels))
-    p = _arguments(x, delta, At, vector, vector, None, gate, bias, None, mask, softplus, reverse)
+    p = _template(x, delta, At.t(), vector, vector, gate, softplus, reverse, cut)
+    _fill(p, x, delta, At, vector, vector, None, gate, bias, None, mask)
     p.dy, p.dy_b, p.dy_t = x.data_ptr(), x.stride(0), x.stride(1)
-    _set_plan(p, cut, 0)
     p.summed = cut.chunks
     ends = torch.empty((batch, cut.chunks, n, channels), dtype=torch.float32, device=x.device)
     sums = torch.empty((batch, cut.chunks, channels), dtype=torch.float32, device=x.device)

@@ -14,9 +14,12 @@
 // but a few KB of shared memory depends on the number of states. B and C come through shared memory, transposed.
 // Logical time i runs in scan order; position = i, or length-1-i when reversed (strides carry the sign).
 //
-// Set from outside: STATES, WARPS, BF16, PAIRED, GROUPED (1: du, ddelta, dz are float and gather several groups of
+// Set from outside: STATES, WARPS, BF16, PAIRED, WIDE (1: rows of data, B and C are aligned to 16 bytes), GROUPED (1: du, ddelta, dz are float and gather several groups of
 // states, one launch each), and optionally the tuning constants below.
 
+#ifndef WIDE
+#define WIDE 0
+#endif
 #ifndef GROUPED
 #define GROUPED 0
 #endif
@@ -25,30 +28,51 @@
 #define TILES (STAGE / TILE)
 #define ROW (STAGE + 4)              // padded row of the transposed B and C: 16-byte aligned, banks spread
 #define THREADS (WARPS * 32)
-#define EACH ((STAGE * STATES + THREADS - 1) / THREADS)  // values of B (and of C) a thread stages
-#ifndef FORWARD_BLOCKS
-#define FORWARD_BLOCKS (12 / WARPS)
+#if WIDE
+#define PER (BF16 ? 8 : 4)  // values of B or C a thread fetches at a time
+#else
+#define PER 1
 #endif
+#define EACH(steps) ((2 * (steps) * STATES / PER + THREADS - 1) / THREADS)  // fetches a thread does for B and C
+#ifndef FORWARD_RESIDENT
+#define FORWARD_RESIDENT 12          // warps a multiprocessor, which sets the registers a thread may have
+#endif
+#define FORWARD_BLOCKS (FORWARD_RESIDENT / WARPS)
 #ifndef BACKWARD_BLOCKS
-#define BACKWARD_BLOCKS (8 / WARPS)
+#define BACKWARD_BLOCKS (8 / WARPS)  
 #endif
 #ifndef UNROLL
-#define UNROLL 2
+#define UNROLL 4                     // states at a time
 #endif
-#define SUM_ROW (2 * STAGE + 2)      // sums of one state over a warp's channels: STAGE for C, STAGE for B, padding
-#define PREFETCH (EACH <= 8)
-#define MARKS_AHEAD (STATES <= 32)     // checkpoints fetched a tile ahead into shared memory
+#ifndef CHECKPOINT_UNROLL
+#define CHECKPOINT_UNROLL 2
+#endif
+#ifndef EARLY
+#define EARLY 1
+#endif
+#ifndef POLY
+#define POLY 0
+#endif
+#ifndef CPOLY
+#define CPOLY 0
+#endif
+#ifndef BACKWARD_UNROLL
+#define BACKWARD_UNROLL 1            // states at a time
+#endif
+#define PREFETCH (EACH(STAGE) * PER <= 16)  // the next stage of B and C waits in registers
 #define KEEP_A (STATES <= 32)          // A in shared memory; beyond, read through the cache
 #ifdef SEQLAB_EMULATED
 #define SETTLE(v)
 #else
 #define SETTLE(v) asm volatile("" : "+f"(v))
 #endif
-#define FORGET 27.f                  // what has decayed below 2^-27 is dropped: an eighth of a float's rounding
+#ifndef FORGET
+#define FORGET (BF16 ? 18.f : 27.f)  // what has decayed below 2^-FORGET is dropped: less than the data's own rounding
+#endif
 
 struct Params {
     const elem *u, *delta, *B, *C, *z, *dy;
-    const float *A, *D, *bias, *initial, *dfinal;  // A as (n d), the states as (b d n)
+    const float *A, *D, *bias, *initial, *dfinal;  // A with any strides, the states as (b d n)
     const unsigned char* mask;                     // (b l)
     elem* y;                                       // (b l d)
     float* final;                                  // (b d n)
@@ -56,12 +80,14 @@ struct Params {
     float *ends, *sums;                            // (b chunk n d), (b chunk d)
     elem *du, *ddelta, *dz;                        // (b l d)
     void *dB, *dC;                                 // (b l n) of elem, or (channel block b l n) of float if several
+    elem *into_B, *into_C;                         // (b l n), the sums of those
     float *partial;                                // (b*chunk n+2 d): dA, dD, dbias of one chunk
     float *dinitial, *dA, *dD, *dbias;             // dA as (d n)
     float *scratch;                                // checkpoints of the blocks in flight
-    i64 u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t;
+    i64 A_c, A_n, u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t;
     i64 batch, length, channels, chunk, chunks, segment, all_segments, channel_blocks, items;
     i64 summed;            // chunks that *_ends sum up: all but the last one walked to, or all
+    i64 carried;           // 1: `ends` has been turned into what enters every chunk; 0: every block does so for itself
     i64 all_states, add;   // STATES, or more when they are taken in groups; add to what earlier groups left
     i64 softplus, reverse;
 };
@@ -93,14 +119,14 @@ DEVICE Place place(const Params& p, i64 item, i64 chunks) {
     return q;
 }
 
-// A row of data in scan order: address of logical step 0 and the signed step.
+// A row of data in scan order: address of logical step i (0 if not given) and the signed step.
 struct Line {
     const elem* at;
     int step;
 };
-DEVICE Line line(const Params& p, const elem* base, i64 stride_b, i64 stride_t, i64 b, i64 c) {
+DEVICE Line line(const Params& p, const elem* base, i64 stride_b, i64 stride_t, i64 b, i64 c, i64 i = 0) {
     Line r;
-    r.at = base + b * stride_b + c + (p.reverse ? (p.length - 1) * stride_t : 0);
+    r.at = base + b * stride_b + c + (p.reverse ? p.length - 1 - i : i) * stride_t;
     r.step = (int)(p.reverse ? -stride_t : stride_t);
     return r;
 }
@@ -111,6 +137,7 @@ DEVICE u32 live_steps(const Params& p, i64 b, i64 i0) {
     u32 bits = left >= TILE ? (1u << TILE) - 1u : left <= 0 ? 0u : (1u << (int)left) - 1u;
     if (p.mask != 0) {
         const unsigned char* row = p.mask + b * p.length;
+#pragma unroll 1
         for (int j = 0; j < TILE; j++)
             if ((bits >> j) & 1u)
                 if (!row[p.reverse ? p.length - 1 - (i0 + j) : i0 + j]) bits &= ~(1u << j);
@@ -119,20 +146,6 @@ DEVICE u32 live_steps(const Params& p, i64 b, i64 i0) {
 }
 
 #define ALL ((1u << TILE) - 1u)
-DEVICE void load_tile(pair (&raw)[TILE], const Line& a, i64 i0, u32 live, int second) {
-    const elem* at = a.at + i0 * a.step;
-    if (live == ALL) {
-#pragma unroll
-        for (int j = 0; j < TILE; j++) raw[j] = load_pair(at + (i64)j * a.step, second);
-    } else {
-#pragma unroll
-        for (int j = 0; j < TILE; j++) {
-            raw[j] = make_pair((elem)0, (elem)0);
-            if ((live >> j) & 1u) raw[j] = load_pair(at + (i64)j * a.step, second);
-        }
-    }
-}
-
 // delta' from what was read; 0 at dead steps, where the state then passes through.
 DEVICE void step_sizes(float2 (&dt)[TILE], const pair (&raw)[TILE], float2 bias, i64 soft, u32 live) {
 #pragma unroll
@@ -166,20 +179,6 @@ DEVICE void store_tile(elem* at, int step, const float2 (&v)[TILE], u32 live, co
             if ((live >> j) & 1u) store_pair(at + (i64)j * step, v[j], q.ok0, q.ok1);
     }
 }
-// A gradient's tile at an offset (in elements) of an array.
-DEVICE void give_tile(const Params& p, elem* base, i64 offset, int step, const float2 (&v)[TILE], u32 live, const Place& q) {
-#if GROUPED
-    float* at = (float*)base + offset;
-#pragma unroll
-    for (int j = 0; j < TILE; j++, at += step) {
-        if (!((live >> j) & 1u)) continue;
-        if (q.ok0) at[0] = p.add ? at[0] + v[j].x : v[j].x;
-        if (q.ok1) at[1] = p.add ? at[1] + v[j].y : v[j].y;
-    }
-#else
-    store_tile(base + offset, step, v, live, q);
-#endif
-}
 // Computed once: keeps the compiler from computing a value again in every round of a loop to save a register.
 DEVICE void settle(float2 (&v)[TILE]) {
 #pragma unroll
@@ -197,55 +196,130 @@ DEVICE float2 read2(const float* row, const Place& q) {
 #endif
 }
 DEVICE float2 coefficients(const Params& p, const Place& q, int n) {  // log2(e) A
-    float2 a = read2(p.A + (i64)n * p.channels, q);
-    a.x *= LOG2E;
-    a.y *= LOG2E;
-    return a;
+    const float* at = p.A + q.cc * p.A_c + n * p.A_n;
+    return make_float2(LOG2E * __ldg(at), LOG2E * __ldg(at + q.second * p.A_c));
 }
+// What a thread keeps of every state: a value of its two channels and, up to 32 states, log2(e) A beside it.
 #if KEEP_A
-#define COEFFICIENTS(n) coef[(n) * 32]
-#define COEF_FLOATS (WARPS * STATES * 64)
+typedef float4 slot;
+DEVICE slot make_slot(float2 h, float2 a) { return make_float4(h.x, h.y, a.x, a.y); }
+#define COEFFICIENTS(s, n) make_float2((s).z, (s).w)
 #else
-#define COEFFICIENTS(n) coefficients(p, q, n)
-#define COEF_FLOATS 0
+typedef float2 slot;
+DEVICE slot make_slot(float2 h, float2 a) { return h; }
+#define COEFFICIENTS(s, n) coefficients(p, q, n)
 #endif
+DEVICE float2& value(slot& s) { return *(float2*)&s; }
 DEVICE void write2(float* row, const Place& q, float2 v) {
     if (q.ok0) row[q.c] = v.x;
     if (q.ok1) row[q.c + 1] = v.y;
 }
 
-// B or C: STAGE steps from logical step i0 on, into registers, then transposed into shared memory.
-DEVICE elem staged_value(const Params& p, const elem* base, i64 stride_t, const unsigned char* mask, i64 i0, int e) {
-    int n = e % STATES, t = e / STATES;
-    i64 i = i0 + t;
-    if (e >= STAGE * STATES || i < 0 || i >= p.length) return (elem)0;
-    i64 at = p.reverse ? p.length - 1 - i : i;
+// B and C, STEPS steps from logical step i0 on: into registers, then transposed into shared memory. Zeros at dead steps.
+#if WIDE
+typedef uint4 piece;
+#else
+typedef elem piece;
+#endif
+DEVICE elem staged_value(const Params& p, const elem* base, i64 stride_t, const unsigned char* mask, i64 i, int n) {
+    if (i >= p.length) return (elem)0;
+    const i64 at = p.reverse ? p.length - 1 - i : i;
     if (mask != 0 && !mask[at]) return (elem)0;
     return __ldg(base + at * stride_t + n);
 }
-DEVICE void fetch(elem (&r)[EACH], const Params& p, const elem* base, i64 stride_t, const unsigned char* mask, i64 i0) {
-#pragma unroll
-    for (int s = 0; s < EACH; s++) r[s] = staged_value(p, base, stride_t, mask, i0, threadIdx.x + s * THREADS);
+template <int STEPS> DEVICE void place_piece(int e, bool& second, int& t, int& n) {
+    const int all = STEPS * STATES / PER;
+    second = e >= all;
+    e -= second ? all : 0;
+    t = WIDE ? e % STEPS : e / STATES;
+    n = WIDE ? e / STEPS * PER : e % STATES;
 }
-DEVICE void put(float* tile, const elem (&r)[EACH]) {
+template <int STEPS> DEVICE piece fetch_piece(int e, const Params& p, const elem* rowsB, const elem* rowsC,
+                                              const unsigned char* mask, i64 i0) {
+    bool second;
+    int t, n;
+    place_piece<STEPS>(e, second, t, n);
+    const elem* rows = second ? rowsC : rowsB;
+    const i64 stride = second ? p.C_t : p.B_t;
+#if WIDE
+    if (mask == 0 && i0 + STEPS <= p.length)
+        return __ldg((const uint4*)(rows + (p.reverse ? p.length - 1 - (i0 + t) : i0 + t) * stride + n));
+    union { uint4 all; elem each[PER]; } r;
 #pragma unroll
-    for (int s = 0; s < EACH; s++) {
-        int e = threadIdx.x + s * THREADS;
-        if (e < STAGE * STATES) tile[(e % STATES) * ROW + e / STATES] = to_float(r[s]);
+    for (int m = 0; m < PER; m++) r.each[m] = staged_value(p, rows, stride, mask, i0 + t, n + m);
+    return r.all;
+#else
+    return staged_value(p, rows, stride, mask, i0 + t, n);
+#endif
+}
+template <int STEPS, int PITCH> DEVICE void put_piece(int e, float* tileB, float* tileC, const piece& v) {
+    bool second;
+    int t, n;
+    place_piece<STEPS>(e, second, t, n);
+    float* to = (second ? tileC : tileB) + n * PITCH + t;
+#if WIDE
+    union { uint4 all; elem each[PER]; } r;
+    r.all = v;
+#pragma unroll
+    for (int m = 0; m < PER; m++) to[m * PITCH] = to_float(r.each[m]);
+#else
+    *to = to_float(v);
+#endif
+}
+template <int STEPS> DEVICE void fetch_rows(piece (&r)[EACH(STEPS)], const Params& p, const elem* rowsB, const elem* rowsC,
+                                            const unsigned char* mask, i64 i0) {
+#pragma unroll
+    for (int k = 0; k < EACH(STEPS); k++) {
+        const int e = threadIdx.x + k * THREADS;
+        if (e < 2 * STEPS * STATES / PER) r[k] = fetch_piece<STEPS>(e, p, rowsB, rowsC, mask, i0);
     }
 }
-DEVICE void stage(float* tile, const Params& p, const elem* base, i64 stride_t, const unsigned char* mask, i64 i0) {
-    for (int e = threadIdx.x; e < STAGE * STATES; e += THREADS)
-        tile[(e % STATES) * ROW + e / STATES] = to_float(staged_value(p, base, stride_t, mask, i0, e));
+template <int STEPS, int PITCH> DEVICE void put_rows(float* tileB, float* tileC, const piece (&r)[EACH(STEPS)]) {
+#pragma unroll
+    for (int k = 0; k < EACH(STEPS); k++) {
+        const int e = threadIdx.x + k * THREADS;
+        if (e < 2 * STEPS * STATES / PER) put_piece<STEPS, PITCH>(e, tileB, tileC, r[k]);
+    }
 }
-DEVICE void read_row(float (&v)[TILE], const float* tile, int n, int t) {
+template <int STEPS, int PITCH, int WORKERS = THREADS> DEVICE void stage_rows(float* tileB, float* tileC, const Params& p, const elem* rowsB,
+                                                       const elem* rowsC, const unsigned char* mask, i64 i0) {
+#pragma unroll 1
+    for (int e = threadIdx.x; e < 2 * STEPS * STATES / PER; e += WORKERS)
+        put_piece<STEPS, PITCH>(e, tileB, tileC, fetch_piece<STEPS>(e, p, rowsB, rowsC, mask, i0));
+}
+template <int PITCH = ROW> DEVICE void read_row(float (&v)[TILE], const float* tile, int n, int t) {
 #pragma unroll
     for (int j = 0; j < TILE; j += 4) {
-        float4 f = *(const float4*)(tile + n * ROW + t + j);
+        float4 f = *(const float4*)(tile + n * PITCH + t + j);
         v[j] = f.x;
         v[j + 1] = f.y;
         v[j + 2] = f.z;
         v[j + 3] = f.w;
+    }
+}
+
+#define TENSOR (TILE * 16 * (int)sizeof(elem))  // floats of a tile of one tensor: TILE rows of 64 channels
+DEVICE bool whole_warp(const Params& p, const Place& q) { return WIDE && q.c - 2 * q.lane + 64 <= p.channels; }
+// A tile of one tensor from global into shared memory, (TILE, 32) pairs, zeros where nothing lives. `whole`: all steps
+// and channels are there, so that it goes in the background in 16-byte pieces.
+DEVICE void bring(pair* to, const Line& a, int i, u32 live, bool whole, const Place& q) {
+    if (whole) {
+        const int pieces = 4 * (int)sizeof(elem), lane = q.lane;  // of 16 bytes a row
+        const int step = a.step * (int)sizeof(elem);
+        const char* from = (const char*)(a.at + (lane % pieces * (16 / (int)sizeof(elem)) - 2 * lane)) + wide_product(i + lane / pieces, step);
+#pragma unroll
+        for (int k = 0; k < TILE * pieces / 32; k++)
+            copy16((char*)to + (k * 32 + lane) * 16, from + wide_product(k * (32 / pieces), step));
+    } else {
+#pragma unroll 1
+        for (int j = 0; j < TILE; j++) {
+            pair v = make_pair((elem)0, (elem)0);
+            if (((live >> j) & 1u) && q.ok0) {
+                v = load_pair(a.at + (i64)(i + j) * a.step, q.second);
+                if (!q.ok1) v = make_pair(pair_first(v), (elem)0);
+            }
+            to[j * 32 + q.lane] = v;
+        }
     }
 }
 
@@ -260,48 +334,66 @@ DEVICE float decayed(float a, float sum, float h) { return h == 0.f ? 0.f : exp2
 // 2^-FORGET of the state at the place where the walk stopped.
 template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
     SHARED_FLOATS(shared);
-    float* tile = shared;                                             // (STATES, ROW)
-    float2* sums = (float2*)(shared + STATES * ROW) + (threadIdx.x / 32) * STATES * 32 + threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    slot* sums = (slot*)shared + warp * STATES * 32 + lane;
+    pair* inD = (pair*)(shared + WARPS * STATES * 32 * (sizeof(slot) / 4)) + warp * 3 * TILE * 32;
+    pair *inV = inD + TILE * 32, *inZ = inD + 2 * TILE * 32;
+    float* rows_in = shared + WARPS * (STATES * 32 * (sizeof(slot) / 4) + 3 * TENSOR);  // (STATES, ROW)
     Place q = place(p, blockIdx.x, p.summed);
     if (ADJOINT) q.k += p.chunks - p.summed;
-    const i64 begin = q.k * p.chunk, end = begin + p.chunk < p.length ? begin + p.chunk : p.length;
-    const int stages = (int)((end - begin + STAGE - 1) / STAGE);
-    const Line delta = line(p, p.delta, p.delta_b, p.delta_t, q.b, q.cc);
-    const Line first = ADJOINT ? line(p, p.dy, p.dy_b, p.dy_t, q.b, q.cc) : line(p, p.u, p.u_b, p.u_t, q.b, q.cc);
-    const Line gate = ADJOINT && p.z != 0 ? line(p, p.z, p.z_b, p.z_t, q.b, q.cc) : delta;
+    const i64 begin = q.k * p.chunk;
+    const int size = (int)(begin + p.chunk < p.length ? p.chunk : p.length - begin), tiles = (size + TILE - 1) / TILE;
+    const int stages = (size + STAGE - 1) / STAGE;
+    const Line delta = line(p, p.delta, p.delta_b, p.delta_t, q.b, q.cc, begin);
+    const Line first = ADJOINT ? line(p, p.dy, p.dy_b, p.dy_t, q.b, q.cc, begin) : line(p, p.u, p.u_b, p.u_t, q.b, q.cc, begin);
+    const Line gate = ADJOINT && p.z != 0 ? line(p, p.z, p.z_b, p.z_t, q.b, q.cc, begin) : delta;
+    const bool full = whole_warp(p, q);
     const elem* rows = ADJOINT ? p.C + q.b * p.C_b : p.B + q.b * p.B_b;
-    const i64 rows_t = ADJOINT ? p.C_t : p.B_t;
     const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + q.b * p.length;
     const float2 bias = p.bias != 0 ? read2(p.bias, q) : make_float2(0.f, 0.f);
-    for (int n = 0; n < STATES; n++) sums[n * 32] = make_float2(0.f, 0.f);
+    for (int n = 0; n < STATES; n++) sums[n * 32] = make_slot(make_float2(0.f, 0.f), coefficients(p, q, n));
     float2 total = make_float2(0.f, 0.f);
-    int active = STATES;
+    int active = STATES, tile = ADJOINT ? 0 : tiles - 1;
+    u32 live = live_steps(p, q.b, begin + tile * TILE);
+    bring(inD, delta, tile * TILE, live, full && live == ALL, q);
+    bring(inV, first, tile * TILE, live, full && live == ALL, q);
+    if (ADJOINT && p.z != 0) bring(inZ, gate, tile * TILE, live, full && live == ALL, q);
     for (int s = 0; s < stages; s++) {
-        const i64 i0 = begin + (i64)(ADJOINT ? s : stages - 1 - s) * STAGE;
+        const int stage = ADJOINT ? s : stages - 1 - s, steps = stage * STAGE;
         if (!__syncthreads_or(active > 0)) break;
-        stage(tile, p, rows, rows_t, mask, i0);
+        for (int e = threadIdx.x; e < STAGE * STATES / PER; e += THREADS) {  // the first half of the pieces is B's
+            const int from = e + (ADJOINT ? STAGE * STATES / PER : 0);
+            put_piece<STAGE, ROW>(e, rows_in, rows_in, fetch_piece<STAGE>(from, p, rows, rows, mask, begin + steps));
+        }
         __syncthreads();
         for (int w = 0; w < TILES && active > 0; w++) {
             const int t0 = (ADJOINT ? w : TILES - 1 - w) * TILE;
-            const u32 live = live_steps(p, q.b, i0 + t0);
-            if (live == 0) continue;
-            pair raw[TILE], more[TILE];
+            if (steps + t0 >= size) continue;
+            pair raw[TILE];
             float2 dt[TILE], v[TILE];
-            load_tile(raw, delta, i0 + t0, live, q.second);
-            load_tile(more, first, i0 + t0, live, q.second);
+            copies_done();
+            __syncwarp();
+#pragma unroll
+            for (int j = 0; j < TILE; j++) raw[j] = inD[j * 32 + lane];
             step_sizes(dt, raw, bias, p.softplus, live);
 #pragma unroll
-            for (int j = 0; j < TILE; j++) v[j] = unpack(more[j]);
-            if (ADJOINT) {
-                if (p.z != 0) {
-                    load_tile(raw, gate, i0 + t0, live, q.second);
-#pragma unroll
-                    for (int j = 0; j < TILE; j++) {
-                        float2 g = unpack(raw[j]);
-                        v[j].x *= g.x * sigmoid(g.x);
-                        v[j].y *= g.y * sigmoid(g.y);
-                    }
+            for (int j = 0; j < TILE; j++) {
+                v[j] = unpack(inV[j * 32 + lane]);
+                if (ADJOINT && p.z != 0) {
+                    const float2 g = unpack(inZ[j * 32 + lane]);
+                    v[j].x *= g.x * sigmoid(g.x);
+                    v[j].y *= g.y * sigmoid(g.y);
                 }
+            }
+            __syncwarp();
+            tile += ADJOINT ? 1 : -1;
+            if (tile >= 0 && tile < tiles) {
+                live = live_steps(p, q.b, begin + tile * TILE);
+                bring(inD, delta, tile * TILE, live, full && live == ALL, q);
+                bring(inV, first, tile * TILE, live, full && live == ALL, q);
+                if (ADJOINT && p.z != 0) bring(inZ, gate, tile * TILE, live, full && live == ALL, q);
+            }
+            if (ADJOINT) {
 #pragma unroll
                 for (int j = 0; j < TILE; j++) {
                     total.x += dt[j].x;
@@ -321,30 +413,30 @@ template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
             }
             settle(dt);
             settle(v);
-            float2 nextA = coefficients(p, q, 0);
+#pragma unroll 2
             for (int n = 0; n < active; n++) {
-                const float2 a = nextA;
-                nextA = coefficients(p, q, n + 1 < active ? n + 1 : n);
-                float2 h = sums[n * 32];
+                slot now = sums[n * 32];
+                const float2 a = COEFFICIENTS(now, n);
+                float2 h = value(now);
                 float b[TILE];
-                read_row(b, tile, n, t0);
+                read_row(b, rows_in, n, t0);
 #pragma unroll
                 for (int j = 0; j < TILE; j++) {
                     h.x += exp2_fast(fminf(a.x * dt[j].x, 127.f)) * (v[j].x * b[j]);  // no inf: it may meet a 0
                     h.y += exp2_fast(fminf(a.y * dt[j].y, 127.f)) * (v[j].y * b[j]);
                 }
-                sums[n * 32] = h;
+                value(sums[n * 32]) = h;
             }
             if (p.softplus)
                 while (active > 0) {
-                    const float2 a = coefficients(p, q, active - 1);
+                    const float2 a = COEFFICIENTS(sums[(active - 1) * 32], active - 1);
                     if (!warp_all(a.x * total.x < -FORGET && a.y * total.y < -FORGET)) break;
                     active--;
                 }
         }
     }
     float* out = p.ends + (q.b * p.chunks + q.k) * STATES * p.channels;
-    for (int n = 0; n < STATES; n++) write2(out + n * p.channels, q, sums[n * 32]);
+    for (int n = 0; n < STATES; n++) write2(out + n * p.channels, q, value(sums[n * 32]));
     write2(p.sums + (q.b * p.chunks + q.k) * p.channels, q, total);
 }
 KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_ends(const Params p) { chunk_ends<false>(p); }
@@ -357,7 +449,7 @@ template <bool ADJOINT> DEVICE void carry(const Params& p) {
     const i64 id = (i64)blockIdx.x * blockDim.x + threadIdx.x, per = STATES * p.channels;
     if (id >= p.batch * per) return;
     const i64 b = id / per, r = id % per, n = r / p.channels, c = r % p.channels;
-    const float a = LOG2E * p.A[r];
+    const float a = LOG2E * p.A[c * p.A_c + n * p.A_n];
     const float* start = ADJOINT ? p.dfinal : p.initial;
     float h = start != 0 ? start[(b * p.channels + c) * p.all_states + n] : 0.f;
     float* ends = p.ends + b * p.chunks * per + r;
@@ -383,12 +475,22 @@ KERNEL scan_carry(const Params p) { carry<false>(p); }
 KERNEL adjoint_carry(const Params p) { carry<true>(p); }
 
 // ------------------------------------------------------------------------------------------------------ outputs
-// What enters chunk k: computed by the carry, or given from outside when there is a single chunk.
-DEVICE float2 entering(const Params& p, const Place& q, const float* given, int n) {
-    if (p.chunks > 1) return read2(p.ends + ((q.b * p.chunks + q.k) * STATES + n) * p.channels, q);
-    if (given == 0) return make_float2(0.f, 0.f);
-    const float* at = given + (q.b * p.channels + q.cc) * p.all_states + n;
-    return make_float2(at[0], at[q.second * p.all_states]);
+// What enters chunk k of state n: computed by the carry, or here from what the chunks before it leave.
+DEVICE float2 entering(const Params& p, const Place& q, int n) {
+    const i64 row = q.b * p.chunks;
+    if (p.chunks > 1 && p.carried) return read2(p.ends + ((row + q.k) * STATES + n) * p.channels, q);
+    float2 h = make_float2(0.f, 0.f);
+    if (p.initial != 0) {
+        const float* at = p.initial + (q.b * p.channels + q.cc) * p.all_states + n;
+        h = make_float2(at[0], at[q.second * p.all_states]);
+    }
+    const float2 a = coefficients(p, q, n);
+    for (i64 k = 0; k < q.k; k++) {
+        const float2 sum = read2(p.sums + (row + k) * p.channels, q), end = read2(p.ends + ((row + k) * STATES + n) * p.channels, q);
+        h.x = decayed(a.x, sum.x, h.x) + end.x;
+        h.y = decayed(a.y, sum.y, h.y) + end.y;
+    }
+    return h;
 }
 DEVICE void leaving(const Params& p, const Place& q, float* out, int n, float2 v) {  // (b d n)
     float* at = out + (q.b * p.channels + q.c) * p.all_states + n;
@@ -398,118 +500,211 @@ DEVICE void leaving(const Params& p, const Place& q, float* out, int n, float2 v
 
 KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
     SHARED_FLOATS(shared);
-    float2* coef = (float2*)shared + (threadIdx.x / 32) * STATES * 32 + threadIdx.x % 32;
-    float* tileB = shared + COEF_FLOATS;                 // (2 or 1, STATES, ROW)
-    float* tileC = tileB + (PREFETCH ? 2 : 1) * STATES * ROW;
-    float2* state = (float2*)(tileC + (PREFETCH ? 2 : 1) * STATES * ROW) + (threadIdx.x / 32) * STATES * 32 + threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    slot* state = (slot*)shared + warp * STATES * 32 + lane;
+    pair* inputs = (pair*)(shared + WARPS * STATES * 32 * (sizeof(slot) / 4)) + warp * 3 * TILE * 32;
+    pair *inU = inputs, *inD = inputs + TILE * 32, *inZ = inputs + 2 * TILE * 32;
+    float* tiles = shared + WARPS * (STATES * 32 * (sizeof(slot) / 4) + 3 * TENSOR);  // (2 or 1, B and C, STATES, ROW)
     const Place q = place(p, blockIdx.x, p.chunks);
-    const i64 begin = q.k * p.chunk, end = begin + p.chunk < p.length ? begin + p.chunk : p.length;
-    const int stages = (int)((end - begin + STAGE - 1) / STAGE);
-    const Line u = line(p, p.u, p.u_b, p.u_t, q.b, q.cc), delta = line(p, p.delta, p.delta_b, p.delta_t, q.b, q.cc);
-    const Line z = p.z != 0 ? line(p, p.z, p.z_b, p.z_t, q.b, q.cc) : u;
-    const Line y = line(p, p.y, p.length * p.channels, p.channels, q.b, q.c);
+    const i64 begin = q.k * p.chunk;
+    const int size = (int)(begin + p.chunk < p.length ? p.chunk : p.length - begin), segment = (int)p.segment;
+    const int stages = (size + STAGE - 1) / STAGE;
+    const Line u = line(p, p.u, p.u_b, p.u_t, q.b, q.cc, begin), delta = line(p, p.delta, p.delta_b, p.delta_t, q.b, q.cc, begin);
+    const Line z = p.z != 0 ? line(p, p.z, p.z_b, p.z_t, q.b, q.cc, begin) : u;
+    const Line y = line(p, p.y, p.length * p.channels, p.channels, q.b, q.c, begin);
+    const bool full = whole_warp(p, q);
     const elem *rowsB = p.B + q.b * p.B_b, *rowsC = p.C + q.b * p.C_b;
     const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + q.b * p.length;
     const float2 none = make_float2(0.f, 0.f);
     const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
-    for (int n = 0; n < STATES; n++) {
-        state[n * 32] = entering(p, q, p.initial, n);
-        if (KEEP_A) coef[n * 32] = coefficients(p, q, n);
-    }
-#if PREFETCH
-    elem nextB[EACH], nextC[EACH];
-    fetch(nextB, p, rowsB, p.B_t, mask, begin);
-    fetch(nextC, p, rowsC, p.C_t, mask, begin);
-    put(tileB, nextB);
-    put(tileC, nextC);
-    __syncthreads();
-#endif
     u32 live = live_steps(p, q.b, begin);
-    pair rawU[TILE], rawD[TILE];
-    load_tile(rawU, u, begin, live, q.second);
-    load_tile(rawD, delta, begin, live, q.second);
-    for (int s = 0; s < stages; s++) {
-        const i64 i0 = begin + (i64)s * STAGE;
+    bring(inU, u, 0, live, full && live == ALL, q);
+    bring(inD, delta, 0, live, full && live == ALL, q);
+    for (int n = 0; n < STATES; n++) state[n * 32] = make_slot(entering(p, q, n), coefficients(p, q, n));
 #if PREFETCH
-        float *nowB = tileB + (s & 1) * STATES * ROW, *nowC = tileC + (s & 1) * STATES * ROW;
-        if (s + 1 < stages) {
-            fetch(nextB, p, rowsB, p.B_t, mask, i0 + STAGE);
-            fetch(nextC, p, rowsC, p.C_t, mask, i0 + STAGE);
-        }
+    piece next[EACH(STAGE)];
+    fetch_rows<STAGE>(next, p, rowsB, rowsC, mask, begin);
+#endif
+    for (int s = 0; s < stages; s++) {
+#if PREFETCH
+        float *tileB = tiles + (s & 1) * 2 * STATES * ROW, *tileC = tileB + STATES * ROW;
+        put_rows<STAGE, ROW>(tileB, tileC, next);
+        __syncthreads();  // one is enough: what is overwritten next was read before the previous one
+        if (s + 1 < stages) fetch_rows<STAGE>(next, p, rowsB, rowsC, mask, begin + (s + 1) * STAGE);
 #else
-        float *nowB = tileB, *nowC = tileC;
+        float *tileB = tiles, *tileC = tileB + STATES * ROW;
         __syncthreads();
-        stage(nowB, p, rowsB, p.B_t, mask, i0);
-        stage(nowC, p, rowsC, p.C_t, mask, i0);
+        stage_rows<STAGE, ROW>(tileB, tileC, p, rowsB, rowsC, mask, begin + s * STAGE);
         __syncthreads();
 #endif
-        if (p.segments != 0 && (i0 - begin) % p.segment == 0) {
-            float* out = p.segments + (q.b * p.all_segments + i0 / p.segment) * p.all_states * p.channels;
-            for (int n = 0; n < STATES; n++) write2(out + n * p.channels, q, state[n * 32]);
+        if (p.segments != 0 && s * STAGE % segment == 0) {
+            float* out = p.segments + (q.b * p.all_segments + (begin + s * STAGE) / segment) * p.all_states * p.channels;
+            for (int n = 0; n < STATES; n++) write2(out + n * p.channels, q, value(state[n * 32]));
         }
         for (int t0 = 0; t0 < STAGE; t0 += TILE) {
+            const int i = s * STAGE + t0;
+            if (i >= size) break;
             float2 dt[TILE], v[TILE], sum[TILE];
-            pair rawZ[TILE];
-            step_sizes(dt, rawD, bias, p.softplus, live);
+            copies_done();
+            __syncwarp();
+            {
+                pair raw[TILE];
+#pragma unroll
+                for (int j = 0; j < TILE; j++) raw[j] = inD[j * 32 + lane];
+                step_sizes(dt, raw, bias, p.softplus, live);
+            }
 #pragma unroll
             for (int j = 0; j < TILE; j++) {
-                float2 x = unpack(rawU[j]);
+                const float2 x = unpack(inU[j * 32 + lane]);
                 v[j] = make_float2(dt[j].x * x.x, dt[j].y * x.y);
                 sum[j] = make_float2(skip.x * x.x, skip.y * x.y);
             }
             settle(dt);
             settle(v);
-            if (p.z != 0) load_tile(rawZ, z, i0 + t0, live, q.second);
             const u32 now = live;
-            const i64 after = i0 + t0 + TILE;
-            live = after < end ? live_steps(p, q.b, after) : 0u;
-            load_tile(rawU, u, after, live, q.second);
-            load_tile(rawD, delta, after, live, q.second);
-            if (now == 0) continue;
-            float2 nextA = COEFFICIENTS(0);
+            __syncwarp();
+            if (p.z != 0) bring(inZ, z, i, now, full && now == ALL, q);
+            if (i + TILE < size) {
+                live = live_steps(p, q.b, begin + i + TILE);
+                bring(inU, u, i + TILE, live, full && live == ALL, q);
+                bring(inD, delta, i + TILE, live, full && live == ALL, q);
+            }
 #pragma unroll UNROLL
             for (int n = 0; n < STATES; n++) {
-                const float2 a = nextA;
-                nextA = COEFFICIENTS(n + 1 < STATES ? n + 1 : n);
-                float2 h = state[n * 32];
+                slot at = state[n * 32];
+                const float2 a = COEFFICIENTS(at, n);
+                float2 h = value(at);
                 float b[TILE], c[TILE];
-                read_row(b, nowB, n, t0);
-                read_row(c, nowC, n, t0);
+                read_row(b, tileB, n, t0);
+                read_row(c, tileC, n, t0);
 #pragma unroll
                 for (int j = 0; j < TILE; j++) {
                     h.x = exp2_fast(a.x * dt[j].x) * h.x + v[j].x * b[j];
-                    h.y = exp2_fast(a.y * dt[j].y) * h.y + v[j].y * b[j];
+                    h.y = exp2_either(j < POLY, a.y * dt[j].y) * h.y + v[j].y * b[j];
                     sum[j].x += c[j] * h.x;
                     sum[j].y += c[j] * h.y;
                 }
-                state[n * 32] = h;
+                value(state[n * 32]) = h;
             }
             if (p.z != 0) {
+                copies_done();
+                __syncwarp();
 #pragma unroll
                 for (int j = 0; j < TILE; j++) {
-                    float2 g = unpack(rawZ[j]);
+                    const float2 g = unpack(inZ[j * 32 + lane]);
                     sum[j].x *= g.x * sigmoid(g.x);
                     sum[j].y *= g.y * sigmoid(g.y);
                 }
             }
-            store_tile((elem*)y.at + (i0 + t0) * y.step, y.step, sum, now, q);
+            store_tile((elem*)y.at + (i64)i * y.step, y.step, sum, now, q);
         }
-#if PREFETCH
-        if (s + 1 < stages) {
-            put(tileB + ((s + 1) & 1) * STATES * ROW, nextB);
-            put(tileC + ((s + 1) & 1) * STATES * ROW, nextC);
-        }
-        __syncthreads();
-#endif
     }
     if (p.final != 0 && q.k == p.chunks - 1)
-        for (int n = 0; n < STATES; n++) leaving(p, q, p.final, n, state[n * 32]);
+        for (int n = 0; n < STATES; n++) leaving(p, q, p.final, n, value(state[n * 32]));
 }
 
 // ----------------------------------------------------------------------------------------------------- gradients
-// Sums 16 values over the 32 lanes through shared memory. Lanes write their values as rows of four; 
-// each lane then adds four rows' worth and the rest goes by exchanges. Lane l (even) ends up with value l / 2.
-#define FOLD (4 * 32 * 4)  // floats of one round; a warp has two, so that a round is read while the next is computed
+#if STATES <= 16
+#define BSTAGE 16                    // steps of B and C in shared memory at a time
+#define BTILES (BSTAGE / TILE)
+#define BROW (BSTAGE + 4)
+#define SUM_ROW (2 * BSTAGE + 2)     // sums of one state over a warp's channels: BSTAGE for C, BSTAGE for B, padding
+#define PLANE (STATES * 128)         // floats of (STATES, 32) float4
+#define SUMS ((STATES * SUM_ROW + 3) / 4 * 4)
+#if BF16
+#define FOLD_ROW 36                  // float4 of one state's accumulators: 32 and padding
+#define FOLD_FLOATS (4 * FOLD_ROW * 4)
+#else
+#define TRUNCATED 1.f
+#define FOLD (4 * 32 * 4)            // floats of one round; there are two, so that one is read while the next is computed
+#define FOLD_FLOATS (2 * FOLD)
+#endif
+#define INPUTS (2 * TILE * 64 + 3 * TENSOR)
+#define WARP_FLOATS (2 * PLANE + FOLD_FLOATS + INPUTS + SUMS)
+
+// A tile of results, through shared memory. Dead steps are left alone. `out` is where du lies; other results lie alike.
+DEVICE void give(const Params& p, elem* base, const Line& out, int i, const float2 (&v)[TILE], pair* by, u32 live, bool whole,
+                 const Place& q) {
+#if GROUPED
+    float* at = (float*)base + (out.at - p.du) + (i64)i * out.step;
+#pragma unroll
+    for (int j = 0; j < TILE; j++, at += out.step) {
+        if (!((live >> j) & 1u)) continue;
+        if (q.ok0) at[0] = p.add ? at[0] + v[j].x : v[j].x;
+        if (q.ok1) at[1] = p.add ? at[1] + v[j].y : v[j].y;
+    }
+#else
+    const int pieces = 4 * (int)sizeof(elem), step = out.step * (int)sizeof(elem);
+#pragma unroll
+    for (int j = 0; j < TILE; j++) by[j * 32 + q.lane] = pack(v[j]);
+    char* at = (char*)base + ((const char*)out.at - (const char*)p.du);
+    if (whole) {
+        __syncwarp();
+        at += (q.lane % pieces * (16 / (int)sizeof(elem)) - 2 * q.lane) * (int)sizeof(elem);
+        at += wide_product(i + q.lane / pieces, step);
+#pragma unroll
+        for (int k = 0; k < TILE * pieces / 32; k++)
+            *(uint4*)(at + wide_product(k * (32 / pieces), step)) = *(uint4*)((char*)by + (k * 32 + q.lane) * 16);
+    } else {
+        at += wide_product(i, step);
+#pragma unroll 1
+        for (int j = 0; j < TILE; j++, at += step) {
+            const pair w = by[j * 32 + q.lane];
+            if (!((live >> j) & 1u)) continue;
+            if (q.ok0) ((elem*)at)[0] = pair_first(w);
+            if (q.ok1) ((elem*)at)[1] = pair_second(w);
+        }
+    }
+#endif
+}
+DEVICE u32 live_at(const Params& p, const Place& q, i64 begin, int i, int size, bool plain) {
+    return plain && i + TILE <= size ? ALL : live_steps(p, q.b, begin + i);
+}
+
+// The adjoint that enters chunk k of state n from the right.
+DEVICE float2 adjoint_entering(const Params& p, const Place& q, int n) {
+    const i64 row = q.b * p.chunks;
+    if (p.chunks > 1 && p.carried) return read2(p.ends + ((row + q.k) * STATES + n) * p.channels, q);
+    float2 h = make_float2(0.f, 0.f);
+    if (p.dfinal != 0) {
+        const float* at = p.dfinal + (q.b * p.channels + q.cc) * p.all_states + n;
+        h = make_float2(at[0], at[q.second * p.all_states]);
+    }
+    const float2 a = coefficients(p, q, n);
+    for (i64 k = p.chunks - 1; k > q.k; k--) {
+        const float2 sum = read2(p.sums + (row + k) * p.channels, q), end = read2(p.ends + ((row + k) * STATES + n) * p.channels, q);
+        h.x = decayed(a.x, sum.x, h.x) + end.x;
+        h.y = decayed(a.y, sum.y, h.y) + end.y;
+    }
+    return h;
+}
+
+#if BF16
+// Sums of 16 values a lane (of two channels) over the warp by matrix instructions: four values are A, B picks their columns
+// such that lane 4r+t ends up with values 4t to 4t+3 summed over lanes 4r to 4r+3. Two values' first channels and two others'
+// second ones go together, so that both instructions have the same B.
+// The unit drops the low 13 bits of what it multiplies: 3.4e-4 too small on average, put right at the end; what is left is
+// a fifth of the rounding of the bfloat16 result.
+#define TRUNCATED 1.00034f
+DEVICE void sum_four(float (&acc)[4], const float2 (&v)[4], const float2& pick) {
+    sum_lanes(acc, v[0].x, v[2].x, v[1].y, v[3].y, pick.x, pick.y);
+    sum_lanes(acc, v[0].y, v[2].y, v[1].x, v[3].x, pick.x, pick.y);
+}
+// The eight partial sums of four states' values; lane 8n+2t+half takes values 4t+2half and the next of state n.
+DEVICE float2 fold_states(const float* fold, int lane) {
+    const float2* at = (const float2*)fold + lane / 8 * (2 * FOLD_ROW) + lane % 8;
+    float2 v[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++) v[k] = at[8 * k];
+#pragma unroll
+    for (int step = 4; step > 0; step /= 2)
+#pragma unroll
+        for (int k = 0; k < step; k++) v[k].x += v[k + step].x, v[k].y += v[k + step].y;
+    return v[0];
+}
+#else
+// The same exactly, through shared memory. Lanes write their values as rows of four; each lane then adds four rows' worth
+// and the rest goes by exchanges. Lane l (even) ends up with value l / 2.
 DEVICE void fold_write(float* fold, int row, const float (&v)[TILE], int lane) {
     float4* at = (float4*)fold + row * 32 + lane;
     at[0] = make_float4(v[0], v[1], v[2], v[3]);
@@ -529,218 +724,308 @@ DEVICE float fold_read(const float* fold, int lane) {
     k += lane_xor(upper ? k0 : k1, 2);
     return k + lane_xor(k, 1);
 }
+#endif
 
 KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
     SHARED_FLOATS(shared);
-    float2* coef = (float2*)(shared + WARPS * 2 * FOLD) + (threadIdx.x / 32) * STATES * 32 + threadIdx.x % 32;
-    float* tileB = shared + WARPS * 2 * FOLD + COEF_FLOATS;   // (STATES, ROW)
-    float* tileC = tileB + STATES * ROW;                      // (STATES, ROW)
-    float* channel_sums = tileC + STATES * ROW;               // (WARPS, STATES, SUM_ROW)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float* fold = shared + warp * 2 * FOLD;
-    float* mine = channel_sums + warp * STATES * SUM_ROW;
-    float2* state = (float2*)mine + lane;                     // the checkpoint pass keeps its state in the same place
-    float2* adjoint = (float2*)(channel_sums + WARPS * STATES * SUM_ROW) + warp * STATES * 32 + lane;
-    float2* dA = adjoint + WARPS * STATES * 32;
-    float2* ready = dA + WARPS * STATES * 32;                 // the next tile's checkpoints, on their way
-    const int tiles = (int)(p.segment / TILE);
-    float2* marks = (float2*)p.scratch + ((i64)blockIdx.x * WARPS + warp) * tiles * STATES * 32 + lane;
+    float* own = shared + warp * WARP_FLOATS;
+    float4* hs = (float4*)own + lane;               // (STATES, 32): state entering the tile, log2(e) A
+    float4* adj = (float4*)(own + PLANE) + lane;    // (STATES, 32): adjoint coming from the right, sum for dA
+    float* fold = own + 2 * PLANE;
+    float* inputs = fold + FOLD_FLOATS;
+    float4* inT = (float4*)inputs + lane;           // second half: (4, 32) delta' and (4, 32) gated dy, a tile ahead,
+    pair* inU = (pair*)(inputs + 2 * TILE * 64);    // two tiles of u,
+    pair* inD = inU + 2 * TILE * 32;                // one of delta
+    pair *ckD = (pair*)inputs, *ckU = ckD + TILE * 32, *ckZ = ckU + TILE * 32, *ckY = ckZ + TILE * 32;  // first half
+    float* mine = inputs + INPUTS;                  // (STATES, SUM_ROW)
+    const float* channel_sums = shared + 2 * PLANE + FOLD_FLOATS + INPUTS;
+    float* tileB = shared + WARPS * WARP_FLOATS;    // (STATES, BROW)
+    float* tileC = tileB + STATES * BROW;           // (STATES, BROW)
+    const int tiles = (int)(p.segment / TILE), segment = (int)p.segment;
+    // What the first half of a segment leaves for the second: the state at every tile, delta' and the gated dy.
+    float2* marks = (float2*)p.scratch + ((i64)blockIdx.x * WARPS + warp) * ((tiles + 1) * STATES * 32 + tiles * 512) + lane;
+    float4* steps = (float4*)(marks - lane + (tiles + 1) * STATES * 32) + lane;
     const float2 none = make_float2(0.f, 0.f);
-    const i64 segments = p.chunk / p.segment;
+#if BF16
+    float2 pick[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) pick[k] = make_float2(lane / 4 == 2 * k ? 1.f : 0.f, lane / 4 == 2 * k + 1 ? 1.f : 0.f);
+#endif
     for (i64 item = blockIdx.x; item < p.items; item += gridDim.x) {
         const Place q = place(p, item, p.chunks);
         const i64 begin = q.k * p.chunk;
-        const Line u = line(p, p.u, p.u_b, p.u_t, q.b, q.cc), delta = line(p, p.delta, p.delta_b, p.delta_t, q.b, q.cc);
-        const Line z = p.z != 0 ? line(p, p.z, p.z_b, p.z_t, q.b, q.cc) : u;
-        const Line dy = line(p, p.dy, p.dy_b, p.dy_t, q.b, q.cc);
-        const Line out = line(p, p.du, p.length * p.channels, p.channels, q.b, q.c);  // du, ddelta and dz lie alike
+        const int size = (int)(begin + p.chunk < p.length ? p.chunk : p.length - begin);
+        const Line u = line(p, p.u, p.u_b, p.u_t, q.b, q.cc, begin), delta = line(p, p.delta, p.delta_b, p.delta_t, q.b, q.cc, begin);
+        const Line z = p.z != 0 ? line(p, p.z, p.z_b, p.z_t, q.b, q.cc, begin) : u;
+        const Line dy = line(p, p.dy, p.dy_b, p.dy_t, q.b, q.cc, begin);
+        const Line out = line(p, p.du, p.length * p.channels, p.channels, q.b, q.c, begin);  // du, ddelta, dz lie alike
+        const bool plain = warp_all(whole_warp(p, q) && p.mask == 0);
         const elem *rowsB = p.B + q.b * p.B_b, *rowsC = p.C + q.b * p.C_b;
         const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + q.b * p.length;
         const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
         for (int n = 0; n < STATES; n++) {
-            adjoint[n * 32] = entering(p, q, p.dfinal, n);
-            dA[n * 32] = none;
-            if (KEEP_A) coef[n * 32] = coefficients(p, q, n);
+            const float2 ag = adjoint_entering(p, q, n), a = coefficients(p, q, n);
+            adj[n * 32] = make_float4(q.ok0 ? ag.x : 0.f, q.ok1 ? ag.y : 0.f, 0.f, 0.f);
+            hs[n * 32] = make_float4(0.f, 0.f, a.x, a.y);
         }
         float2 dD = none, dbias = none;
-        for (i64 g = segments - 1; g >= 0; g--) {
-            const i64 left = begin + g * p.segment;
-            if (left >= p.length) continue;
-            const i64 right = left + p.segment < p.length ? left + p.segment : p.length;
-            const int stages = (int)((right - left + STAGE - 1) / STAGE);
+        const i64 first_row = (item % p.channel_blocks * p.batch + q.b) * p.length + (p.reverse ? p.length - 1 - begin : begin);
+#pragma unroll 1
+        for (int left = (size - 1) / segment * segment; left >= 0; left -= segment) {
+            const int right = left + segment < size ? left + segment : size;
+            const int stages = (right - left + BSTAGE - 1) / BSTAGE, last = (right - left + TILE - 1) / TILE - 1;
             // The state at the start of every tile of the segment; the outputs before the gate, hence dz.
-            const float* from = p.segments + (q.b * p.all_segments + left / p.segment) * p.all_states * p.channels;
-            __syncthreads();
+            const float* from = p.segments + (q.b * p.all_segments + (begin + left) / p.segment) * p.all_states * p.channels;
             for (int n = 0; n < STATES; n++) {
                 const float2 h = read2(from + n * p.channels, q);
-                state[n * 33] = h;
+                *(float2*)&hs[n * 32] = h;
                 marks[n * 32] = h;
             }
-            {
-            u32 live = live_steps(p, q.b, left);
-            pair rawD[TILE], rawU[TILE];
-            load_tile(rawD, delta, left, live, q.second);
-            load_tile(rawU, u, left, live, q.second);
+            u32 live = live_at(p, q, begin, left, size, plain);
+            bring(ckD, delta, left, live, plain && live == ALL, q);
+            bring(ckU, u, left, live, plain && live == ALL, q);
+#pragma unroll 1
             for (int s = 0; s < stages; s++) {
-                const i64 i0 = left + (i64)s * STAGE;
                 __syncthreads();
-                stage(tileB, p, rowsB, p.B_t, mask, i0);
-                stage(tileC, p, rowsC, p.C_t, mask, i0);
+                stage_rows<BSTAGE, BROW>(tileB, tileC, p, rowsB, rowsC, mask, begin + left + s * BSTAGE);
                 __syncthreads();
-                for (int t0 = 0; t0 < STAGE; t0 += TILE) {
-                    const int next = s * TILES + t0 / TILE + 1;
+#pragma unroll 1
+                for (int w = 0; w < BTILES; w++) {
+                    const int tile = s * BTILES + w, i = left + tile * TILE;
+                    if (tile > last) break;
+                    const u32 now = live;
+                    const bool whole = plain && now == ALL;
                     float2 dt[TILE], v[TILE], sumY[TILE];
-                    pair rawY[TILE], rawZ[TILE];
-                    step_sizes(dt, rawD, bias, p.softplus, live);
+                    copies_done();
+                    __syncwarp();
+                    {
+                        pair raw[TILE];
+#pragma unroll
+                        for (int j = 0; j < TILE; j++) raw[j] = ckD[j * 32 + lane];
+                        step_sizes(dt, raw, bias, p.softplus, now);
+                    }
 #pragma unroll
                     for (int j = 0; j < TILE; j++) {
-                        const float2 x = unpack(rawU[j]);
+                        const float2 x = unpack(ckU[j * 32 + lane]);
                         v[j] = make_float2(dt[j].x * x.x, dt[j].y * x.y);
                         sumY[j] = make_float2(skip.x * x.x, skip.y * x.y);
                     }
                     settle(dt);
                     settle(v);
-                    const u32 now = live;
-                    if (p.z != 0) {
-                        load_tile(rawZ, z, i0 + t0, now, q.second);
-                        load_tile(rawY, dy, i0 + t0, now, q.second);
+                    float4* keep = steps + tile * 256;
+#pragma unroll
+                    for (int k = 0; k < 4; k++)
+                        keep[k * 32] = make_float4(dt[2 * k].x, dt[2 * k].y, dt[2 * k + 1].x, dt[2 * k + 1].y);
+                    __syncwarp();
+                    if (p.z != 0) bring(ckZ, z, i, now, whole, q);
+                    bring(ckY, dy, i, now, whole, q);
+                    if (tile < last) {
+                        live = live_at(p, q, begin, i + TILE, size, plain);
+                        bring(ckD, delta, i + TILE, live, plain && live == ALL, q);
+                        bring(ckU, u, i + TILE, live, plain && live == ALL, q);
                     }
-                    live = live_steps(p, q.b, i0 + t0 + TILE);
-                    load_tile(rawD, delta, i0 + t0 + TILE, live, q.second);
-                    load_tile(rawU, u, i0 + t0 + TILE, live, q.second);
-                    float2 nextA = COEFFICIENTS(0);
-#pragma unroll UNROLL
+                    float2* mark = marks + (tile + 1) * STATES * 32;
+                    float4* slot_of = hs;
+                    const float* row_of = tileB + w * TILE;
+#pragma unroll CHECKPOINT_UNROLL
                     for (int n = 0; n < STATES; n++) {
-                        const float2 a = nextA;
-                        nextA = COEFFICIENTS(n + 1 < STATES ? n + 1 : n);
-                        float2 h = state[n * 33];
+                        const float4 ha = *slot_of;
+                        float2 h = make_float2(ha.x, ha.y);
                         float b[TILE], c[TILE];
-                        read_row(b, tileB, n, t0);
-                        read_row(c, tileC, n, t0);
+                        read_row<BROW>(b, row_of, 0, 0);
+                        read_row<BROW>(c, row_of + STATES * BROW, 0, 0);
 #pragma unroll
                         for (int j = 0; j < TILE; j++) {
-                            h.x = exp2_fast(a.x * dt[j].x) * h.x + v[j].x * b[j];
-                            h.y = exp2_fast(a.y * dt[j].y) * h.y + v[j].y * b[j];
+                            h.x = exp2_fast(ha.z * dt[j].x) * h.x + v[j].x * b[j];
+                            h.y = exp2_either(j < CPOLY, ha.w * dt[j].y) * h.y + v[j].y * b[j];
                             sumY[j].x += c[j] * h.x;
                             sumY[j].y += c[j] * h.y;
                         }
-                        state[n * 33] = h;
-                        if (next < tiles) marks[((i64)next * STATES + n) * 32] = h;
+                        *(float2*)slot_of = h;
+                        *mark = h;
+                        slot_of += 32;
+                        row_of += BROW;
+                        mark += 32;
                     }
+                    copies_done();
+                    __syncwarp();
+                    float2 d[TILE];
+#pragma unroll
+                    for (int j = 0; j < TILE; j++) d[j] = unpack(ckY[j * 32 + lane]);
                     if (p.z != 0) {
 #pragma unroll
                         for (int j = 0; j < TILE; j++) {
-                            const float2 g = unpack(rawZ[j]), d = unpack(rawY[j]);
-                            const float s0 = sigmoid(g.x), s1 = sigmoid(g.y);
-                            sumY[j].x *= d.x * s0 * (1.f + g.x * (1.f - s0));
-                            sumY[j].y *= d.y * s1 * (1.f + g.y * (1.f - s1));
+                            const float2 g = unpack(ckZ[j * 32 + lane]);
+                            const float s0 = sigmoid(g.x), s1 = sigmoid(g.y), g0 = g.x * s0, g1 = g.y * s1;
+                            sumY[j].x *= d[j].x * (s0 + g0 * (1.f - s0));
+                            sumY[j].y *= d[j].y * (s1 + g1 * (1.f - s1));
+                            d[j].x *= g0;
+                            d[j].y *= g1;
                         }
-                        give_tile(p, p.dz, (out.at - p.du) + (i0 + t0) * out.step, out.step, sumY, now, q);
+                        __syncwarp();
+                        give(p, p.dz, out, i, sumY, ckZ, now, whole, q);
                     }
+#pragma unroll
+                    for (int k = 0; k < 4; k++)
+                        keep[(k + 4) * 32] = make_float4(d[2 * k].x, d[2 * k].y, d[2 * k + 1].x, d[2 * k + 1].y);
                 }
             }
-            }
             // Back through the segment, reading one tile ahead.
-            const int last = (int)((right - left + TILE - 1) / TILE) - 1;
-            u32 live = live_steps(p, q.b, left + (i64)last * TILE);
-            pair rawD[TILE], rawU[TILE], rawY[TILE], rawZ[TILE];
-            load_tile(rawD, delta, left + (i64)last * TILE, live, q.second);
-            load_tile(rawU, u, left + (i64)last * TILE, live, q.second);
-            load_tile(rawY, dy, left + (i64)last * TILE, live, q.second);
-            if (p.z != 0) load_tile(rawZ, z, left + (i64)last * TILE, live, q.second);
-#if MARKS_AHEAD
-            copies_done();
-            for (int n = 0; n < STATES; n++) copy_ahead(ready + n * 32, marks + ((i64)last * STATES + n) * 32);
-#endif
-            for (int s = stages - 1; s >= 0; s--) {
-                const i64 i0 = left + (i64)s * STAGE;
-                __syncthreads();
-                stage(tileB, p, rowsB, p.B_t, mask, i0);
-                stage(tileC, p, rowsC, p.C_t, mask, i0);
-                __syncthreads();
-                for (int w = TILES - 1; w >= 0; w--) {
-                    const int t0 = w * TILE;
-                    const int tile = s * TILES + w;
-                    const u32 now = tile <= last ? live : 0u;
-                    float2 dt[TILE], v[TILE], dout[TILE], sumB[TILE], sumA[TILE];
-                    {
-                        step_sizes(dt, rawD, bias, p.softplus, now);
+            __syncthreads();
+            live = live_at(p, q, begin, left + last * TILE, size, plain);
+            bring(inU + (last & 1) * TILE * 32, u, left + last * TILE, live, plain && live == ALL, q);
 #pragma unroll
-                        for (int j = 0; j < TILE; j++) {
-                            const float2 x = unpack(rawU[j]);
-                            float2 d = unpack(rawY[j]);
-                            if (p.z != 0) {
-                                const float2 g = unpack(rawZ[j]);
-                                d.x *= g.x * sigmoid(g.x);
-                                d.y *= g.y * sigmoid(g.y);
-                            }
-                            v[j] = make_float2(q.ok0 ? dt[j].x * x.x : 0.f, q.ok1 ? dt[j].y * x.y : 0.f);
-                            dout[j] = make_float2(q.ok0 ? d.x : 0.f, q.ok1 ? d.y : 0.f);
-                            sumB[j] = none;
-                            sumA[j] = none;
-                        }
+            for (int k = 0; k < 8; k++) copy16(inT + k * 32, steps + last * 256 + k * 32);
+            for (int n = 0; n < STATES; n++) copy8(&hs[n * 32], marks + (last * STATES + n) * 32);
+#pragma unroll 1
+            for (int s = stages - 1; s >= 0; s--) {
+                __syncthreads();
+                stage_rows<BSTAGE, BROW>(tileB, tileC, p, rowsB, rowsC, mask, begin + left + s * BSTAGE);
+                __syncthreads();
+#pragma unroll 1
+                for (int w = BTILES - 1; w >= 0; w--) {
+                    const int tile = s * BTILES + w, t0 = w * TILE, i = left + tile * TILE;
+                    if (tile > last) {
+                        for (int n = 0; n < STATES; n++)
+                            if (lane < 2 * TILE) mine[n * SUM_ROW + (lane < TILE ? t0 + lane : BSTAGE + t0 + lane - TILE)] = 0.f;
+                        continue;
+                    }
+                    const u32 now = live;
+                    const bool whole = plain && now == ALL;
+                    pair* nowU = inU + (tile & 1) * TILE * 32;
+                    float2 dt[TILE], v[TILE], dout[TILE], sumB[TILE], sumA[TILE];
+                    copies_done();
+                    __syncwarp();
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        const float4 a = inT[k * 32], b = inT[(k + 4) * 32];
+                        dt[2 * k] = make_float2(a.x, a.y);
+                        dt[2 * k + 1] = make_float2(a.z, a.w);
+                        dout[2 * k] = make_float2(b.x, b.y);
+                        dout[2 * k + 1] = make_float2(b.z, b.w);
+                    }
+#pragma unroll
+                    for (int j = 0; j < TILE; j++) {
+                        const float2 x = unpack(nowU[j * 32 + lane]);
+                        v[j] = make_float2(dt[j].x * x.x, dt[j].y * x.y);
+                        sumB[j] = none;
+                        sumA[j] = none;
                     }
                     settle(dt);
                     settle(v);
                     settle(dout);
-                    if (tile <= last) {
-                        const i64 before = i0 + t0 - TILE;
-                        live = tile > 0 ? live_steps(p, q.b, before) : 0u;
-                        load_tile(rawD, delta, before, live, q.second);
-                        load_tile(rawU, u, before, live, q.second);
-                        load_tile(rawY, dy, before, live, q.second);
-                        if (p.z != 0) load_tile(rawZ, z, before, live, q.second);
+                    bring(inD, delta, i, now, whole, q);
+                    copies_begun();
+                    const float2* coming = marks + (tile > 0 ? tile - 1 : 0) * STATES * 32;
+                    if (tile > 0) {
+                        live = live_at(p, q, begin, i - TILE, size, plain);
+                        bring(inU + (~tile & 1) * TILE * 32, u, i - TILE, live, plain && live == ALL, q);
+                        const float4* keep = steps + (tile - 1) * 256;
+#pragma unroll
+                        for (int k = 0; k < 8; k++) copy16(inT + k * 32, keep + k * 32);
                     }
-                    const float2* mark = marks + (i64)tile * STATES * 32;
-                    const float2* coming = mark - (tile > 0 ? STATES * 32 : 0);
-                    if (now == 0) {
-                        for (int n = 0; n < STATES; n++)
-                            if (lane < 2 * TILE) mine[n * SUM_ROW + (lane < TILE ? t0 + lane : STAGE + t0 + lane - TILE)] = 0.f;
-#if MARKS_AHEAD
-                        if (tile <= last)
-                            for (int n = 0; n < STATES; n++) copy_ahead(ready + n * 32, coming + n * 32);
-#endif
-                        continue;
-                    }
-#if MARKS_AHEAD
-                    copies_done();
-#endif
-                    float* column = mine + (lane >= 16 ? STAGE : 0) + t0 + lane / 2 % TILE;
-                    float2 nextA = COEFFICIENTS(0);
-#if !MARKS_AHEAD
-                    float2 nextH = mark[0];
+                    copies_begun();
+#if BF16
+                    float4* slot_of = hs;  // of the state in turn; the adjoint's is PLANE floats further
+                    const float* row_of = tileB + t0;
+                    float* sum_of = mine + lane / 8 * SUM_ROW + (lane % 8 >= 4 ? BSTAGE : 0) + t0 + lane % 4 * 2;
+#if EARLY
+                    float2 e[TILE];  // exp(A delta') of the state in turn: made while the state before goes back
+#pragma unroll
+                    for (int j = 0; j < TILE; j++)
+                        e[j] = make_float2(exp2_fast(hs[0].z * dt[j].x), exp2_fast(hs[0].w * dt[j].y));
 #endif
 #pragma unroll 1
+                    for (int first = 0; first < STATES; first += 4) {
+                        float4* sums_of = (float4*)fold + lane;
+#pragma unroll BACKWARD_UNROLL
+                        for (int m = 0; m < (STATES % 4 == 0 || first + 4 <= STATES ? 4 : STATES % 4); m++) {
+                            const float4 ha = slot_of[0], ad = slot_of[PLANE / 4];
+                            float2 h = make_float2(ha.x, ha.y), ag = make_float2(ad.x, ad.y), da = make_float2(ad.z, ad.w);
+                            float b[TILE], c[TILE], acc[4] = {0.f, 0.f, 0.f, 0.f};
+                            float2 kept[TILE], part[4];
+#if EARLY
+                            const float2 after = *(float2*)&slot_of[32].z;  // the last state's is of no use
+#else
+                            float2 e[TILE];
+#endif
+                            read_row<BROW>(b, row_of, 0, 0);
+                            read_row<BROW>(c, row_of + STATES * BROW, 0, 0);
+#pragma unroll
+                            for (int j = 0; j < TILE; j++) {
+#if !EARLY
+                                e[j].x = exp2_fast(ha.z * dt[j].x);
+                                e[j].y = exp2_fast(ha.w * dt[j].y);
+#endif
+                                kept[j].x = e[j].x * h.x;
+                                kept[j].y = e[j].y * h.y;
+                                h.x = kept[j].x + v[j].x * b[j];
+                                h.y = kept[j].y + v[j].y * b[j];
+                                part[j % 4] = make_float2(dout[j].x * h.x, dout[j].y * h.y);
+                                if (j % 4 == 3) sum_four(acc, part, pick[j / 4]);
+                            }
+                            copy8(slot_of, coming);
+#pragma unroll
+                            for (int j = TILE - 1; j >= 0; j--) {
+                                const float2 d = make_float2(ag.x + c[j] * dout[j].x, ag.y + c[j] * dout[j].y);  // dL/dh_t
+                                sumB[j].x += d.x * b[j];
+                                sumB[j].y += d.y * b[j];
+                                const float2 r = make_float2(d.x * kept[j].x, d.y * kept[j].y);
+                                sumA[j].x += ha.z * r.x;
+                                sumA[j].y += ha.w * r.y;
+                                da.x += dt[j].x * r.x;
+                                da.y += dt[j].y * r.y;
+                                part[j % 4] = make_float2(d.x * v[j].x, d.y * v[j].y);
+                                if (j % 4 == 0) sum_four(acc, part, pick[2 + j / 4]);
+                                ag.x = e[j].x * d.x;
+                                ag.y = e[j].y * d.y;
+#if EARLY
+                                e[j].x = exp2_fast(after.x * dt[j].x);
+                                e[j].y = exp2_fast(after.y * dt[j].y);
+#endif
+                            }
+                            *sums_of = make_float4(acc[0], acc[1], acc[2], acc[3]);
+                            slot_of[PLANE / 4] = make_float4(ag.x, ag.y, da.x, da.y);
+                            slot_of += 32;
+                            row_of += BROW;
+                            coming += 32;
+                            sums_of += FOLD_ROW;
+                        }
+                        __syncwarp();
+                        const float2 total = fold_states(fold, lane);
+                        if (STATES % 4 == 0 || first + lane / 8 < STATES) *(float2*)sum_of = total;
+                        sum_of += 4 * SUM_ROW;
+                        __syncwarp();
+                    }
+#else
+                    float* column = mine + (lane >= 16 ? BSTAGE : 0) + t0 + lane / 2 % TILE;
+#pragma unroll 1
                     for (int n = 0; n < STATES; n++) {
-                        const float2 a = nextA;
+                        const float4 ha = hs[n * 32], ad = adj[n * 32];
+                        float2 h = make_float2(ha.x, ha.y), ag = make_float2(ad.x, ad.y), da = none;
+                        float b[TILE], c[TILE], part[TILE];
+                        float2 e[TILE], kept[TILE];
+                        read_row<BROW>(b, tileB, n, t0);
+                        read_row<BROW>(c, tileC, n, t0);
                         float* round = fold + n % 2 * FOLD;
                         __syncwarp();
                         // The sums of the state before: their exchanges hide behind this state's work.
-                        const float total = fold_read(fold + (n + 1) % 2 * FOLD, lane);
-                        if (n > 0 && lane % 2 == 0) column[(n - 1) * SUM_ROW] = total;
-                        const int after = n + 1 < STATES ? n + 1 : n;
-                        nextA = COEFFICIENTS(after);
-#if MARKS_AHEAD
-                        float2 h = ready[n * 32];
-#else
-                        float2 h = nextH;
-                        nextH = mark[after * 32];
-#endif
-                        float2 ag = adjoint[n * 32], da = none;
-                        float b[TILE], c[TILE], part[TILE];
-                        float2 e[TILE], kept[TILE];
-                        read_row(b, tileB, n, t0);
-                        read_row(c, tileC, n, t0);
+                        if (n > 0) {
+                            const float total = fold_read(fold + (n + 1) % 2 * FOLD, lane);
+                            if (lane % 2 == 0) column[(n - 1) * SUM_ROW] = total;
+                        }
 #pragma unroll
                         for (int j = 0; j < TILE; j++) {
-                            e[j].x = exp2_fast(a.x * dt[j].x);
-                            e[j].y = exp2_fast(a.y * dt[j].y);
+                            e[j].x = exp2_fast(ha.z * dt[j].x);
+                            e[j].y = exp2_fast(ha.w * dt[j].y);
                             kept[j].x = e[j].x * h.x;
                             kept[j].y = e[j].y * h.y;
                             h.x = kept[j].x + v[j].x * b[j];
                             h.y = kept[j].y + v[j].y * b[j];
                             part[j] = dout[j].x * h.x + dout[j].y * h.y;
                         }
+                        copy8(&hs[n * 32], coming + n * 32);
                         fold_write(round, 0, part, lane);
 #pragma unroll
                         for (int j = TILE - 1; j >= 0; j--) {
@@ -748,81 +1033,89 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                             sumB[j].x += d.x * b[j];
                             sumB[j].y += d.y * b[j];
                             const float2 r = make_float2(d.x * kept[j].x, d.y * kept[j].y);
-                            sumA[j].x += a.x * r.x;
-                            sumA[j].y += a.y * r.y;
+                            sumA[j].x += ha.z * r.x;
+                            sumA[j].y += ha.w * r.y;
                             da.x += dt[j].x * r.x;
                             da.y += dt[j].y * r.y;
                             part[j] = d.x * v[j].x + d.y * v[j].y;
                             ag.x = e[j].x * d.x;
                             ag.y = e[j].y * d.y;
                         }
-#if MARKS_AHEAD
-                        copy_ahead(ready + n * 32, coming + n * 32);
-#endif
-                        adjoint[n * 32] = ag;
-                        float2 old = dA[n * 32];
-                        dA[n * 32] = make_float2(old.x + da.x, old.y + da.y);
+                        adj[n * 32] = make_float4(ag.x, ag.y, ad.z + da.x, ad.w + da.y);
                         fold_write(round, 2, part, lane);
                     }
                     __syncwarp();
                     const float total = fold_read(fold + (STATES - 1) % 2 * FOLD, lane);
                     if (lane % 2 == 0) column[(STATES - 1) * SUM_ROW] = total;
-                    {
-                        const i64 offset = (out.at - p.du) + (i0 + t0) * out.step;
-                        pair raw[TILE], again[TILE];
-                        float2 r[TILE], x[TILE];
-                        load_tile(again, u, i0 + t0, now, q.second);
-                        load_tile(raw, delta, i0 + t0, now, q.second);
+#endif
+                    copies_but_one();  // delta is there; what belongs to the next tile need not be
+                    __syncwarp();
+                    float2 r[TILE];
 #pragma unroll
-                        for (int j = 0; j < TILE; j++) {
-                            x[j] = unpack(again[j]);
-                            r[j].x = skip.x * dout[j].x + dt[j].x * sumB[j].x;
-                            r[j].y = skip.y * dout[j].y + dt[j].y * sumB[j].y;
-                            dD.x += dout[j].x * x[j].x;
-                            dD.y += dout[j].y * x[j].y;
-                        }
-                        give_tile(p, p.du, offset, out.step, r, now, q);
-#pragma unroll
-                        for (int j = 0; j < TILE; j++) {
-                            r[j].x = LN2 * sumA[j].x + x[j].x * sumB[j].x;
-                            r[j].y = LN2 * sumA[j].y + x[j].y * sumB[j].y;
-                            if (p.softplus) {
-                                const float2 w = unpack(raw[j]);
-                                r[j].x *= sigmoid(w.x + bias.x);
-                                r[j].y *= sigmoid(w.y + bias.y);
-                            }
-                            const bool on = (now >> j) & 1u;
-                            dbias.x += on ? r[j].x : 0.f;
-                            dbias.y += on ? r[j].y : 0.f;
-                        }
-                        give_tile(p, p.ddelta, offset, out.step, r, now, q);
+                    for (int j = 0; j < TILE; j++) {
+                        const float2 x = unpack(nowU[j * 32 + lane]);
+                        r[j].x = skip.x * dout[j].x + dt[j].x * sumB[j].x;
+                        r[j].y = skip.y * dout[j].y + dt[j].y * sumB[j].y;
+                        dD.x += dout[j].x * x.x;
+                        dD.y += dout[j].y * x.y;
+                        sumA[j].x = LN2 * sumA[j].x + x.x * sumB[j].x;
+                        sumA[j].y = LN2 * sumA[j].y + x.y * sumB[j].y;
                     }
+                    if (p.softplus) {
+#pragma unroll
+                        for (int j = 0; j < TILE; j++) {
+                            const float2 x = unpack(inD[j * 32 + lane]);
+                            sumA[j].x *= sigmoid(x.x + bias.x);
+                            sumA[j].y *= sigmoid(x.y + bias.y);
+                        }
+                    }
+                    if (!whole) {
+#pragma unroll
+                        for (int j = 0; j < TILE; j++)
+                            if (!((now >> j) & 1u)) sumA[j] = none;
+                    }
+#pragma unroll
+                    for (int j = 0; j < TILE; j++) {
+                        dbias.x += sumA[j].x;
+                        dbias.y += sumA[j].y;
+                    }
+                    __syncwarp();
+                    give(p, p.du, out, i, r, nowU, now, whole, q);
+                    give(p, p.ddelta, out, i, sumA, inD, now, whole, q);
+                    __syncwarp();
                 }
                 __syncthreads();
-                const i64 block = item % p.channel_blocks;
-                for (int e = threadIdx.x; e < 2 * STAGE * STATES; e += THREADS) {
-                    const int n = e % STATES, t = e / STATES;  // t < STAGE: C, else B
-                    float total = 0.f;
-                    for (int w = 0; w < WARPS; w++) total += channel_sums[(w * STATES + n) * SUM_ROW + t];
-                    const i64 i = i0 + t % STAGE;
+                for (int e = threadIdx.x; e < BSTAGE * STATES; e += THREADS) {
+                    const int n = e % STATES, t = e / STATES, i = left + s * BSTAGE + t;
+                    float sumC = 0.f, sumB = 0.f;
+                    const float* from = channel_sums + n * SUM_ROW + t;
+#pragma unroll
+                    for (int w = 0; w < WARPS; w++) sumC += from[w * WARP_FLOATS], sumB += from[w * WARP_FLOATS + BSTAGE];
+                    sumC *= TRUNCATED;
+                    sumB *= TRUNCATED;
                     if (i < right) {
-                        const i64 at = (block * p.batch + q.b) * p.length + (p.reverse ? p.length - 1 - i : i);
-                        void* to = t < STAGE ? p.dC : p.dB;
-                        if (p.channel_blocks == 1) ((elem*)to)[at * p.all_states + n] = from_float(total);
-                        else ((float*)to)[at * STATES + n] = total;
+                        const i64 at = first_row + (p.reverse ? -i : i);
+                        if (p.channel_blocks == 1) {
+                            ((elem*)p.dC)[at * p.all_states + n] = from_float(sumC);
+                            ((elem*)p.dB)[at * p.all_states + n] = from_float(sumB);
+                        } else {
+                            ((float*)p.dC)[at * STATES + n] = sumC;
+                            ((float*)p.dB)[at * STATES + n] = sumB;
+                        }
                     }
                 }
             }
         }
         float* rows = p.partial + (q.b * p.chunks + q.k) * (STATES + 2) * p.channels;
-        for (int n = 0; n < STATES; n++) write2(rows + n * p.channels, q, dA[n * 32]);
+        for (int n = 0; n < STATES; n++) write2(rows + n * p.channels, q, make_float2(adj[n * 32].z, adj[n * 32].w));
         write2(rows + STATES * p.channels, q, dD);
         write2(rows + (STATES + 1) * p.channels, q, dbias);
         if (p.dinitial != 0 && q.k == 0)
-            for (int n = 0; n < STATES; n++) leaving(p, q, p.dinitial, n, adjoint[n * 32]);
+            for (int n = 0; n < STATES; n++) leaving(p, q, p.dinitial, n, make_float2(adj[n * 32].x, adj[n * 32].y));
         __syncthreads();
     }
 }
+#endif
 
 // dA, dD, dbias: sums over chunks. 256 threads: 32 columns, 8 shares of the chunks, then the 8 shares in order.
 KERNEL reduce_rows(const Params p) {
@@ -842,7 +1135,7 @@ KERNEL reduce_rows(const Params p) {
     else if (p.dbias != 0) p.dbias[c] = total;
 }
 
-// dB and dC: sums over channel blocks; p.dB and p.dC hold the blocks' sums, p.y and p.du receive the results.
+// dB and dC: sums over channel blocks.
 KERNEL reduce_blocks(const Params p) {
     const i64 size = p.batch * p.length * STATES;
     for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < size; e += (i64)gridDim.x * blockDim.x) {
@@ -852,7 +1145,7 @@ KERNEL reduce_blocks(const Params p) {
             c += ((const float*)p.dC)[k * size + e];
         }
         const i64 at = e / STATES * p.all_states + e % STATES;
-        p.y[at] = from_float(b);
-        p.du[at] = from_float(c);
+        p.into_B[at] = from_float(b);
+        p.into_C[at] = from_float(c);
     }
 }
