@@ -96,18 +96,6 @@ DEVICE void store_pair(elem* at, float2 v, bool first, bool second) {
 #endif
 }
 
-// 2^x by the ordinary units, to 3e-6: least largest relative error of degree 4 on [-1/2, 1/2].
-DEVICE float exp2_polynomial(float x) {
-    x = fminf(fmaxf(x, -126.f), 128.f);
-    const float t = x + 12582912.f, f = x - (t - 12582912.f);  // nearest integer, in the low bits of t; the rest
-    float s = 0.00957010127f;
-    s = 0.0559178591f + f * s;
-    s = 0.240247443f + f * s;
-    s = 0.693121791f + f * s;
-    s = 0.999999285f + f * s;
-    return __uint_as_float(__float_as_uint(s) + (__float_as_uint(t) << 23));
-}
-DEVICE float exp2_either(bool polynomial, float x) { return polynomial && BF16 ? exp2_polynomial(x) : exp2_fast(x); }
 DEVICE float sigmoid(float x) { return rcp_fast(1.f + exp2_fast(-LOG2E * x)); }
 
 // log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)); log(1 + e) / e on [0, 1] is a polynomial (least largest relative

@@ -127,6 +127,12 @@ def test_a_call_of_a_known_kind_takes_its_own_tensors(monkeypatch):
         assert worst([(y, y64.detach()), *pairs]) < TOLERANCE[FLOAT]
 
 
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+def test_groups_of_states_of_aligned_rows(monkeypatch, dtype):
+    monkeypatch.setattr(scan, "BACKWARD_GROUP", 8)
+    assert scan_errors(monkeypatch, 1, 70, 72, 16, dtype) < TOLERANCE[dtype]
+
+
 def test_scan_is_the_same_on_every_run(monkeypatch):
     device = emulate.Device(scan.SOURCE, scan.KERNELS, 2, 2)
     monkeypatch.setattr(scan, "_device", lambda x: device)

@@ -42,7 +42,7 @@ def test_long_sequence_fills_the_gpu_and_short_wide_batch_needs_no_first_pass():
 
 
 def test_states_kept_are_one_in_many_steps():
-    assert scan.segment_length(1, 1 << 20, 512) == 256
+    assert scan.segment_length(1, 1 << 20, 512) == 128
     assert scan.segment_length(1, 512, 128) == 32
 
 

@@ -69,11 +69,11 @@ class Plan:
 def segment_length(batch: int, length: int, channels: int) -> int:
     """Steps between the states kept for the backward pass, and the grain of the chunks.
 
-    256, and shorter only where 256 would leave most of a large GPU without a warp. It depends on the shape alone, so
+    128, and shorter only where 128 would leave most of a large GPU without a warp. It depends on the shape alone, so
     that shapes of results are known without a GPU.
     """
     warps = batch * math.ceil(channels / 64)
-    for segment in (256, 128, 64):
+    for segment in (128, 64):
         if warps * math.ceil(length / segment) >= 2048:
             return segment
     return 32

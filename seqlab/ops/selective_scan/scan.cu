@@ -42,22 +42,13 @@
 #define BACKWARD_BLOCKS (8 / WARPS)  
 #endif
 #ifndef UNROLL
-#define UNROLL 4                     // states at a time
+#define UNROLL 4                     // states at a time, scan_forward
 #endif
 #ifndef CHECKPOINT_UNROLL
-#define CHECKPOINT_UNROLL 2
-#endif
-#ifndef EARLY
-#define EARLY 1
-#endif
-#ifndef POLY
-#define POLY 0
-#endif
-#ifndef CPOLY
-#define CPOLY 0
+#define CHECKPOINT_UNROLL 4          // states at a time, first half of scan_backward
 #endif
 #ifndef BACKWARD_UNROLL
-#define BACKWARD_UNROLL 1            // states at a time
+#define BACKWARD_UNROLL 1            // the same, second half
 #endif
 #define PREFETCH (EACH(STAGE) * PER <= 16)  // the next stage of B and C waits in registers
 #define KEEP_A (STATES <= 32)          // A in shared memory; beyond, read through the cache
@@ -580,7 +571,7 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
 #pragma unroll
                 for (int j = 0; j < TILE; j++) {
                     h.x = exp2_fast(a.x * dt[j].x) * h.x + v[j].x * b[j];
-                    h.y = exp2_either(j < POLY, a.y * dt[j].y) * h.y + v[j].y * b[j];
+                    h.y = exp2_fast(a.y * dt[j].y) * h.y + v[j].y * b[j];
                     sum[j].x += c[j] * h.x;
                     sum[j].y += c[j] * h.y;
                 }
@@ -627,6 +618,15 @@ DEVICE void give(const Params& p, elem* base, const Line& out, int i, const floa
                  const Place& q) {
 #if GROUPED
     float* at = (float*)base + (out.at - p.du) + (i64)i * out.step;
+    if (PAIRED && whole) {
+        float2 sum[TILE];
+#pragma unroll
+        for (int j = 0; j < TILE; j++) sum[j] = p.add ? *(float2*)(at + wide_product(j, out.step)) : make_float2(0.f, 0.f);
+#pragma unroll
+        for (int j = 0; j < TILE; j++)
+            *(float2*)(at + wide_product(j, out.step)) = make_float2(sum[j].x + v[j].x, sum[j].y + v[j].y);
+        return;
+    }
 #pragma unroll
     for (int j = 0; j < TILE; j++, at += out.step) {
         if (!((live >> j) & 1u)) continue;
@@ -838,7 +838,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
 #pragma unroll
                         for (int j = 0; j < TILE; j++) {
                             h.x = exp2_fast(ha.z * dt[j].x) * h.x + v[j].x * b[j];
-                            h.y = exp2_either(j < CPOLY, ha.w * dt[j].y) * h.y + v[j].y * b[j];
+                            h.y = exp2_fast(ha.w * dt[j].y) * h.y + v[j].y * b[j];
                             sumY[j].x += c[j] * h.x;
                             sumY[j].y += c[j] * h.y;
                         }
@@ -930,12 +930,6 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     float4* slot_of = hs;  // of the state in turn; the adjoint's is PLANE floats further
                     const float* row_of = tileB + t0;
                     float* sum_of = mine + lane / 8 * SUM_ROW + (lane % 8 >= 4 ? BSTAGE : 0) + t0 + lane % 4 * 2;
-#if EARLY
-                    float2 e[TILE];  // exp(A delta') of the state in turn: made while the state before goes back
-#pragma unroll
-                    for (int j = 0; j < TILE; j++)
-                        e[j] = make_float2(exp2_fast(hs[0].z * dt[j].x), exp2_fast(hs[0].w * dt[j].y));
-#endif
 #pragma unroll 1
                     for (int first = 0; first < STATES; first += 4) {
                         float4* sums_of = (float4*)fold + lane;
@@ -944,20 +938,13 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                             const float4 ha = slot_of[0], ad = slot_of[PLANE / 4];
                             float2 h = make_float2(ha.x, ha.y), ag = make_float2(ad.x, ad.y), da = make_float2(ad.z, ad.w);
                             float b[TILE], c[TILE], acc[4] = {0.f, 0.f, 0.f, 0.f};
-                            float2 kept[TILE], part[4];
-#if EARLY
-                            const float2 after = *(float2*)&slot_of[32].z;  // the last state's is of no use
-#else
-                            float2 e[TILE];
-#endif
+                            float2 e[TILE], kept[TILE], part[4];
                             read_row<BROW>(b, row_of, 0, 0);
                             read_row<BROW>(c, row_of + STATES * BROW, 0, 0);
 #pragma unroll
                             for (int j = 0; j < TILE; j++) {
-#if !EARLY
                                 e[j].x = exp2_fast(ha.z * dt[j].x);
                                 e[j].y = exp2_fast(ha.w * dt[j].y);
-#endif
                                 kept[j].x = e[j].x * h.x;
                                 kept[j].y = e[j].y * h.y;
                                 h.x = kept[j].x + v[j].x * b[j];
@@ -980,10 +967,6 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                                 if (j % 4 == 0) sum_four(acc, part, pick[2 + j / 4]);
                                 ag.x = e[j].x * d.x;
                                 ag.y = e[j].y * d.y;
-#if EARLY
-                                e[j].x = exp2_fast(after.x * dt[j].x);
-                                e[j].y = exp2_fast(after.y * dt[j].y);
-#endif
                             }
                             *sums_of = make_float4(acc[0], acc[1], acc[2], acc[3]);
                             slot_of[PLANE / 4] = make_float4(ag.x, ag.y, da.x, da.y);
