@@ -1,7 +1,7 @@
 """selective_scan on NVIDIA GPUs: the kernels of scan.cu, compiled at first use (seqlab/ops/nvrtc.py).
 
 Parallel over channels and over time; deterministic; no workspace grows with l*d*n except the states kept for the
-backward pass, one every SEGMENT steps. See README.md and docs/kernels.md.
+backward pass, one every 32 to 128 steps. See README.md and docs/kernels.md.
 """
 
 import ctypes
