@@ -117,7 +117,7 @@ class LossConfig:
 class EvalConfig:
     lengths: tuple[int, ...] = ()  # empty: 256, 512, 1024, 4096, 16384, ... as far as the split has them
     windows_per_class: int = 500  # at most; fewer where the split holds fewer
-    tokens_per_class: int = 4_000_000  # windows_per_class is also bounded by this / length, but not below 16
+    tokens_per_class: int = 2_000_000  # windows_per_class is also bounded by this / length, but not below 16
     baselines: tuple[Literal["k-mers", "cnn"], ...] = ("k-mers", "cnn")
     baseline_windows: int = 2000  # training windows a class for the baselines, at most
     baseline_tokens: int = 8_000_000  # of a class, at most
