@@ -822,7 +822,7 @@ def _print_species_evaluation(evaluation) -> None:
     from tasks import species
 
     header, rows = species.evaluation_rows(evaluation)
-    print_table(f"{len(evaluation.classes)} species, {evaluation.split} split: accuracy, mean over species", header, rows)
+    print_table(f"{len(evaluation.classes)} species, {evaluation.split} split: mean accuracy", header, rows)
     if known := species.published_rows(evaluation):
         print_table("Published by others for these species, not measured here", *known)
     note(species.evaluation_verdict(evaluation))

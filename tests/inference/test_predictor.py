@@ -83,3 +83,17 @@ def test_records_without_a_base_have_no_label():
     got = list(predict_records(classifier(), records, interpret, batch_size=2))
     assert [(name, label, length) for name, label, _, length in got] == [("n", None, 30), ("k", "x", 40), ("e", None, 0)]
     assert got[0][2] is None and got[1][2].shape == (3,)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [dict(kmer=4), dict(direction="bidirectional")], ids=str)
+def test_company_changes_no_bit_on_a_gpu(kind):
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU here")
+    data = sequences(np.random.default_rng(2).integers(50, 3000, 200).tolist() + [200_000])
+    predictor = Predictor(classifier(**kind, d_model=64), "cuda")
+    together = np.stack(list(predictor.outputs(data, batch_size=64)))
+    alone = np.stack(list(predictor.outputs(data[:30] + data[-1:], batch_size=1)))
+    assert np.array_equal(alone, np.concatenate([together[:30], together[-1:]]))
+    order = np.random.default_rng(3).permutation(len(data))
+    assert np.array_equal(together[order], np.stack(list(predictor.outputs([data[i] for i in order]))))
