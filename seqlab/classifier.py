@@ -193,7 +193,7 @@ class SequenceClassifier(nn.Module):
 
 
 def load_pretrained(model: SequenceClassifier, checkpoint: Path, vocab: list[str] | None = None) -> None:
-    """Embedding and backbone of a language model's (or another classifier's) `model.safetensors` into `model`; the head
+    """Embedding, backbone and, where both have them, k-mer embedding of a language model's (or another classifier's) `model.safetensors` into `model`; the head
     keeps its fresh weights.
 
     `vocab`: the symbols of the dataset that `model` will read; compared with those that the run was trained on, if its
@@ -213,8 +213,11 @@ def load_pretrained(model: SequenceClassifier, checkpoint: Path, vocab: list[str
             f"{checkpoint}: damaged or not a safetensors file ({str(error)[:80]}); use another checkpoint"
         ) from None
     weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}  # strand: equivariant wraps it
-    own = {k: v for k, v in model.state_dict().items() if k.startswith(("embedding.", "backbone."))}
-    theirs = {k: v for k, v in weights.items() if k.startswith(("embedding.", "backbone."))}
+    parts = ("embedding.", "backbone.")
+    if model.kmer_embedding is not None and any(name.startswith("kmer_embedding.") for name in weights):
+        parts += ("kmer_embedding.",)
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(parts)}
+    theirs = {k: v for k, v in weights.items() if k.startswith(parts)}
     for name, tensor in theirs.items():
         if name not in own:
             raise UserError(
@@ -242,7 +245,7 @@ def backbone_shape(checkpoint: Path) -> dict:
 
     path = Path(checkpoint).parent / "config.yaml"
     model = load_yaml(path).get("model", {})
-    theirs = {f.name for f in fields(BackboneConfig)} - {"dropout"} | {"vocab_size"}
+    theirs = {f.name for f in fields(BackboneConfig)} - {"dropout"} | {"vocab_size", "kmer"}
     return {key: value for key, value in model.items() if key in theirs} if isinstance(model, dict) else {}
 
 

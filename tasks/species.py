@@ -120,13 +120,14 @@ class EvalConfig:
     tokens_per_class: int = 2_000_000  # windows_per_class is also bounded by this / length, but not below 16
     baselines: tuple[Literal["k-mers", "cnn"], ...] = ("k-mers", "cnn")
     baseline_windows: int = 2000  # training windows a class for the baselines, at most
-    baseline_tokens: int = 8_000_000  # of a class, at most
+    baseline_tokens: int = 8_000_000  # of a class for the k-mers, at most
+    cnn_tokens: int = 2_100_000  # of a class for the CNN, at most: 2,000 windows of 1,024
     max_k: int = 6
 
     def __post_init__(self) -> None:
         if any(length < 1 for length in self.lengths):
             raise ValueError(f"lengths: each must be 1 or more, got {list(self.lengths)}")
-        for name in ("windows_per_class", "tokens_per_class", "baseline_windows", "baseline_tokens"):
+        for name in ("windows_per_class", "tokens_per_class", "baseline_windows", "baseline_tokens", "cnn_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be 1 or more, got {getattr(self, name)}")
         if not 1 <= self.max_k <= 6:
@@ -593,7 +594,7 @@ class _Baselines:
         if kept is not None:
             self._found[name, length] = kept
             return kept
-        at = length if name == "k-mers" else min(length, CNN_LONGEST)  # what it learns from
+        _, at = self._learns_from(name, length)
         together = [length]
         if name == "cnn" and length >= CNN_LONGEST:  # one network serves all of these
             together = sorted(n for n in self.drawn if n >= CNN_LONGEST)
@@ -603,12 +604,19 @@ class _Baselines:
                 _write_cache(self.cache / f"{name}-{self.split}-{served}.npz", self._key(name, served), result)
         return self._found[name, length]
 
+    def _learns_from(self, name: str, length: int) -> list[int]:
+        """[windows of each class, their length] in training."""
+        evaluation = self.config.eval
+        at = length if name == "k-mers" else min(length, CNN_LONGEST)
+        tokens = evaluation.baseline_tokens if name == "k-mers" else evaluation.cnn_tokens
+        return [min(evaluation.baseline_windows, max(32, tokens // at)), at]
+
     def _key(self, name: str, length: int) -> dict:
         evaluation = self.config.eval
         return {
             "name": name, "length": length, "split": self.split, "classes": list(self.config.classes),
             "data": _content(self.store), "training": _content(self.training), "max_unknown": self.config.data.max_unknown,
-            "test": len(self.drawn[length]), "windows": evaluation.baseline_windows, "tokens": evaluation.baseline_tokens,
+            "test": len(self.drawn[length]), "learn": self._learns_from(name, length),
             "max_k": evaluation.max_k if name == "k-mers" else None,
         }
 
@@ -617,7 +625,7 @@ class _Baselines:
         config, training = self.config, self.training
         rng = np.random.Generator(np.random.Philox(key=step_seed(at, "baseline")))
         source = ClassWindows(training, "train", config.data.max_unknown)
-        per_class = min(config.eval.baseline_windows, max(32, config.eval.baseline_tokens // at))
+        per_class, _ = self._learns_from(name, at)
         learn = source.sample(rng, per_class * len(source.classes), at)
         check = ClassWindows(training, "valid", config.data.max_unknown)
         choose, _ = check.fixed(min(at, check.longest()), max(8, per_class // 10))

@@ -194,6 +194,19 @@ def test_a_language_models_backbone_is_loaded(tmp_path, strand):
     assert torch.equal(head, model.head.linear.weight)
 
 
+def test_a_classifiers_kmers_are_loaded_too(tmp_path):
+    from safetensors.torch import save_model
+
+    theirs, ours, plain = classifier(kmer=3), classifier(kmer=3, n_outputs=5), classifier(n_outputs=5)
+    with torch.no_grad():
+        theirs.kmer_embedding.table.weight.normal_()
+    save_model(theirs, tmp_path / "model.safetensors")
+    load_pretrained(ours, tmp_path / "model.safetensors")
+    assert torch.equal(theirs.kmer_embedding.table.weight, ours.kmer_embedding.table.weight)
+    load_pretrained(plain, tmp_path / "model.safetensors")
+    assert torch.equal(theirs.embedding.weight, plain.embedding.weight)
+
+
 def test_what_does_not_fit_is_one_clear_line(tmp_path):
     path = tmp_path / "model.safetensors"
     language = build_model(ModelConfig(**SMALL))
