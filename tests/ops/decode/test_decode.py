@@ -299,6 +299,16 @@ def test_state_of_another_model_is_refused():
         Decoder(make("isotropic"), 2).load_state_dict(saved)
 
 
+@pytest.mark.parametrize("backend", HERE)
+def test_self_check_is_small_and_sees_a_wrong_back_end(backend, monkeypatch):
+    from seqlab.ops.decode.self_check import self_check
+
+    assert self_check(backend) < 1e-5
+    run = decode.BACKENDS[backend].Runner.run
+    monkeypatch.setattr(decode.BACKENDS[backend].Runner, "run", lambda self, token, *rest: run(self, token * 0, *rest))
+    assert self_check(backend) > 1e-3
+
+
 def test_environment_names_a_back_end(monkeypatch):
     monkeypatch.setenv("SEQLAB_BACKEND", "reference")
     assert Decoder(make("isotropic")).backend == "reference"
