@@ -361,7 +361,8 @@ def _backward_recipe(device, kind, dy, u, delta, A, B, C, z, softplus: bool, rev
     most = min(BACKWARD_WARPS[size], math.ceil(channels / 64))
     warps = _most_warps("scan_backward", n, most, device.shared_limit, size)
     first = plan(1, 1, channels, 1, warps, 1)
-    module = device.module(_defines(u, n, first.warps, paired, wide, grouped))
+    gated = () if z is not None else (("GATED", 0),)
+    module = device.module((*_defines(u, n, first.warps, paired, wide, grouped), *gated))
     shared = _shared_bytes("scan_backward", n, first.warps, size)
     slots = module.resident("scan_backward", first.threads, shared) * device.multiprocessors
     cut = plan(batch, length, channels, slots, warps, segment)

@@ -20,6 +20,9 @@
 #ifndef WIDE
 #define WIDE 0
 #endif
+#ifndef GATED
+#define GATED 1                      // 0: no z, so the backward pass needs no outputs
+#endif
 #ifndef GROUPED
 #define GROUPED 0
 #endif
@@ -839,8 +842,10 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                         for (int j = 0; j < TILE; j++) {
                             h.x = exp2_fast(ha.z * dt[j].x) * h.x + v[j].x * b[j];
                             h.y = exp2_fast(ha.w * dt[j].y) * h.y + v[j].y * b[j];
+#if GATED
                             sumY[j].x += c[j] * h.x;
                             sumY[j].y += c[j] * h.y;
+#endif
                         }
                         *(float2*)slot_of = h;
                         *mark = h;
