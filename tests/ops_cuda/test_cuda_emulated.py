@@ -269,3 +269,16 @@ def test_what_a_piece_does_to_a_state_part_by_part(monkeypatch, reverse, adjoint
         x.double(), vector.double(), delta.double(), A.double(), None, mask, True, reverse, z.double(), adjoint
     )
     assert worst(zip(found, exact)) < TOLERANCE[FLOAT]
+
+
+def test_a_piece_with_several_groups_of_states_has_the_longest_walks_sum(monkeypatch):
+    """The first group forgets within a few steps, the second never: the sum of steps is that of all of them."""
+    device = emulate.Device(scan.SOURCE, scan.KERNELS, 2, 2)
+    monkeypatch.setattr(scan, "_device", lambda x: device)
+    monkeypatch.setattr(scan, "GROUP", 3)
+    torch.manual_seed(3)
+    x, delta, vector = torch.randn(1, 120, 6), torch.randn(1, 120, 6) + 2, torch.randn(1, 120, 6)
+    A = torch.cat((torch.full((6, 3), -50.0), torch.full((6, 3), -1e-3)), 1)
+    found = scan.piece_ends(x, vector, delta, A, None, None, True, False)
+    exact = torch_piece_ends(x.double(), vector.double(), delta.double(), A.double(), None, None, True, False)
+    assert worst(zip(found, exact)) < TOLERANCE[FLOAT]

@@ -469,7 +469,8 @@ def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, g
         parts = [
             piece_ends(x, vector[..., g], delta, A[:, g], bias, mask, softplus, reverse, gate, adjoint) for g in groups
         ]
-        return torch.cat([ends for ends, _ in parts], -1), parts[0][1]
+        # a group whose states are forgotten sooner has not walked as far as the others
+        return torch.cat([ends for ends, _ in parts], -1), torch.stack([sums for _, sums in parts]).amax(0)
     n = A.shape[1]
     x, vector, delta = (_rows(t) for t in (x, vector, delta))
     gate = None if gate is None else _rows(gate)
