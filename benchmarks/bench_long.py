@@ -223,12 +223,12 @@ def peer(results: list, repeats: int) -> None:
     attempt("bidirectional, mamba_ssm, blocks", 1 << 20, lambda: peer_step(256, 16, 1 << 20, True), repeats, 1, results)
 
 
-def by_length(results: list, chunk: int, powers: range, repeats: int) -> None:
+def by_length(results: list, chunk: int, powers: range, repeats: int, wanted: list[str]) -> None:
     """A mode that has run out of memory is not tried at longer lengths."""
     causal, both = ("plain", "subtract", "block", "chunked"), ("plain", "subtract", "block", "layerwise", "offload")
     for changes, names in ((BOTH, both), (CAUSAL, causal)):
         kind = changes["direction"]
-        for name in names:
+        for name in (name for name in names if name in wanted):
             for power in powers:
                 length = 1 << power
                 if name == "offload" and 4 * 256 * 16 * length > 40 * GIB:
@@ -278,18 +278,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--powers", default="14,25,2", help="range of lengths under modes: from, to, step")
     parser.add_argument("--blocks", choices=("default", "fused", "separate"), default="default", help="Mamba blocks as one operator")
+    parser.add_argument("--names", default=",".join(modes.MODES), help="memory modes under modes")
     parser.add_argument("--no-parity", action="store_true", help="time without checking first")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.blocks != "default":
         Block.fuse = options.blocks == "fused"
-    chosen = options.only.split(",")
+    chosen, powers = options.only.split(","), range(*map(int, options.powers.split(",")))
     result = {"benchmark": "long", "device": torch.cuda.get_device_name(), "torch": torch.__version__, "fused": Block.fuse}
     print(f"{result['device']}, torch {result['torch']}, pieces of {options.chunk:,} tokens, fused blocks: {Block.fuse}", flush=True)
     for name, run in (
         ("parity", parity),
         ("peer", lambda r: peer(r, options.repeats)),
-        ("modes", lambda r: by_length(r, options.chunk, range(*map(int, options.powers.split(","))), options.repeats)),
+        ("modes", lambda r: by_length(r, options.chunk, powers, options.repeats, options.names.split(","))),
         ("sweep", lambda r: sweep(r, options.repeats)),
         ("planner", lambda r: planned(r, options.chunk)),
     ):
