@@ -1334,6 +1334,16 @@ def generate_audio(
         raise UserError("--out -: one sample goes to standard output; leave out --num, --rank, --resume and --json -")
     folder = Path(out)
     if resume:
+        given = {
+            "--seconds": seconds != 10.0, "--num": num != 1, "--prompt": prompt is not None, "--prompt-start": prompt_start != 0,
+            "--prompt-seconds": prompt_seconds is not None, "--with-prompt": with_prompt, "--class": bool(class_),
+            "--temperature": temperature != 1, "--top-k": top_k != 0, "--top-p": top_p != 1, "--seed": seed != 0,
+            "--rank": rank is not None, "--rank-by": rank_by != "likelihood", "--runaway": runaway != "mark",
+            "--batch": batch != 256, "--overwrite": overwrite,
+        }  # fmt: skip
+        if any(given.values()):
+            names = ", ".join(name for name, is_given in given.items() if is_given)
+            raise UserError(f"--resume: goes on with the settings that it was stopped with; leave out {names}")
         audio_generation.load_state(folder)
         checkpoint, settings = audio_generation.load_settings(folder)
         checkpoint = run or checkpoint

@@ -249,6 +249,7 @@ def test_ctrl_c_saves_and_resume_equals_uninterrupted(trained, tmp_path):
         (["--prompt", "nowhere.wav"], "no such file"),
         (["--prompt-start", "2"], "go with --prompt"),
         (["--resume"], "nothing to resume"),
+        (["--resume", "--seconds", "3", "--seed", "1"], "leave out --seconds, --seed"),
         (["--backend", "magic"], "magic"),
     ],
 )
