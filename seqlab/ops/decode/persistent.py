@@ -149,10 +149,13 @@ def cost(program: Program, batch: int, shape: Shape, multiprocessors: int) -> fl
         work *= o.pool if o.kind == UP else 1
     r, k = next(numbers)
     weights += r * k * shape.unit
-    waves = math.ceil(math.ceil(batch / shape.streams) * shape.cluster / multiprocessors)
+    # a cluster lies within one of the groups that the multiprocessors form, and some of these have a few left over
+    usable = multiprocessors if shape.cluster < 4 else 7 * multiprocessors // 8
+    waves = math.ceil(math.ceil(batch / shape.streams) / max(usable // shape.cluster, 1))
     read = weights * (2 if shape.half else 4) / 90e3  # bytes a microsecond that a block reads from the second-level cache
-    multiply = weights * shape.streams / (400e3 if shape.tensor else 80e3 if shape.streams > 1 else 43e3)
-    return waves * (max(read, multiply) + states * shape.streams / 5.8e3 + 1.9 * (meetings + 1))
+    multiply = weights * shape.streams / (130e3 if shape.tensor else 80e3 if shape.streams > 1 else 43e3)
+    meet = (meetings + 1) * (1.4 if shape.cluster == 1 else 1.9)
+    return waves * (max(read, multiply) + states * shape.streams / 1.9e3 + meet)
 
 
 def plan(program: Program, batch: int, half: bool, device) -> Shape | None:
