@@ -1093,6 +1093,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     }
                 }
             }
+            copies_done();  // what was fetched for a tile that does not exist must not arrive in the next segment
         }
         float* rows = p.partial + (q.b * p.chunks + q.k) * (STATES + 2) * p.channels;
         for (int n = 0; n < STATES; n++) write2(rows + n * p.channels, q, make_float2(adj[n * 32].z, adj[n * 32].w));
