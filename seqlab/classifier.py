@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from seqlab.backbones import build_backbone
 from seqlab.backbones.mamba import BackboneConfig, MixerState
+from seqlab.embedding import TokenEmbedding
 from seqlab.errors import UserError
 from seqlab.heads.classification import ClassificationHead, Pooled
 from seqlab.tokenizers import nucleotide
@@ -116,7 +117,7 @@ class SequenceClassifier(nn.Module):
         if n_outputs < 1:
             raise ValueError(f"n_outputs must be 1 or more, got {n_outputs}")
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.kmer_embedding = KmerEmbedding(config.kmer, config.d_model) if config.kmer else None
         self.dropout = nn.Dropout(config.dropout)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from seqlab.backbones import build_backbone
 from seqlab.backbones.mamba import BackboneConfig
 from seqlab.backbones.strand import ReverseComplementEquivariant
+from seqlab.embedding import TokenEmbedding
 from seqlab.heads.language import LanguageHead
 
 
@@ -51,10 +52,10 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.dropout = nn.Dropout(config.dropout)
-        self.class_embedding = nn.Embedding(config.n_classes, config.d_model) if config.n_classes else None
+        self.class_embedding = TokenEmbedding(config.n_classes, config.d_model) if config.n_classes else None
         if self.class_embedding is not None:
             nn.init.normal_(self.class_embedding.weight, std=0.02)
         self.backbone = build_backbone(config)
