@@ -8,11 +8,13 @@ dropout off; the tables of metrics.csv are compared step by step. A table, and o
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,10 +31,26 @@ def train(fasta: Path, backend: str, steps: int, settings: list[str], folder: Pa
     command = [sys.executable, "-m", "cli", "train", "dna", "--fasta", str(fasta), "--config", "dna_small"]
     command += ["--max-steps", str(steps), "--seed", "1", "--out", str(folder / backend)]
     command += [word for setting in settings for word in ("--set", setting)]
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "SEQLAB_BACKEND": backend}, capture_output=True, text=True)
-    if run.returncode:
-        sys.exit(f"back end {backend}: {run.stderr.strip()[-2000:]}")
-    return [row["bits"] for row in read_history(folder / backend / "metrics.csv") if row["bits"] == row["bits"]]
+    table, errors = folder / backend / "metrics.csv", folder / f"{backend}.err"
+    with open(errors, "w", encoding="utf-8") as file:
+        run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "SEQLAB_BACKEND": backend}, stdout=file, stderr=file)
+        bits: list[float] = []
+        while len(bits) < steps and run.poll() is None:
+            time.sleep(0.5)
+            bits = bits_of(table)
+        run.terminate()  # the evaluation that would follow is not wanted
+        run.wait()
+    bits = bits_of(table)
+    if len(bits) < steps:
+        sys.exit(f"back end {backend}: {errors.read_text().strip()[-2000:]}")
+    print(f"{backend}: {len(bits)} steps", flush=True)
+    return bits
+
+
+def bits_of(table: Path) -> list[float]:
+    with contextlib.suppress(OSError, TypeError, ValueError):  # not there yet, or its last line half written
+        return [row["bits"] for row in read_history(table) if row["bits"] == row["bits"]]
+    return []
 
 
 def plot(curves: dict[str, list[float]], target: Path) -> None:
