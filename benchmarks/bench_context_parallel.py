@@ -37,7 +37,8 @@ class Bench:
         self.ranks = share_mixers(self.model, dist.group.WORLD)
 
     def share(self, on: bool, fuse: bool) -> None:
-        Block.fuse, self.model.backbone.checkpoint_blocks = fuse, not fuse
+        Block.fuse = Block.fuse_shared = fuse
+        self.model.backbone.checkpoint_blocks = not fuse
         for module in self.model.modules():
             if isinstance(module, MambaMixer):
                 module.ranks = self.ranks if on else None
