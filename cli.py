@@ -378,6 +378,14 @@ Test = Annotated[Optional[list[str]], typer.Option("--test", help="Sequence to t
 Block = Annotated[Optional[int], typer.Option("--block", help="Bases in a block of the default split.")]
 Json = Annotated[Optional[str], typer.Option("--json", help="Write results as JSON to this file; - for standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+# of every `seqlab train`
+Set = Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")]
+Seed = Annotated[Optional[int], typer.Option("--seed")]
+Devices = Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")]
+Precision = Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")]
+MaxSteps = Annotated[Optional[int], typer.Option("--max-steps")]
+MaxMinutes = Annotated[Optional[float], typer.Option("--max-minutes")]
 
 
 @command(prep_app, "dna")
@@ -440,19 +448,19 @@ def train_dna(
     fasta: Fasta = None,
     data: Annotated[Optional[Path], typer.Option("--data", help="Dataset directory from `seqlab prep dna`.")] = None,
     config: Annotated[Optional[str], typer.Option("--config", help="Preset or YAML file.")] = None,
-    set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")] = None,
+    set_: Set = None,
     out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")] = False,
+    resume: Resume = False,
     init: Annotated[Optional[Path], typer.Option("--init", help="Start from the weights of this run.")] = None,
     context: Annotated[Optional[str], typer.Option("--context", help="Window length in bases; whole: each sequence.")] = None,
-    seed: Annotated[Optional[int], typer.Option("--seed")] = None,
-    devices: Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")] = None,
+    seed: Seed = None,
+    devices: Devices = None,
     context_parallel: Annotated[
         Optional[int], typer.Option("--context-parallel", help="Devices that share a window, each with a piece of it.")
     ] = None,
-    precision: Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")] = None,
-    max_steps: Annotated[Optional[int], typer.Option("--max-steps")] = None,
-    max_minutes: Annotated[Optional[float], typer.Option("--max-minutes")] = None,
+    precision: Precision = None,
+    max_steps: MaxSteps = None,
+    max_minutes: MaxMinutes = None,
     splits: Splits = None,
     valid: Valid = None,
     test: Test = None,
@@ -563,12 +571,13 @@ def _print_manifest_line(dataset: Path) -> None:
 
 
 def _evaluate(run, dataset: Path, training: Path, split: str, contexts: tuple[int, ...], device: str):
+    """Of a run of `train dna` or `train audio`, whose tasks take the same arguments."""
     from seqlab.dataset import TokenStore
-    from tasks import dna
+    from tasks import runs
 
-    bar, update = progress_bar("evaluating", "k tokens", 1e3)
+    bar, update = progress_bar("evaluating", "k samples" if run.task == "audio" else "k tokens", 1e3)
     with bar:
-        return dna.evaluate_run(
+        return runs.task_module(run.task).evaluate_run(
             run,
             TokenStore.open(dataset),
             TokenStore.open(training),
@@ -648,17 +657,17 @@ def prep_species(
 def train_species(
     data: Annotated[Optional[Path], typer.Option("--data", help="Dataset directory from `seqlab prep species`.")] = None,
     config: Annotated[Optional[str], typer.Option("--config", help="Preset or YAML file.")] = None,
-    set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")] = None,
+    set_: Set = None,
     out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")] = False,
+    resume: Resume = False,
     init: Annotated[Optional[Path], typer.Option("--init", help="Start from this run of train dna or train species.")] = None,
     freeze: Annotated[bool, typer.Option("--freeze", help="Train the head alone; wants --init.")] = False,
     context: Annotated[Optional[str], typer.Option("--context", help="Longest training window in bases.")] = None,
-    seed: Annotated[Optional[int], typer.Option("--seed")] = None,
-    devices: Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")] = None,
-    precision: Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")] = None,
-    max_steps: Annotated[Optional[int], typer.Option("--max-steps")] = None,
-    max_minutes: Annotated[Optional[float], typer.Option("--max-minutes")] = None,
+    seed: Seed = None,
+    devices: Devices = None,
+    precision: Precision = None,
+    max_steps: MaxSteps = None,
+    max_minutes: MaxMinutes = None,
     overwrite: Overwrite = False,
     json_out: Json = None,
 ) -> None:
@@ -988,17 +997,17 @@ def prep_benchmark(
 def train_classify(
     data: Annotated[Optional[Path], typer.Option("--data", help="Dataset directory from `seqlab prep labelled`.")] = None,
     config: Annotated[Optional[str], typer.Option("--config", help="Preset or YAML file.")] = None,
-    set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")] = None,
+    set_: Set = None,
     out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")] = False,
+    resume: Resume = False,
     init: Annotated[Optional[Path], typer.Option("--init", help="Start from this run of train dna, species or classify.")] = None,
     freeze: Annotated[bool, typer.Option("--freeze", help="Train the head alone; wants --init.")] = False,
     seeds: Annotated[Optional[int], typer.Option("--seeds", help="Runs with different seeds; reports mean and range.")] = None,
     strand: Annotated[Optional[str], typer.Option("--strand", help="none, augment, average or equivariant.")] = None,
     epochs: Annotated[Optional[float], typer.Option("--epochs")] = None,
     seed: Annotated[Optional[int], typer.Option("--seed", help="The first seed.")] = None,
-    devices: Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")] = None,
-    precision: Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")] = None,
+    devices: Devices = None,
+    precision: Precision = None,
     max_steps: Annotated[Optional[int], typer.Option("--max-steps", help="Of each seed.")] = None,
     max_minutes: Annotated[Optional[float], typer.Option("--max-minutes", help="Of each seed.")] = None,
     overwrite: Overwrite = False,
@@ -1189,16 +1198,16 @@ def _print_audio_manifest(manifest: dict, dataset: Path) -> None:
 def train_audio(
     data: Annotated[Optional[Path], typer.Option("--data", help="Dataset directory from `seqlab prep audio`.")] = None,
     config: Annotated[str, typer.Option("--config", help="Preset or YAML file.")] = "audio_fsdd",
-    set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")] = None,
+    set_: Set = None,
     out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")] = False,
+    resume: Resume = False,
     init: Annotated[Optional[Path], typer.Option("--init", help="Start from the weights of this run.")] = None,
     context: Annotated[Optional[str], typer.Option("--context", help="Window length in samples.")] = None,
-    seed: Annotated[Optional[int], typer.Option("--seed")] = None,
-    devices: Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")] = None,
-    precision: Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")] = None,
-    max_steps: Annotated[Optional[int], typer.Option("--max-steps")] = None,
-    max_minutes: Annotated[Optional[float], typer.Option("--max-minutes")] = None,
+    seed: Seed = None,
+    devices: Devices = None,
+    precision: Precision = None,
+    max_steps: MaxSteps = None,
+    max_minutes: MaxMinutes = None,
     overwrite: Overwrite = False,
     json_out: Json = None,
 ) -> None:
@@ -1237,7 +1246,7 @@ def train_audio(
     if not is_main_process():
         return
     note_training_result(result, run_dir, "audio", "bits per sample")
-    evaluation = _evaluate_audio(runs.load_run(run_dir), dataset, dataset, "test", (), "auto")
+    evaluation = _evaluate(runs.load_run(run_dir), dataset, dataset, "test", (), "auto")
     report_path = audio.write_report(run_dir, evaluation)
     from seqlab import report
 
@@ -1253,23 +1262,6 @@ def train_audio(
     )
 
 
-def _evaluate_audio(run, dataset: Path, training: Path, split: str, contexts: tuple[int, ...], device: str):
-    from seqlab.dataset import TokenStore
-    from tasks import audio
-
-    bar, update = progress_bar("evaluating", "k samples", 1e3)
-    with bar:
-        return audio.evaluate_run(
-            run,
-            TokenStore.open(dataset),
-            TokenStore.open(training),
-            split=split,
-            contexts=contexts,
-            device=device,
-            progress=update,
-        )
-
-
 def _print_audio_evaluation(evaluation) -> None:
     from seqlab import report
 
@@ -1283,7 +1275,7 @@ def _eval_audio(loaded, run: Path, data, training: Path, split: str, contexts, d
     from seqlab import report
     from tasks import audio
 
-    evaluation = _evaluate_audio(loaded, data or training, training, split, contexts, device)
+    evaluation = _evaluate(loaded, data or training, training, split, contexts, device)
     report_path = audio.write_report(loaded.directory, evaluation, "evaluation-other" if data else "evaluation", out)
 
     def human() -> None:
@@ -1478,7 +1470,7 @@ def plan(
     config: Annotated[str, typer.Argument(help="Preset or YAML file.")],
     context: Annotated[Optional[str], typer.Option("--context", help="Window length; default: the config's.")] = None,
     devices: Annotated[int, typer.Option("--devices", min=1, help="GPUs like this machine's that the run would have.")] = 1,
-    set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")] = None,
+    set_: Set = None,
     json_out: Json = None,
 ) -> None:
     """Memory, step time and cost of a run before it starts: a few short steps on this machine, extrapolated.

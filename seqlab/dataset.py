@@ -27,6 +27,26 @@ FORMAT, VERSION = "seqlab-dataset", 1
 SPLITS = ("train", "valid", "test")
 
 
+def read_manifest(directory: Path, writer: str) -> tuple[dict, str]:
+    """(manifest, sha256 of its bytes) of a dataset directory of any kind; `writer`, the command that makes such a directory, serves
+    the messages. Raises UserError for what is no dataset, or a damaged one."""
+    path = directory / "manifest.json"
+    if not directory.exists():
+        raise UserError(f"{directory}: no such dataset; give a directory that `{writer}` wrote")
+    if not path.is_file():
+        raise UserError(f"{directory}: holds no manifest.json; give a directory that `{writer}` wrote")
+    try:
+        raw = path.read_bytes()
+        manifest = json.loads(raw)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: damaged (not valid JSON); prepare the dataset again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: not a seqlab dataset; give a directory that `{writer}` wrote")
+    return manifest, hashlib.sha256(raw).hexdigest()
+
+
 class TokenStore:
     """A dataset directory, opened for reading. Picklable: a worker process opens the directory again.
 
@@ -52,27 +72,15 @@ class TokenStore:
     def open(cls, directory: Path | str) -> "TokenStore":
         """Open and check a dataset; the cost does not depend on the number of tokens (see `verify`). Raises UserError."""
         directory = Path(directory)
+        manifest, digest = read_manifest(directory, "seqlab prep")
         path = directory / "manifest.json"
-        if not directory.exists():
-            raise UserError(f"{directory}: no such dataset; give a directory that `seqlab prep` wrote")
-        if not path.is_file():
-            raise UserError(f"{directory}: holds no manifest.json; give a directory that `seqlab prep` wrote")
-        try:
-            raw = path.read_bytes()
-            manifest = json.loads(raw)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}: damaged (not valid JSON); prepare the dataset again") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise UserError(f"{path}: not a seqlab dataset; give a directory that `seqlab prep` wrote")
         if manifest.get("version") != VERSION:
             raise UserError(
                 f"{path}: dataset version {manifest.get('version')!r}, this program reads {VERSION}; prepare it again"
             )
         if manifest.get("kind") == "labelled":
             raise UserError(f"{directory}: holds labelled sequences; those are for `seqlab train classify --data`")
-        return cls(directory, manifest, hashlib.sha256(raw).hexdigest())
+        return cls(directory, manifest, digest)
 
     def __reduce__(self):
         return TokenStore.open, (self.directory,)

@@ -15,7 +15,6 @@ fall on the same side.
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 
 from seqlab.classification.baselines import Sequences
 from seqlab.classification.metrics import KINDS, Kind
-from seqlab.dataset import FORMAT, SPLITS, VERSION
+from seqlab.dataset import SPLITS, VERSION, read_manifest
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
 
@@ -52,20 +51,8 @@ class LabelledStore:
     def open(cls, directory: Path | str) -> "LabelledStore":
         """Open and check; raises UserError for what is no labelled dataset, or a damaged one."""
         directory = Path(directory)
+        manifest, digest = read_manifest(directory, "seqlab prep labelled")
         path = directory / "manifest.json"
-        if not directory.exists():
-            raise UserError(f"{directory}: no such dataset; give a directory that `seqlab prep labelled` wrote")
-        if not path.is_file():
-            raise UserError(f"{directory}: holds no manifest.json; give a directory that `seqlab prep labelled` wrote")
-        try:
-            raw = path.read_bytes()
-            manifest = json.loads(raw)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}: damaged (not valid JSON); prepare the dataset again") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise UserError(f"{path}: not a seqlab dataset; give a directory that `seqlab prep labelled` wrote")
         if manifest.get("kind") != "labelled":
             raise UserError(
                 f"{directory}: is a dataset of kind {manifest.get('kind')!r}, which has no labels; give one that "
@@ -75,7 +62,7 @@ class LabelledStore:
             raise UserError(
                 f"{path}: dataset version {manifest.get('version')!r}, this program reads {VERSION}; prepare it again"
             )
-        return cls(directory, manifest, hashlib.sha256(raw).hexdigest())
+        return cls(directory, manifest, digest)
 
     def __reduce__(self):
         return LabelledStore.open, (self.directory,)
