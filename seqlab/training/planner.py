@@ -183,7 +183,7 @@ class Probe:
         return self.batch["ids"].device
 
     def measure(self, memory: Memory, rows: int, length: int) -> tuple[int, float]:
-        """Peak bytes beyond weights, gradients and batch, and the seconds, of forward and backward; the better of two on a GPU.
+        """Peak bytes beyond weights, gradients and batch, and the seconds, of forward and backward; the better of two.
 
         Leaves gradients absent, and weights and random state as they were.
         """
@@ -197,7 +197,7 @@ class Probe:
             with torch.random.fork_rng(devices), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 for parameter in self.model.parameters():
                     parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-                for _ in range(2 if device.type == "cuda" else 1):
+                for _ in range(2):  # the first one may compile kernels
                     before = self._settle()
                     start = time.perf_counter()
                     modes.backward(memory, self.model, self.task, batch, 1.0)

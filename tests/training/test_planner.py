@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,18 @@ def test_predicted_peak_is_the_measured_one(mode, changes):
     predicted = probe.cut(mode, 700, 4000)[0] if setting.cuts_sequences else probe.whole(mode, 4000)[0]
     measured, _ = probe.measure(setting, 1, 4000)
     assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_the_time_of_a_step_is_not_that_of_the_first_one(monkeypatch):
+    """Which loads or compiles kernels: extrapolated, minutes became a month."""
+    once, backward = [0.5], memory.backward
+
+    def slow_once(*arguments):
+        time.sleep(once.pop() if once else 0.0)
+        return backward(*arguments)
+
+    monkeypatch.setattr(planner.modes, "backward", slow_once)
+    assert probe_of().measure(Memory(), 1, 64)[1] < 0.4
 
 
 def test_the_peak_that_is_measured_is_what_is_alive():
