@@ -11,6 +11,7 @@ from seqlab.backbones.mamba import BackboneConfig
 from seqlab.backbones.strand import ReverseComplementEquivariant
 from seqlab.embedding import TokenEmbedding
 from seqlab.heads.language import LanguageHead
+from seqlab.heads.sample import PredictionHead, SampleState
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class ModelConfig(BackboneConfig):
     vocab_size: int = 16  # 12 symbols, padded to a multiple of 8
     strand: Literal["single", "augment", "equivariant"] = "single"
     tie_embeddings: bool = True
-    n_classes: int = 0  # above 0: a class embedding is added to every token's (class-conditional generation)
+    n_classes: int = 0  # above 0: class-conditional generation
+    # above 0: the logits follow a linear prediction from so many samples before (heads/sample.py); for sampled signals
+    prediction_order: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,14 +42,19 @@ class ModelConfig(BackboneConfig):
             raise ValueError(f"vocab_size: must be 12 or more, got {self.vocab_size}")
         if self.n_classes < 0:
             raise ValueError(f"n_classes: must be 0 or more, got {self.n_classes}")
-        if self.n_classes and self.strand == "equivariant":
-            raise ValueError("n_classes: a reverse-complement equivariant model takes no class; use strand: single")
+        if self.n_classes and self.direction != "causal":
+            raise ValueError("n_classes: classes are for generation; use direction: causal")
+        if self.prediction_order < 0:
+            raise ValueError(f"prediction_order: must be 0 or more, got {self.prediction_order}")
+        if self.prediction_order and self.direction != "causal":
+            raise ValueError("prediction_order: only a causal model predicts the next sample; use direction: causal")
 
 
 class LanguageModel(nn.Module):
     """ids (b l) -> logits (b l vocab), carrying the backbone's state: forward(ids, state, mask) -> (logits, state).
 
-    With `n_classes` in the config, `classes` (b) says which class each row is of; every call needs it.
+    With `n_classes` in the config, `classes` (b) says which class each row is of; every call needs it. A class is a vector
+    added to every token's embedding, and one more added before every block, which start as zero.
     """
 
     def __init__(self, config: ModelConfig):
@@ -56,11 +64,16 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.dropout = nn.Dropout(config.dropout)
         self.class_embedding = TokenEmbedding(config.n_classes, config.d_model) if config.n_classes else None
+        self.backbone = build_backbone(config)
         if self.class_embedding is not None:
             nn.init.normal_(self.class_embedding.weight, std=0.02)
-        self.backbone = build_backbone(config)
+            self.class_shifts = nn.ModuleList(TokenEmbedding(config.n_classes, width) for width in self.backbone.widths)
+            for shift in self.class_shifts:
+                nn.init.zeros_(shift.weight)
         tied = self.embedding if config.tie_embeddings else None
         self.lm_head = LanguageHead(config.d_model, config.vocab_size, tied_to=tied)
+        order = config.prediction_order
+        self.prediction_head = PredictionHead(config.d_model, config.vocab_size, order) if order else None
 
     def forward(
         self,
@@ -70,20 +83,44 @@ class LanguageModel(nn.Module):
         return_state: bool = True,
         classes: Tensor | None = None,
     ):
-        x = self.dropout(self.embed(ids, classes))
-        y, state = self.backbone(x, state, mask, return_state=return_state)
-        return self.lm_head(y), state
+        y, after = self.read(ids, state, mask, return_state, classes)
+        return self.logits(y, ids, state), after
 
-    def embed(self, ids: Tensor, classes: Tensor | None = None) -> Tensor:
-        """ids (b l), classes (b) -> (b l d_model)."""
-        x = self.embedding(ids.long())
-        if self.class_embedding is None:
-            if classes is not None:
+    def read(
+        self,
+        ids: Tensor,
+        state=None,
+        mask: Tensor | None = None,
+        return_state: bool = True,
+        classes: Tensor | None = None,
+    ):
+        """All but the heads: features (b l d_model) and the state."""
+        x, shifts = self.embedding(ids.long()), None
+        if classes is not None:
+            if self.class_embedding is None:
                 raise ValueError("classes: this model is not conditional (n_classes: 0); call it without them")
-            return x
-        if classes is None:
+            x = x + self.class_embedding(classes)[:, None]
+            shifts = [shift(classes)[:, None] for shift in self.class_shifts]
+        elif self.class_embedding is not None:
             raise ValueError(f"classes: this model is conditional; give each row a class of 0 to {self.config.n_classes - 1}")
-        return x + self.class_embedding(classes.long())[:, None]
+        before = state
+        if self.prediction_head is not None:
+            if mask is not None:
+                raise ValueError("mask: a model with a prediction_order reads every sample; call it without a mask")
+            before = None if state is None else state.backbone
+        options = {} if shifts is None else {"shifts": shifts}
+        y, after = self.backbone(self.dropout(x), before, mask, return_state=return_state, **options)
+        if return_state and self.prediction_head is not None:
+            heard = self.prediction_head.follow(ids, None if state is None else state.past)
+            after = SampleState(after, heard[:, heard.shape[1] - self.config.prediction_order + 1 :])
+        return y, after
+
+    def logits(self, y: Tensor, ids: Tensor, state=None) -> Tensor:
+        """Of features y (b l d_model), which `read` gave for these ids from this state."""
+        logits = self.lm_head(y)
+        if self.prediction_head is None:
+            return logits
+        return logits + self.prediction_head(y, ids, None if state is None else state.past)
 
 
 def build_model(config: ModelConfig, complement: Tensor | None = None) -> nn.Module:

@@ -144,8 +144,7 @@ class AdaptivePredictor:
         best = None
         for settings in SETTINGS:
             quantizer = QUANTIZERS[store.manifest["tokenizer"]]
-            correlations = _correlations(store, spans, quantizer.levels.astype(np.float64), settings.order)
-            model = cls(store, settings, correlations, None)
+            model = cls(store, settings, correlations(store, quantizer.levels, settings.order), None)
             model._fit_weights(store, spans)
             bits = model.score(store, select).mean()
             if best is None or bits < best[0]:
@@ -198,11 +197,11 @@ class AdaptivePredictor:
             self.weights[bucket] = w
 
 
-def _correlations(store: TokenStore, spans: list[Span], levels: np.ndarray, order: int) -> np.ndarray:
-    """(order + 1,) mean product of a sample with the one `lag` before it."""
+def correlations(store: TokenStore, levels: np.ndarray, order: int) -> np.ndarray:
+    """(order + 1,) mean product of a sample of the training split with the one `lag` before it."""
     sums, count = np.zeros(order + 1), 0
-    for start, end, _ in spans:
-        x = levels[store.tokens[start:end]]
+    for start, end, _ in take(whole_intervals(store, "train"), _FIT):
+        x = levels[store.tokens[start:end]].astype(np.float64)
         count += len(x)
         for lag in range(min(order + 1, len(x))):
             sums[lag] += x[lag:] @ x[: len(x) - lag]

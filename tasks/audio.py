@@ -35,7 +35,7 @@ from seqlab.errors import UserError
 from seqlab.heads.language import weighted_cross_entropy
 from seqlab.model import ModelConfig
 from seqlab.model import build_model as build_language_model
-from seqlab.predictors import AdaptivePredictor, CodeMarkov
+from seqlab.predictors import AdaptivePredictor, CodeMarkov, correlations
 from seqlab.tokenizers.waveform import QUANTIZERS
 from seqlab.training.callbacks import read_history
 from seqlab.training.checkpoint import write_json, write_text
@@ -199,6 +199,13 @@ class AudioModeling(AudioObjective):
         self.prefetch = torch.cuda.is_available() and (config.data.gain_db > 0 or config.data.speed > 0)
         self._worker = ThreadPoolExecutor(1)  # starts its thread when it is first used
         self._ahead: dict[tuple[int, int, int], Future] = {}
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        if model.prediction_head is not None:
+            levels = QUANTIZERS[self.config.sound.quantizer].levels
+            model.prediction_head.fit(levels, correlations(self.store, levels, self.config.model.prediction_order))
+        return model
 
     # -- data ------------------------------------------------------------------------------------------------------
     def _sampler(self, rank: int, world_size: int) -> CoveringSampler:

@@ -333,7 +333,8 @@ class Mamba(nn.Module):
     """A stack of blocks and a final norm: forward(x, state, mask) -> (y, state), all (b l d_model).
 
     `state` is a list with one MixerState a layer (None: start of the sequence). `mask` (b l) is True at real
-    positions; the others change nothing. `return_state=False` saves the work of making the final state.
+    positions; the others change nothing. `return_state=False` saves the work of making the final state. `shifts`, one
+    (b 1 d_model) a block, are added to x before the block.
     """
 
     is_causal = True
@@ -354,19 +355,28 @@ class Mamba(nn.Module):
     def make_mixer(self, config: BackboneConfig) -> nn.Module:
         return make_mixer(config)
 
+    @property
+    def widths(self) -> list[int]:
+        """d_model of every block."""
+        return [self.config.d_model] * len(self.layers)
+
     def forward(
         self,
         x: Tensor,
         state: list[MixerState] | None = None,
         mask: Tensor | None = None,
         return_state: bool = True,
+        shifts: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[MixerState] | None]:
-        if self.recover_inputs and torch.is_grad_enabled() and not return_state and self.can_recover_inputs(x, state):
+        recovers = self.recover_inputs and torch.is_grad_enabled() and not return_state and shifts is None
+        if recovers and self.can_recover_inputs(x, state):
             blocks = [(*layer._operands(m := layer.mixer.directions()), (False, True)[: len(m)]) for layer in self.layers]
             return self.norm_f(block.mamba_stack(x, blocks, mask)), None
         states = []
         for i, layer in enumerate(self.layers):
             before = None if state is None else state[i]
+            if shifts is not None:
+                x = x + shifts[i].to(x.dtype)
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x, after = checkpoint(
                     layer, x, before, mask, return_state, use_reentrant=False, context_fn=self.checkpoint_contexts

@@ -69,7 +69,7 @@ class UpPool(nn.Module):
 
 
 class UNet(nn.Module):
-    """Causal U-Net: forward(x, state, mask, return_state) -> (y, state), all (b l d_model), the contract of `Mamba`.
+    """Causal U-Net: forward(x, state, mask, return_state, shifts) -> (y, state), all (b l d_model), the contract of `Mamba`.
 
     `config.n_layer` blocks in every stage, of the kind `config.blocks` names for it; `config.pool` lists the pooling
     factors, outermost first. There are 2 len(pool) + 1 stages.
@@ -103,13 +103,23 @@ class UNet(nn.Module):
         """Down from the outside, centre, up to the outside: the order in which a sample passes them."""
         return [*self.down, self.centre, *reversed(self.up)]
 
+    @property
+    def widths(self) -> list[int]:
+        """d_model of every block, in the order of `stages`."""
+        return [block.mixer.config.d_model for stage in self.stages for block in stage]
+
     def forward(
-        self, x: Tensor, state: UNetState | None = None, mask: Tensor | None = None, return_state: bool = True
+        self,
+        x: Tensor,
+        state: UNetState | None = None,
+        mask: Tensor | None = None,
+        return_state: bool = True,
+        shifts: list[Tensor] | None = None,
     ) -> tuple[Tensor, UNetState | None]:
         if state is None:
             state = UNetState([None] * self.config.n_layer * len(self.stages), [self._start(x, i) for i in range(len(self.down))])
         after = UNetState(list(state.blocks), list(state.pools))
-        y = self._level(0, x, state, after, mask, return_state)
+        y = self._level(0, x, state, after, mask, return_state, shifts)
         return self.norm_f(y), after if return_state else None
 
     def step(self, x: Tensor, state: UNetState | None = None) -> tuple[Tensor, UNetState]:
@@ -120,24 +130,26 @@ class UNet(nn.Module):
         pool, width = self.config.pool[level], self.config.d_model * self.config.pool_expand**level
         return PoolState(x.new_zeros(x.shape[0], pool - 1, width), x.new_zeros(x.shape[0], pool, width), 0)
 
-    def _level(self, level: int, x: Tensor, state: UNetState, after: UNetState, mask, return_state: bool) -> Tensor:
+    def _level(self, level: int, x: Tensor, state: UNetState, after: UNetState, mask, return_state: bool, shifts) -> Tensor:
         """Everything at this rate and the slower ones, its input added. Writes the new states into `after`."""
         if level == len(self.down):
-            return x + self._blocks(level, x, state, after, mask, return_state)[-1]
-        skips = [x, *self._blocks(level, x, state, after, mask, return_state)]
+            return x + self._blocks(level, x, state, after, mask, return_state, shifts)[-1]
+        skips = [x, *self._blocks(level, x, state, after, mask, return_state, shifts)]
         frames = _Frames(state.pools[level], skips[-1], mask, self.config.pool[level])
         y = self.up_pools[level].linear.weight.new_empty(0)
         if frames.values.shape[1]:
             pooled = self.down_pools[level](frames.values)
-            y = self.up_pools[level](self._level(level + 1, pooled, state, after, frames.mask, return_state))
+            y = self.up_pools[level](self._level(level + 1, pooled, state, after, frames.mask, return_state, shifts))
         heard, after.pools[level] = frames.spread(y)
         x = heard + skips.pop()
-        return self._blocks(2 * len(self.down) - level, x, state, after, mask, return_state, skips)[-1]
+        return self._blocks(2 * len(self.down) - level, x, state, after, mask, return_state, shifts, skips)[-1]
 
-    def _blocks(self, stage: int, x: Tensor, state, after, mask, return_state: bool, skips=None) -> list[Tensor]:
+    def _blocks(self, stage: int, x: Tensor, state, after, mask, return_state: bool, shifts, skips=None) -> list[Tensor]:
         """Outputs of a stage's blocks; `skips` are added, the last one to the first block's output."""
         outputs = []
         for i, block in enumerate(self.stages[stage], stage * self.config.n_layer):
+            if shifts is not None:
+                x = x + shifts[i].to(x.dtype)
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x, new = checkpoint(block, x, state.blocks[i], mask, return_state, use_reentrant=False)
             else:

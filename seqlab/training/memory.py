@@ -84,9 +84,10 @@ def unavailable(mode: Mode, model: nn.Module, task: Task, device: torch.device) 
     if mode == "subtract":
         recovers = getattr(backbone, "can_recover_inputs", None)
         weight = next(model.parameters())
-        if recovers is not None and recovers(weight.new_zeros(1, 1, backbone.config.d_model)):
+        conditional = getattr(inner, "class_embedding", None) is not None  # something is added between the blocks
+        if recovers is not None and not conditional and recovers(weight.new_zeros(1, 1, backbone.config.d_model)):
             return None
-        return "it needs a GPU, blocks that run as one operator, and no dropout"
+        return "it needs a GPU, blocks that run as one operator, no dropout and no classes"
     if mode == "block":
         if any(hasattr(module, "checkpoint_blocks") for module in model.modules()):
             return None

@@ -342,6 +342,7 @@ def share_mixers(model: nn.Module, group: dist.ProcessGroup) -> Ranks:
     if strange is None:
         mixers = (layer.mixer for layer in backbone.layers)
         strange = next((m for m in mixers if type(m) not in (MambaMixer, BidirectionalMixer)), None)
+        strange = strange or getattr(language_model(model), "prediction_head", None)  # reads the samples before its piece
     if strange is not None:
         raise UserError(
             f"--context-parallel: {type(strange).__name__} mixes positions in a way that cannot be cut; use a causal or "

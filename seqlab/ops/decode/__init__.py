@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from seqlab.backbones.mamba import MixerState
 from seqlab.backbones.unet import PoolState, UNetState
+from seqlab.heads.sample import SampleState
 from seqlab.ops import dispatch
 from seqlab.ops.decode import cpu, graph, persistent, reference
 from seqlab.ops.decode.program import map_tensors
@@ -151,11 +152,11 @@ class Decoder:
         request = self._request
         classes = None if request.classes is None else request.classes[: len(ids)]
         with torch.autocast(self.device.type, request.dtype, enabled=request.dtype != torch.float32):
-            y, state = self.model.backbone(self.model.embed(ids, classes), state)
+            y, after = self.model.read(ids, state, classes=classes)
             if not log_probs:
-                return state, None
-            logits = reference.forbid(self.model.lm_head(y).float(), request.allowed)
-        return state, logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+                return after, None
+            logits = reference.forbid(self.model.logits(y, ids, state).float(), request.allowed)
+        return after, logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
     # ---------------------------------------------------------------------------------------------------- tokens
     @torch.inference_mode()
@@ -219,6 +220,8 @@ class Decoder:
             return out
         out["token"] = self._token.cpu().clone()
         state = self._runner.state()
+        if isinstance(state, SampleState):
+            out["past"], state = state.past.cpu().clone(), state.backbone
         mixers = state.blocks if isinstance(state, UNetState) else state or []
         for i, mixer in enumerate(mixers):
             if mixer is not None:
@@ -241,7 +244,10 @@ class Decoder:
             mixers = [self._restored(saved, f"blocks.{i}.", MixerState) for i in range(count)]
             pools = [self._restored(saved, f"pools.{i}.", PoolState) for i in range(len(self.model.config.pool) if unet else 0)]
             pools = [pool._replace(phase=int(pool.phase)) for pool in pools]
-            self._runner.load((UNetState(mixers, pools) if unet else mixers) if any(mixers) or unet else None)
+            state = (UNetState(mixers, pools) if unet else mixers) if any(mixers) or unet else None
+            if state is not None and self.model.config.prediction_order:
+                state = SampleState(state, saved["past"].to(self.device))
+            self._runner.load(state)
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"this state is not of this model: {error}") from None
         self._token = saved["token"].to(self.device)

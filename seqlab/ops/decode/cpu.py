@@ -32,7 +32,7 @@ class Runner:
         from seqlab.ops.decode import cpu_kernels as kernels
 
         self._kernels = kernels
-        self.batch = request.batch
+        self.batch, self._classes = request.batch, request.classes
         program = self._program = Program(request.model)
         self._carried = Carried(program, request.batch, torch.device("cpu"))
         self._kept: list[Tensor] = []  # what the kernel has the addresses of
@@ -42,9 +42,17 @@ class Runner:
         self.p[kernels.STATES], self.p[kernels.WIDTH], self.p[kernels.D_MODEL] = n, program.d_conv, d
         self.p[kernels.VOCAB] = program.vocab_size
         self.p[kernels.EMBEDDING] = self._keep(_pad(program.embedding, 1))
-        self.p[kernels.HEAD] = self._keep(_tiles(program.head))
-        bias = torch.zeros(program.vocab_size) if request.allowed is None else torch.where(request.allowed, 0.0, -torch.inf)
-        self.p[kernels.HEAD_BIAS] = self._keep(_pad(bias, 0, -torch.inf))
+        head, bias = _pad(program.head, 0), torch.zeros(program.vocab_size)
+        self._past = torch.zeros(request.batch, program.order)  # the newest sample last
+        if program.order:
+            rows, biases, levels, bias = program.prediction
+            head = torch.cat([head, rows])
+            self.p[kernels.LEVELS], self.p[kernels.PAST] = self._keep(_pad(levels, 0)), self._past.data_ptr()
+        bias = bias if request.allowed is None else torch.where(request.allowed, bias, -torch.inf)
+        bias = _pad(bias, 0, -torch.inf)
+        bias = torch.cat([bias, biases]) if program.order else bias
+        self.p[kernels.ORDER], self.p[kernels.HEAD_ROWS] = program.order, len(bias)
+        self.p[kernels.HEAD], self.p[kernels.HEAD_BIAS] = self._keep(_tiles(head)), self._keep(_pad(bias, 0))
         self.ops = np.full((len(program.operations), kernels.SLOTS_OP), -1, np.int64)
         self._conv, self._ssm, self._pending, self._held = [], [], [], []
         for row, operation in zip(self.ops, program.operations):
@@ -55,7 +63,7 @@ class Runner:
                 row[kernels.HELD] = self._held[operation.index].data_ptr()
         self.at = self._areas()
         self.p[kernels.SCRATCH] = self._keep(torch.zeros(request.batch * int(self.at[kernels.PITCH]) // 4))
-        self.p[kernels.ORDER] = self._keep(torch.zeros(request.batch * 2 * program.vocab_size, dtype=torch.int64))
+        self.p[kernels.RANKED] = self._keep(torch.zeros(request.batch * 2 * program.vocab_size, dtype=torch.int64))
         base = torch.zeros(request.batch, d) if request.base is None else request.base.float()
         base = _pad(base, 1)
         self.rows = np.zeros((request.batch, 3), np.int64)
@@ -97,6 +105,9 @@ class Runner:
             wide = -(-o.d_inner // 16) * 16
             self._conv.append(torch.zeros(self.batch, self._program.d_conv - 1, wide))
             self._ssm.append(torch.zeros(self.batch, o.states, wide))
+            if o.shift is not None:
+                shifts = _pad(o.shift[self._classes], 1)
+                row[k.SHIFT], row[k.SHIFT_PITCH] = self._keep(shifts), shifts.shape[1] * 4
             row[k.CONV], row[k.SSM] = self._conv[-1].data_ptr(), self._ssm[-1].data_ptr()
             return
         if o.pool and o.save >= 0:  # DOWN: the input is a frame of padded positions
@@ -126,7 +137,7 @@ class Runner:
             k.PROJECTED: max(32, widest(lambda o: o.rank + 2 * program.d_state)),
             k.DELTA: inner,
             k.Y: inner,
-            k.LOGITS: _up(program.vocab_size),
+            k.LOGITS: _up(int(self.p[k.HEAD_ROWS])),
             k.WEIGHTS: _up(program.vocab_size) + 32,
         }
         offsets, end = np.zeros(k.PITCH + 1 + len(program.slots), np.int64), 0
@@ -138,8 +149,9 @@ class Runner:
         return offsets
 
     def load(self, state) -> None:
-        """Take over the backbone's state."""
+        """Take over the model's state."""
         self._carried.load(state)
+        self._past[:, 1:] = self._carried.past
         for i, (conv, ssm) in enumerate(zip(self._carried.conv, self._carried.ssm)):
             self._conv[i][..., : conv.shape[2]] = conv
             self._ssm[i][..., : ssm.shape[1]] = ssm.transpose(1, 2)
@@ -148,7 +160,8 @@ class Runner:
             self._held[i][..., : held.shape[2]] = held
 
     def state(self):
-        """The backbone's state after all tokens so far."""
+        """The model's state after all tokens so far."""
+        self._carried.past.copy_(self._past[:, 1:])
         for i, (conv, ssm) in enumerate(zip(self._carried.conv, self._carried.ssm)):
             conv.copy_(self._conv[i][..., : conv.shape[2]])
             ssm.copy_(self._ssm[i][..., : ssm.shape[1]].transpose(1, 2))

@@ -32,12 +32,12 @@ from seqlab.ops.lanes import (
 
 # p: sizes of the program, then of the call
 (OPERATIONS, STATES, WIDTH, D_MODEL, VOCAB, EMBEDDING, HEAD, HEAD_BIAS, SCRATCH, TOKENS, POSITION, COUNT, FORCED, OUT,
- LOG_PROBS, TOP_K, ORDER) = range(17)  # fmt: skip
-SLOTS_P = 17
+ LOG_PROBS, TOP_K, RANKED, HEAD_ROWS, ORDER, LEVELS, PAST) = range(21)  # fmt: skip
+SLOTS_P = 21
 # one operation
 (KIND, SAVE, ADD, SLOT, JUMP, WIDE, INNER, RANK, POOL, D_OUT, W_IN, B_IN, W_CONV, B_CONV, W_X, W_DT, B_DT, W_A, W_D, W_OUT,
- B_OUT, CONV, SSM, PENDING, HELD, PHASE, FIXED, W_C) = range(28)  # fmt: skip
-SLOTS_OP = 28
+ B_OUT, CONV, SSM, PENDING, HELD, PHASE, FIXED, W_C, SHIFT, SHIFT_PITCH) = range(30)  # fmt: skip
+SLOTS_OP = 30
 # scratch of one stream: byte offsets
 X, NORMED, UZ, PROJECTED, DELTA, Y, LOGITS, WEIGHTS, SKIPS, PITCH = range(10)
 # state of one stream is at `state + stream * STATE_PITCH + offset`; the pitch is of the operation's own arrays
@@ -210,6 +210,8 @@ def _mixer(work, op, p, at, scratch, first, streams, epsilon):
     pitch, tiles = at[PITCH], dip // 16
     for s in range(streams):
         mine = scratch + s * pitch
+        if op[SHIFT] != -1:
+            _add(work, mine + at[X], op[SHIFT] + (first + s) * op[SHIFT_PITCH], d)
         _norm(work, mine + at[X], mine + at[NORMED], d, epsilon, mine + at[PROJECTED])
     _product(work, op[W_IN], op[B_IN], scratch + at[NORMED], pitch, scratch + at[UZ], pitch, 2 * tiles, d, streams)
     for s in range(streams):
@@ -232,6 +234,27 @@ def _mixer(work, op, p, at, scratch, first, streams, epsilon):
     _product(work, op[W_OUT], op[B_OUT], scratch + at[Y], pitch, scratch + at[NORMED], pitch, dp // 16, di, streams)
     for s in range(streams):
         _add(work, scratch + s * pitch + at[X], scratch + s * pitch + at[NORMED], d)
+
+
+@helper
+def _hear(work, past, order, level):
+    """The newest sample moves in at the end."""
+    for k in range(order - 1):
+        poke(work, past + 4 * k, peek(work, past + 4 * k + 4))
+    poke(work, past + 4 * (order - 1), level)
+
+
+@helper
+def _predict(work, logits, rows, past, order, levels, vocab):
+    """logits += the density around the linear prediction, whose coefficients, log s and log a are `rows`."""
+    mean = np.float32(0.0)
+    for k in range(order):
+        mean += peek(work, rows + 4 * k) * peek(work, past + 4 * k)
+    scale = np.float32(math.exp(-peek(work, rows + 4 * order)))
+    tail = np.float32(math.exp(peek(work, rows + 4 * order + 4)))
+    for v in range(vocab):
+        z = (peek(work, levels + 4 * v) - mean) * scale
+        poke(work, logits + 4 * v, peek(work, logits + 4 * v) - tail * np.float32(math.log(np.float32(1.0) + z * z)))
 
 
 @helper
@@ -355,6 +378,8 @@ def decode(p, ops, rows, at, settings, first, last):
             for t in range((d + 15) // 16):
                 v = load(work, row + 64 * t) + load(work, rows[first + s, 0] + 64 * t)
                 store(work, mine + at[X] + 64 * t, v)
+            if p[ORDER]:
+                _hear(work, p[PAST] + (first + s) * p[ORDER] * 4, p[ORDER], peek(work, p[LEVELS] + 4 * rows[first + s, 2]))
             if len(skips):
                 _copy(work, mine + skips[0], mine + at[X], d)
         o = 0
@@ -401,12 +426,15 @@ def decode(p, ops, rows, at, settings, first, last):
         for s in range(streams):
             mine = scratch + s * pitch
             _norm(work, mine + at[X], mine + at[NORMED], d, epsilon, mine + at[PROJECTED])
-        _product(work, p[HEAD], p[HEAD_BIAS], scratch + at[NORMED], pitch, scratch + at[LOGITS], pitch, (vocab + 15) // 16, d,
+        _product(work, p[HEAD], p[HEAD_BIAS], scratch + at[NORMED], pitch, scratch + at[LOGITS], pitch, (p[HEAD_ROWS] + 15) // 16, d,
                  streams)  # fmt: skip
         for s in range(streams):
             mine = scratch + s * pitch
+            if p[ORDER]:
+                _predict(work, mine + at[LOGITS], mine + at[LOGITS] + 4 * _padded(vocab), p[PAST] + (first + s) * p[ORDER] * 4,
+                         p[ORDER], p[LEVELS], vocab)  # fmt: skip
             r = _uniform(rows[first + s, 1], p[POSITION] + i)
-            token, normaliser = _draw(work, mine + at[LOGITS], mine + at[WEIGHTS], p[ORDER] + (first + s) * 16 * vocab, vocab, r,
+            token, normaliser = _draw(work, mine + at[LOGITS], mine + at[WEIGHTS], p[RANKED] + (first + s) * 16 * vocab, vocab, r,
                                       temperature, p[TOP_K], top_p)  # fmt: skip
             if p[FORCED]:
                 token = peek(int64(0), p[FORCED] + ((first + s) * p[COUNT] + i) * 8)

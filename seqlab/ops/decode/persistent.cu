@@ -34,16 +34,18 @@ struct Params {
     const i64* tokens;       // (b)
     i64* out;                // (b count)
     float* log_probs;        // (b count)
-    i64 operations, batch, count, position, d_model, vocab, top_k;
+    const float* levels;     // (vocab), amplitudes of the tokens, if there is a linear prediction of `order` samples
+    float* past;             // (b order-1), those of the last samples, oldest first
+    i64 operations, batch, count, position, d_model, vocab, head_rows, order, top_k;
     i64 arena_stride, resident;  // bytes; so many of them are kept in shared memory
-    i64 head, head_bias, head_shares;  // places in the arena; the bias is 0, or -inf for what may not be drawn
+    i64 head, head_bias, head_shares;  // places in the arena; the bias is -inf for what may not be drawn
     i64 x_pitch, inner_pitch, slots, rows_max, part_floats, exchange_rows, input_pitch;
 };
 
 typedef unsigned long long u64;
-#define FIELDS 31
+#define FIELDS 32
 enum { KIND, SAVE, ADD, SLOT, JUMP, WIDE, INNER, RANK, POOL, D_OUT, INDEX, W_IN, W_X, W_OUT, B_IN, W_CONV, B_CONV, W_DT, B_DT,
-       W_A, W_D, B_OUT, CONV, SSM, PENDING, HELD, N_IN, N_X, N_OUT, FIXED, W_C };
+       W_A, W_D, B_OUT, CONV, SSM, PENDING, HELD, N_IN, N_X, N_OUT, FIXED, W_C, SHIFT };
 enum { BLOCK_OP, DOWN_OP, UP_OP };
 
 #define THREADS (32 * WARPS)
@@ -213,7 +215,7 @@ DEVICE float add_shares(const float* part, int rows, int n, int s, int row) {
 
 struct Place {  // shared memory
     float* shared;  // its beginning
-    float *x, *slots, *u, *gate, *y, *part, *exchange, *projected, *logits, *weights, *scale, *input, *settings;
+    float *x, *slots, *u, *gate, *y, *part, *exchange, *projected, *logits, *weights, *scale, *input, *settings, *past;
     int *token, *phase;
     u64* barriers;
     i64* ops;
@@ -406,6 +408,13 @@ DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int
     int d = op[WIDE], inner = op[INNER], own = inner / CLUSTER, start = rank * own;
     int own_units = round_up(own, UNIT) / UNIT, pitch = p.inner_pitch;
     int in_rows = round_up(2 * own, PADDED), in_units = round_up(d, UNIT) / UNIT, n = op[N_IN];
+    if (op[SHIFT]) {
+        for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
+            SPLIT(i, d, s, j);
+            if (s < streams) m.x[s * p.x_pitch + j] += __ldg((const float*)op[SHIFT] + (first + s) * d + j);
+        }
+        __syncthreads();
+    }
     norms(p, m, d);
     product((const uint4*)op[W_IN], in_rows, in_units, n, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
     __syncthreads();
@@ -522,6 +531,22 @@ DEVICE float uniform(i64 key, i64 position) {  // sampling.draw
     return ((float)(u32)(z >> 41) + 0.5f) * 1.1920928955078125e-7f;
 }
 
+// The density around the linear prediction (heads/sample.py), added to the logits of one stream by one warp; behind the logits
+// are the coefficients, log s and log a, and in the ring `past` is the oldest sample at `oldest`.
+DEVICE void predict(const Params& p, float* logits, const float* past, int oldest) {
+    int vocab = p.vocab, order = p.order, lane = threadIdx.x % 32;
+    const float* rows = logits + vocab;
+    float mean = 0.f;
+    for (int k = lane; k < order; k += 32) mean += rows[k] * past[(oldest + k) % order];
+    mean = warp_sum(mean);
+    float scale = exp2_fast(-LOG2E * rows[order]), tail = LN2 * exp2_fast(LOG2E * rows[order + 1]);
+    for (int v = lane; v < vocab; v += 32) {
+        float z = (__ldg(p.levels + v) - mean) * scale;
+        logits[v] -= tail * log2_fast(1.f + z * z);
+    }
+    __syncwarp();
+}
+
 // sampling.sample for one stream by one warp; a lane has `each` neighbouring tokens. Returns the token and sets
 // *normaliser to log sum exp(logits).
 DEVICE int draw(const Params& p, const float* settings, const float* logits, float* weights, float r, float* normaliser) {
@@ -610,8 +635,9 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     m.exchange = next; next += 2 * CLUSTER * STREAMS * p.exchange_rows;
 #endif
     m.projected = next; next += round_up(STREAMS * (int)p.rows_max, 4);
-    m.logits = next; next += STREAMS * round_up((int)p.vocab, 4);
-    m.weights = next; next += STREAMS * round_up((int)p.vocab, 4);
+    m.logits = next; next += STREAMS * round_up((int)p.head_rows, 4);
+    m.weights = next; next += STREAMS * round_up((int)p.head_rows, 4);
+    m.past = next; next += round_up(STREAMS * (int)p.order, 4);
     m.scale = next; next += round_up(STREAMS, 4);
     m.settings = next; next += 4;
     m.token = (int*)next; next += round_up(STREAMS, 4);
@@ -630,15 +656,18 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     for (float* q = m.x + threadIdx.x; q < zero_end; q += THREADS) *q = 0.f;
     for (int i = threadIdx.x; i < p.operations; i += THREADS) m.phase[i] = (int)p.phases[i];
     for (int s = threadIdx.x; s < STREAMS; s += THREADS) m.token[s] = s < streams ? (int)p.tokens[first + s] : 0;
+    int order = p.order, order_head = order > 0 ? order - 1 : 0;
+    for (int i = threadIdx.x; i < order_head * streams; i += THREADS)
+        m.past[i / order_head * order + i % order_head] = p.past[first * order_head + i];
 #if CLUSTER > 1
     if (threadIdx.x == 0) arrivals_begin(m.barriers);
 #endif
     __syncthreads();
     cluster_barrier();  // nobody writes to a block that has not begun
 
-    int d = p.d_model, vocab = p.vocab, v_pitch = round_up(vocab, 4);
+    int d = p.d_model, rows = p.head_rows, v_pitch = round_up(rows, 4);
     Turn turn = {0, 1};
-    int head_rows = round_up(vocab, PADDED), head_units = round_up((d + CLUSTER - 1) / CLUSTER, UNIT) / UNIT;
+    int head_rows = round_up(rows, PADDED), head_units = round_up((d + CLUSTER - 1) / CLUSTER, UNIT) / UNIT;
     for (i64 step = 0; step < p.count; step++) {
         for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
             SPLIT(i, d, s, j);
@@ -647,6 +676,9 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
             m.x[s * p.x_pitch + j] = v;
             if (p.slots) m.slots[s * p.slots + j] = v;
         }
+        if (order)
+            for (int s = threadIdx.x; s < STREAMS; s += THREADS)
+                m.past[s * order + (step + order_head) % order] = __ldg(p.levels + m.token[s]);
         __syncthreads();
         for (int o = 0; o < p.operations;) {
             const i64* op = m.ops + FIELDS * o++;
@@ -658,14 +690,15 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
         int n = p.head_shares;
         product(head, head_rows, head_units, n, OFFSET(m.x) + rank * head_units * UNIT, p.x_pitch, OFFSET(m.part));
         gather(p, m, head_rows, n, rank, turn);
-        for (int i = threadIdx.x; i < vocab * STREAMS; i += THREADS) {
-            SPLIT(i, vocab, s, v);
+        for (int i = threadIdx.x; i < rows * STREAMS; i += THREADS) {
+            SPLIT(i, rows, s, v);
             m.logits[s * v_pitch + v] = m.scale[s] * whole(p, m, head_rows, n, turn, s, v) + head_bias[v];
         }
         __syncthreads();
         for (int s = threadIdx.x / 32; s < streams; s += WARPS) {
             float normaliser;
-            const float* logits = m.logits + s * v_pitch;
+            float* logits = m.logits + s * v_pitch;
+            if (order) predict(p, logits, m.past + s * order, step % order);
             int token = draw(p, m.settings, logits, m.weights + s * v_pitch, uniform(p.keys[first + s], p.position + step), &normaliser);
             i64 place = (first + s) * p.count + step;
             if (p.forced) token = (int)p.forced[place];
@@ -679,4 +712,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
         }
         __syncthreads();
     }
+    if (rank == 0)
+        for (int i = threadIdx.x; i < order_head * streams; i += THREADS)
+            p.past[first * order_head + i] = m.past[i / order_head * order + (p.count + i % order_head) % order];
 }

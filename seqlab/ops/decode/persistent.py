@@ -25,7 +25,7 @@ TOKENS_MAX = 1 << 14  # of one launch
 CLUSTERS, STREAMS = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
 FIELDS = ("kind save add slot jump wide inner rank pool d_out index w_in w_x w_out b_in w_conv b_conv w_dt b_dt "
           "w_a w_d b_out conv ssm pending held n_in n_x n_out "
-          "fixed w_c").split()  # fmt: skip
+          "fixed w_c shift").split()  # fmt: skip
 
 
 def unavailable(request: Request | None = None) -> str | None:
@@ -38,6 +38,8 @@ def unavailable(request: Request | None = None) -> str | None:
         return why
     if request.model.config.vocab_size > VOCAB_MAX:
         return f"the vocabulary has {request.model.config.vocab_size} tokens; the kernel draws from {VOCAB_MAX} at most"
+    if request.model.config.prediction_order and request.dtype != torch.float32:
+        return f"weights are {request.dtype}; a linear prediction needs float32"
     device = Device(request.device.index)
     if plan(Program(request.model), request.batch, request.dtype == torch.bfloat16, device) is None:
         return f"the activations of one stream do not fit {device.shared_limit} bytes of shared memory"
@@ -108,7 +110,12 @@ def matrices(program: Program, shape: Shape) -> list[tuple[int, int]]:
             out.append((_up(o.d_out, pad), _up(-(-o.pool * o.d_model // c), u) // u))
         else:
             out.append((_up(-(-o.pool * o.d_out // c), pad), _up(o.d_model, u) // u))
-    return [*out, (_up(program.vocab_size, pad), _up(-(-program.d_model // c), u) // u)]
+    return [*out, (_up(head_rows(program), pad), _up(-(-program.d_model // c), u) // u)]
+
+
+def head_rows(program: Program) -> int:
+    """Logits, and what a linear prediction needs."""
+    return program.vocab_size + (program.order + 2 if program.order else 0)
 
 
 def sizes(program: Program, shape: Shape) -> dict[str, int]:
@@ -129,11 +136,11 @@ def sizes(program: Program, shape: Shape) -> dict[str, int]:
         "part_floats": max(shape.shares(r, k) * r * s for r, k in matrices(program, shape)),
     }
     gathered = [_up(o.d_model, shape.padded) for o in blocks] + [_up(o.d_out, shape.padded) for o in operations if o.kind == DOWN]
-    gathered += [_up(out["rows_max"], shape.padded), _up(program.vocab_size, shape.padded)]
+    gathered += [_up(out["rows_max"], shape.padded), _up(head_rows(program), shape.padded)]
     out["exchange_rows"] = max(gathered)
     floats = _up(2 * len(FIELDS) * len(operations), 4) + 4 + s * (out["x_pitch"] + 3 * out["inner_pitch"] + out["input_pitch"])
     floats += s * out["slots"] + out["part_floats"] + (2 * c * s * out["exchange_rows"] if c > 1 else 0)
-    floats += _up(s * out["rows_max"], 4) + 2 * s * _up(program.vocab_size, 4) + 2 * _up(s, 4) + 4 + _up(len(operations), 4)
+    floats += _up(s * out["rows_max"], 4) + 2 * s * _up(head_rows(program), 4) + _up(s * program.order, 4) + 2 * _up(s, 4) + 4 + _up(len(operations), 4)
     return {**out, "shared": 4 * floats}
 
 
@@ -232,7 +239,7 @@ class Runner:
     """Runs the tokens of all streams; the kernel works on the state tensors in place."""
 
     def __init__(self, request: Request, device: Device | None = None, shape: Shape | None = None):
-        self.batch, self._torch_device = request.batch, request.device
+        self.batch, self._torch_device, self._classes = request.batch, request.device, request.classes
         self._device = Device(request.device.index) if device is None else device
         program = self._program = Program(request.model)
         self.shape = shape or plan(program, request.batch, request.dtype == torch.bfloat16, self._device)
@@ -243,10 +250,15 @@ class Runner:
         self._wanted: list[dict[str, tuple[Tensor, int]]] = []  # of each operation: tensors (cluster ...), how much wanted
         rows = [self._row(o, cells) for o in program.operations]
         share, cell = _up(-(-program.d_model // self.shape.cluster), self.shape.unit), next(cells)
-        head = pack(_columns(program.head, self.shape.cluster, share), *cell, self.shape)
-        bias = torch.zeros(program.vocab_size, device=request.device)
+        head, bias = program.head, torch.zeros(program.vocab_size, device=request.device)
+        levels = None
+        if program.order:
+            rows_more, biases, levels, bias = program.prediction
+            head = torch.cat([head, rows_more])
         if request.allowed is not None:
-            bias.masked_fill_(~request.allowed, -torch.inf)
+            bias = bias.masked_fill(~request.allowed, -torch.inf)
+        bias = torch.cat([bias, biases]) if program.order else bias
+        head = pack(_columns(head, self.shape.cluster, share), *cell, self.shape)
         arena = Arena(self.shape.cluster)
         for row, wanted in zip(rows, self._wanted):
             for field, (tensor, rank) in wanted.items():
@@ -274,6 +286,10 @@ class Runner:
             "batch": request.batch,
             "d_model": program.d_model,
             "vocab": program.vocab_size,
+            "head_rows": head_rows(program),
+            "order": program.order,
+            "levels": 0 if levels is None else self._keep(levels),
+            "past": self._carried.past.data_ptr(),
             **{name: size for name, size in self._sizes.items() if name != "shared"},
         }
         self._module = self._device.module(defines(self.shape, program.d_state, program.d_conv))
@@ -317,6 +333,7 @@ class Runner:
             wanted |= {field: (t[name].unflatten(0, (c, own)), 0) for field, name in names.items()}
             wanted["b_in"] = t["in_bias"].view(2, c, own).transpose(0, 1), 0
             wanted["b_out"] = t["out_bias"].expand(c, -1), 0
+            row["shift"] = 0 if o.shift is None else self._keep(o.shift[self._classes])
             row |= {"conv": carried.conv[o.index].data_ptr(), "ssm": carried.ssm[o.index].data_ptr()}
             return row
         if o.kind == DOWN:

@@ -3,14 +3,15 @@
 Fast back ends read this instead of the modules. One token runs `operations` from the first to the last on a vector x of
 the residual stream, which starts as the embedding of the token (plus that of the stream's class):
 
-    BLOCK  x += mixer(norm(x));  x += slots[add] where there is an add;  slots[save] = x where there is a save
+    BLOCK  x += shift of the stream's class, if any;  x += mixer(norm(x));  x += slots[add] where there is an add;  slots[save] = x where there is a save
     DOWN   pending[phase] = x;  slots[slot] = x + held[phase].  If that filled the frame: x = DownPool(pending),
            slots[save] = x and on to the next operation; else x = slots[slot] and on to operation `jump`
     UP     held = UpPool(x);  x = slots[slot]
 
 A BLOCK's recurrence depends on the input (`fixed` 0) or does not (1: real, 2: complex states, real parts first); the latter has
-neither x_proj nor dt_proj. logits = head(norm_f(x)) end the token. `slots` keep what a U-Net's skip connections carry upwards; an isotropic stack has
-blocks alone. The gains of the norms are folded into the matrices behind them.
+neither x_proj nor dt_proj. logits = head(norm_f(x)) end the token; with a linear prediction (heads/sample.py) the head has more
+rows, its coefficients, log s and log a, and the density follows. `slots` keep what a U-Net's skip connections carry upwards; an
+isotropic stack has blocks alone. The gains of the norms are folded into the matrices behind them.
 """
 
 import re
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 from seqlab.backbones.mamba import MambaMixer, MixerState
 from seqlab.backbones.s4d import S4DMixer
 from seqlab.backbones.unet import PoolState, UNet, UNetState
+from seqlab.heads.sample import SampleState
 
 BLOCK, DOWN, UP = 0, 1, 2
 PARAMETERS = re.compile(
-    r"(embedding|class_embedding|lm_head|backbone\.norm_f)\.weight"
+    r"(embedding|class_embedding|class_shifts\.\d+|lm_head|backbone\.norm_f)\.weight|prediction_head\.(weight|shape|bias)"
     r"|backbone\.(layers|centre|(down|up)\.\d+)\.\d+\.(norm\.weight|mixer\.(A_log|A_imag|C|D|dt_bias))"
     r"|backbone\.(layers|centre|(down|up)\.\d+)\.\d+\.mixer\.(in_proj|x_proj|dt_proj|out_proj|conv1d)\.(weight|bias)"
     r"|backbone\.(down|up)_pools\.\d+\.linear\.(weight|bias)"
@@ -42,6 +44,7 @@ class Operation:
     index: int  # of the block, or of the pool
     d_model: int  # width of x on entry
     tensors: dict[str, Tensor] = field(default_factory=dict)  # float32
+    shift: Tensor | None = None  # (classes d_model)
     save: int = -1
     add: int = -1
     slot: int = -1
@@ -57,7 +60,8 @@ class Operation:
 class Program:
     """What `Operation`s say about a LanguageModel, with float32 copies of its weights on its device.
 
-    slots: widths of the skip slots. Raises ValueError for a model without a step (see `reason`).
+    slots: widths of the skip slots. `prediction`: rows (K+2 d_model) and their biases, levels and biases (vocab) of a linear
+    prediction of `order` K, 0: none. Raises ValueError for a model without a step (see `reason`).
     """
 
     def __init__(self, model: nn.Module):
@@ -76,8 +80,16 @@ class Program:
             self.pools = ()
             for layer in backbone.layers:
                 self._block(layer)
+        for block, shift in zip(self.blocks, getattr(model, "class_shifts", ())):
+            block.shift = _copy(shift.weight)
         self.embedding = _copy(model.embedding.weight)
-        self.head = _copy(model.lm_head.weight) * _copy(backbone.norm_f.weight)
+        gain = _copy(backbone.norm_f.weight)
+        self.head = _copy(model.lm_head.weight) * gain
+        self.order = config.prediction_order
+        if self.order:
+            own = model.prediction_head
+            rows, biases = own.rows()
+            self.prediction = _copy(rows) * gain, _copy(biases), _copy(own.levels), _copy(own.bias)
 
     @property
     def blocks(self) -> list[Operation]:
@@ -185,7 +197,7 @@ def reason(model: nn.Module) -> str | None:
 class Carried:
     """The state of a program, one tensor a block and pool, float32, written in place by the back ends.
 
-    conv[i] (b d_conv-1 d_inner), ssm[i] (b d_inner states), pending[l] (b p-1 d), held[l] (b p d), phase[l] int.
+    conv[i] (b d_conv-1 d_inner), ssm[i] (b d_inner states), pending[l] (b p-1 d), held[l] (b p d), phase[l] int; past (b K-1).
     """
 
     def __init__(self, program: Program, batch: int, device: torch.device):
@@ -200,15 +212,19 @@ class Carried:
         self.pending = [zeros(o.pool - 1, o.d_model) for o in down]
         self.held = [zeros(o.pool, o.d_model) for o in down]
         self.phase = [0] * len(down)
-        self.pools = program.pools
+        self.pools, self.order = program.pools, program.order
+        self.past = zeros(max(program.order - 1, 0))
 
     def load(self, state) -> None:
-        """Take over a backbone's state (None: the start of a sequence)."""
-        for tensor in (*self.conv, *self.ssm, *self.pending, *self.held):
+        """Take over a model's state (None: the start of a sequence)."""
+        for tensor in (*self.conv, *self.ssm, *self.pending, *self.held, self.past):
             tensor.zero_()
         self.phase = [0] * len(self.pending)
         if state is None:
             return
+        if isinstance(state, SampleState):
+            self.past.copy_(state.past)
+            state = state.backbone
         mixers = state.blocks if isinstance(state, UNetState) else state
         for i, mixer in enumerate(mixers):
             if mixer is not None:
@@ -226,12 +242,12 @@ class Carried:
             self.phase[level], tokens = total % pool, total // pool
 
     def state(self):
-        """The backbone's own state, in memory of its own."""
-        blocks = [MixerState(c.clone(), s.clone()) for c, s in zip(self.conv, self.ssm)]
-        if not self.pools:
-            return blocks
-        pools = [PoolState(p.clone(), h.clone(), f) for p, h, f in zip(self.pending, self.held, self.phase)]
-        return UNetState(blocks, pools)
+        """The model's own state, in memory of its own."""
+        state = [MixerState(c.clone(), s.clone()) for c, s in zip(self.conv, self.ssm)]
+        if self.pools:
+            pools = [PoolState(p.clone(), h.clone(), f) for p, h, f in zip(self.pending, self.held, self.phase)]
+            state = UNetState(state, pools)
+        return SampleState(state, self.past.clone()) if self.order else state
 
 
 def one_phase(phase: int | Tensor) -> int:
@@ -244,7 +260,7 @@ def one_phase(phase: int | Tensor) -> int:
 
 
 def map_tensors(state, function):
-    """A backbone's state with every tensor replaced by function(tensor)."""
+    """A model's state with every tensor replaced by function(tensor)."""
     if isinstance(state, Tensor):
         return function(state)
     if isinstance(state, tuple):

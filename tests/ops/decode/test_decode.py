@@ -19,6 +19,9 @@ MODELS = {
     "classes": {"architecture": "unet", "d_model": 16, "n_layer": 1, "pool": (4,), "vocab_size": 256, "n_classes": 3},
     "fixed": {"architecture": "unet", "d_model": 24, "n_layer": 1, "d_state": 5, "pool": (2, 3), "vocab_size": 40,
               "blocks": ("s4d_complex", "s4d", "s6")},
+    "predicted": {"d_model": 16, "n_layer": 2, "vocab_size": 50, "prediction_order": 7, "n_classes": 3},
+    "sampled": {"architecture": "unet", "d_model": 24, "n_layer": 1, "pool": (4,), "vocab_size": 256, "prediction_order": 32,
+                "n_classes": 3, "tie_embeddings": False},
     "odd": {"d_model": 20, "n_layer": 2, "d_state": 16, "d_conv": 3, "expand": 1, "conv_bias": False, "vocab_size": 16},
 }  # fmt: skip
 
@@ -32,6 +35,8 @@ def make(name: str, seed: int = 0):
                 parameter += 0.2 * torch.randn_like(parameter)
             if "embedding" in parameter_name or "lm_head" in parameter_name:
                 parameter.mul_(20)
+            if "class_shifts" in parameter_name or parameter_name == "prediction_head.weight":  # they start as zero
+                parameter.normal_(std=0.05)
     return model.to(DEVICE)
 
 
