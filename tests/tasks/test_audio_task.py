@@ -266,11 +266,12 @@ def test_every_preset_takes_a_step_at_toy_size(name, store, tmp_path):
     assert dataclasses.asdict(runs.load_run(tmp_path / name).config)["sound"]["sample_rate"] == RATE
 
 
-def test_windows_in_pieces_have_the_same_gradient(store):
+@pytest.mark.parametrize("order", [0, 8])
+def test_windows_in_pieces_have_the_same_gradient(store, order):
     from seqlab.training import memory
     from seqlab.training.memory import Memory
 
-    task = AudioModeling(config(), store)
+    task = AudioModeling(config(f"model.prediction_order={order}"), store)
     torch.manual_seed(0)
     model, batch = task.build_model().eval(), task.train_batches(0, 0, 1)[0]  # no dropout
 

@@ -1,0 +1,149 @@
+"""The head that predicts samples linearly, and classes before every block: by hand, in pieces, from older checkpoints."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from seqlab.errors import UserError
+from seqlab.heads.sample import PredictionHead
+from seqlab.model import LanguageModel, ModelConfig, build_model
+from seqlab.training.checkpoint import load_model, save_model
+from seqlab.training.parallel import share_mixers
+
+SMALL = {"d_model": 12, "n_layer": 2, "d_state": 4, "vocab_size": 20, "prediction_order": 5}
+UNET = {**SMALL, "architecture": "unet", "pool": (3,)}
+
+
+def make(**config) -> LanguageModel:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**config)).eval()
+    for name, parameter in model.named_parameters():
+        if "class_shifts" in name or name == "prediction_head.weight":  # they start as zero
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def wave(n: int = 4000) -> np.ndarray:
+    t = np.arange(n)
+    rng = np.random.default_rng(0)
+    return 0.5 * np.sin(0.3 * t) + 0.2 * np.sin(0.71 * t + 1) + 0.01 * rng.standard_normal(n)
+
+
+# ------------------------------------------------------------------------------------------------------------ the head
+def test_the_density_is_the_one_described():
+    torch.manual_seed(0)
+    head = PredictionHead(3, 4, 2)
+    torch.nn.init.normal_(head.weight)
+    with torch.no_grad():
+        head.levels.copy_(torch.tensor([-0.9, -0.1, 0.2, 0.8]))
+        head.base.copy_(torch.tensor([-0.5, 1.2]))
+        head.basis.copy_(torch.tensor([[2.0, 0.0], [-1.0, 3.0]]))
+        head.bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    y, ids = torch.randn(1, 3, 3), torch.tensor([[3, 0, 2]])
+    got = head(y, ids, torch.tensor([[0.25]]))[0]
+    samples = [0.25, 0.8, -0.9, 0.2]
+    for t in range(3):
+        out = (head.weight @ y[0, t]).tolist()
+        c = [-0.5 + 2.0 * out[0] - 1.0 * out[1], 1.2 + 3.0 * out[1]]
+        m = c[0] * samples[t] + c[1] * samples[t + 1]
+        s, a = math.exp(head.shape[0].item() + out[2]), math.exp(head.shape[1].item() + out[3])
+        expected = [b - a * math.log(1 + ((level - m) / s) ** 2) for level, b in zip((-0.9, -0.1, 0.2, 0.8), (0.1, 0.2, 0.3, 0.4))]
+        torch.testing.assert_close(got[t], torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_fitted_it_begins_as_the_best_linear_prediction():
+    x, order = wave(), 8
+    correlations = np.array([x[k:] @ x[: len(x) - k] for k in range(order + 1)]) / len(x)
+    levels = np.linspace(-1, 1, 256)
+    head = PredictionHead(4, 256, order)
+    head.fit(levels, correlations)
+    windows = np.lib.stride_tricks.sliding_window_view(x, order + 1)
+    error = windows[:, -1] - windows[:, :-1] @ head.base.double().numpy()
+    least = np.linalg.lstsq(windows[:, :-1], windows[:, -1], rcond=None)[0]
+    best = windows[:, -1] - windows[:, :-1] @ least
+    assert (error**2).mean() < 1.1 * (best**2).mean() < 0.01 * (x**2).mean()
+    assert head.shape[0].exp().item() == pytest.approx(np.sqrt((error**2).mean()), rel=0.2)
+    # the directions in which it can be moved are uncorrelated and as strong as the error
+    moved = windows[:, :-1] @ head.basis.double().numpy().T / np.sqrt((error**2).mean())
+    np.testing.assert_allclose(moved.T @ moved / len(moved), np.eye(order), atol=0.2)
+
+
+def test_its_logits_are_a_distribution_over_the_codes_of_unequal_width():
+    """With a width far above the codes' own, every code gets its interval's share of a Student t distribution."""
+    levels = np.sinh(np.linspace(-3, 3, 256)) / np.sinh(3)
+    head = PredictionHead(2, 256, 3)
+    head.fit(levels, np.array([1.0, 0.0, 0.0, 0.0]))
+    with torch.no_grad():
+        head.shape.copy_(torch.tensor([math.log(0.1), math.log(2.0)]))
+        p = head(torch.zeros(1, 1, 2), torch.tensor([[128]]), None)[0, 0].softmax(-1).double().numpy()
+    density = (1 + (levels / 0.1) ** 2) ** -2.0 * np.gradient(levels)
+    np.testing.assert_allclose(p, density / density.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [SMALL, UNET], ids=["isotropic", "unet"])
+def test_pieces_and_steps_equal_the_whole(config):
+    model = make(**config, n_classes=3)
+    ids, classes = torch.randint(0, 20, (2, 31)), torch.tensor([2, 0])
+    with torch.no_grad():
+        whole, end = model(ids, classes=classes)
+        parts, state = [], None
+        for piece in ids.split([1, 1, 2, 10, 17], 1):
+            logits, state = model(piece, state, classes=classes)
+            parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(state.past, end.past)
+    changed = ids.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 20
+    with torch.no_grad():
+        other, _ = model(changed, classes=classes)
+    torch.testing.assert_close(other[:, :20], whole[:, :20])
+    assert ((other[:, 20:] - whole[:, 20:]).abs().amax(-1) > 0).all()
+
+
+def test_what_it_cannot_do_is_refused():
+    model = make(**SMALL)
+    with pytest.raises(ValueError, match="without a mask"):
+        model(torch.zeros(1, 4, dtype=torch.long), mask=torch.ones(1, 4, dtype=torch.bool))
+    with pytest.raises(UserError, match="PredictionHead mixes positions"):
+        share_mixers(model, None)
+    with pytest.raises(ValueError, match="prediction_order: only a causal"):
+        ModelConfig(direction="bidirectional", prediction_order=4)
+    with pytest.raises(ValueError, match="prediction_order: must be 0"):
+        ModelConfig(prediction_order=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+@pytest.mark.parametrize("config", [SMALL, UNET], ids=["isotropic", "unet"])
+def test_every_block_hears_the_class(config):
+    model = make(**{**config, "prediction_order": 0}, n_classes=3)
+    ids, classes = torch.randint(0, 20, (2, 13)), torch.tensor([1, 2])
+    before, _ = model(ids, classes=classes)
+    before.square().sum().backward()
+    assert len(model.class_shifts) == len(model.backbone.widths)
+    for shift in model.class_shifts:
+        assert shift.weight.grad[1].abs().sum() > 0 and not shift.weight.grad[0].any()
+        with torch.no_grad():
+            shift.weight[0] += 1.0  # of a class that no row has
+    torch.testing.assert_close(model(ids, classes=classes)[0], before, atol=0, rtol=0)
+
+
+def test_a_checkpoint_from_before_blocks_heard_the_class_gives_what_it_gave(tmp_path):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**UNET, n_classes=3)).eval()
+    save_model(model, tmp_path, "")
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "class_shifts" not in k}, tmp_path / "old.safetensors")
+    torch.manual_seed(1)
+    other = build_model(ModelConfig(**UNET, n_classes=3)).eval()
+    load_model(other, tmp_path / "old.safetensors")
+    ids, classes = torch.randint(0, 20, (3, 9)), torch.tensor([0, 1, 2])
+    x = model.embedding(ids) + model.class_embedding(classes)[:, None]
+    y, _ = model.backbone(x)
+    torch.testing.assert_close(other(ids, classes=classes)[0], model.logits(y, ids), atol=1e-6, rtol=1e-5)
+    del weights["backbone.centre.0.norm.weight"]
+    save_file(weights, tmp_path / "damaged.safetensors")
+    with pytest.raises(UserError, match="lacks backbone.centre.0.norm.weight"):
+        load_model(other, tmp_path / "damaged.safetensors")
