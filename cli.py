@@ -1301,6 +1301,7 @@ def generate_audio(
     temperature: Annotated[float, typer.Option("--temperature", help="1: as learned; 0: always the likeliest.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many likeliest codes; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest codes of this probability.")] = 1.0,
+    guidance: Annotated[float, typer.Option("--guidance", help="Above 0: follow --class more closely than learned.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     rank: Annotated[Optional[int], typer.Option("--rank", help="Make so many and keep the --num likeliest.")] = None,
     rank_by: Annotated[
@@ -1330,7 +1331,7 @@ def generate_audio(
             "--seconds": seconds != 10.0, "--num": num != 1, "--prompt": prompt is not None, "--prompt-start": prompt_start != 0,
             "--prompt-seconds": prompt_seconds is not None, "--with-prompt": with_prompt, "--class": bool(class_),
             "--temperature": temperature != 1, "--top-k": top_k != 0, "--top-p": top_p != 1, "--seed": seed != 0,
-            "--rank": rank is not None, "--rank-by": rank_by != "likelihood", "--runaway": runaway != "mark",
+            "--guidance": guidance != 0, "--rank": rank is not None, "--rank-by": rank_by != "likelihood", "--runaway": runaway != "mark",
             "--batch": batch != 256, "--overwrite": overwrite,
         }  # fmt: skip
         if any(given.values()):
@@ -1354,6 +1355,7 @@ def generate_audio(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            guidance=guidance,
             seed=seed,
             candidates=rank,
             rank_by=rank_by,

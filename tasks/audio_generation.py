@@ -60,6 +60,7 @@ class Settings:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    guidance: float = 0.0  # above 0: follow the class more closely than the model would
     seed: int = 0
     candidates: int | None = None
     rank_by: str = "likelihood"
@@ -77,6 +78,10 @@ class Settings:
             raise UserError(f"--rank-by {self.rank_by}: unknown; use likelihood or class")
         if self.rank_by == "class" and not (self.classes and self.candidates):
             raise UserError("--rank-by class: goes with --rank N and --class NAME (or --class all)")
+        if not 0 <= self.guidance < float("inf"):
+            raise UserError(f"--guidance {self.guidance}: must be 0 or more")
+        if self.guidance and not self.classes:
+            raise UserError("--guidance: goes with --class NAME (or --class all)")
         if self.runaway not in ("mark", "resample"):
             raise UserError(f"--runaway {self.runaway}: unknown; use mark or resample")
         if self.prompt_start < 0 or (self.prompt_seconds is not None and self.prompt_seconds <= 0):
@@ -172,6 +177,7 @@ class Generator:
                 device=self.device,
                 backend=self.backend,
                 streams=torch.tensor(streams),
+                guidance=self.settings.guidance,
             )
         except (ValueError, RuntimeError) as error:  # no such back end, or it cannot run this model here
             raise UserError(f"--backend {self.backend}: {error}") from None

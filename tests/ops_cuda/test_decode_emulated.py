@@ -44,15 +44,16 @@ def make(name: str):
 
 
 @torch.inference_mode()
-def errors(name, batch, cluster, streams, half=False, steps=11, sampling=None, allowed=None, given=False):
+def errors(name, batch, cluster, streams, half=False, steps=11, sampling=None, allowed=None, given=False, guidance=0.0):
     """Largest differences of log-probabilities and of every state tensor; whether all tokens agree."""
     sampling = sampling or Sampling(seed=2)
     model = make(name)
     classes = torch.arange(batch) % 4 if model.config.n_classes else None
+    classes = torch.tensor([0, 3, 1, 3, 2, 3])[:batch] if guidance else classes  # pairs, with a class and without
     base = None if classes is None else model.class_embedding.weight[classes]
     dtype = torch.bfloat16 if half else torch.float32
-    request = Request(model, batch, torch.device("cpu"), dtype, allowed, classes, base)
-    exact = reference.Runner(Request(model, batch, torch.device("cpu"), torch.float32, allowed, classes, base))
+    request = Request(model, batch, torch.device("cpu"), dtype, allowed, classes, base, guidance)
+    exact = reference.Runner(Request(model, batch, torch.device("cpu"), torch.float32, allowed, classes, base, guidance))
     if half:  # the same rounded weights for the model
         rounded = build_model(model.config).eval()
         rounded.load_state_dict(model.state_dict())
@@ -65,8 +66,10 @@ def errors(name, batch, cluster, streams, half=False, steps=11, sampling=None, a
         exact = reference.Runner(Request(rounded, batch, torch.device("cpu"), torch.float32, allowed, classes, base))
         model.load_state_dict(rounded.state_dict())
     runner = persistent.Runner(request, Device(), persistent.Shape(cluster, streams, half, warps=4))
-    keys = torch.tensor([stream_key(sampling.seed, s) for s in range(batch)])
+    keys = torch.tensor([stream_key(sampling.seed, s // (2 if guidance else 1)) for s in range(batch)])
     prompt = torch.randint(0, model.config.vocab_size, (batch, 5))
+    if guidance:
+        prompt[1::2] = prompt[::2]
     state = model(prompt[:, :4], classes=classes)[1] if classes is not None else model(prompt[:, :4])[1]
     runner.load(state)
     exact.load(state)
@@ -76,7 +79,8 @@ def errors(name, batch, cluster, streams, half=False, steps=11, sampling=None, a
     got.append(runner.run(got[0][0][:, -1], 11, steps - 6, sampling, keys, rest))
     tokens, log_probs = (torch.cat(parts, 1) for parts in zip(*got))
     expected, expected_lp = exact.run(prompt[:, 4], 5, steps, sampling, keys, forced)
-    worst = float((log_probs - expected_lp).abs().max())
+    each = 2 if guidance else 1  # of a pair, only the row with the class has a log-probability
+    worst = float((log_probs - expected_lp)[::each].abs().max())
     mine, theirs = runner.state(), exact.state()
     if model.config.prediction_order:
         worst = max(worst, float((mine.past - theirs.past).abs().max()))
@@ -135,6 +139,12 @@ def test_tensor_core_layout_is_exact_on_small_integers():
 @pytest.mark.parametrize("sampling", [Sampling(0.7, top_k=5, top_p=0.8), Sampling(1.2, top_p=0.9), Sampling(0.0)], ids=str)
 def test_drawing(sampling):
     worst, same = errors("unet", 2, 1, 2, sampling=sampling, steps=20)
+    assert worst < 5e-5 and same
+
+
+@pytest.mark.parametrize("name, batch, cluster, streams", [("classes", 6, 2, 2), ("sampled", 6, 1, 4)])
+def test_guidance(name, batch, cluster, streams):
+    worst, same = errors(name, batch, cluster, streams, guidance=1.5, sampling=Sampling(0.8, top_p=0.9, seed=1))
     assert worst < 5e-5 and same
 
 

@@ -53,6 +53,9 @@ class Decoder:
         model: a LanguageModel whose backbone is causal; put into eval mode.
         batch: number of streams.
         classes: (b) class of each stream, for a class-conditional model.
+        guidance: above 0, draws follow the class more closely than the model would: from logits of the class plus
+            `guidance` times their difference to those of the model's last class, the one that says nothing (classifier-free
+            guidance, Ho & Salimans 2022). Every stream then takes two rows of the model. Log-probabilities stay the class's own.
         device: "cuda", "cpu", ...; None: where the model is. A model elsewhere is copied.
         backend: "auto" (the fastest that can run this; SEQLAB_BACKEND may name one), or a name, never replaced.
         allowed: token ids that may be drawn; None: the whole vocabulary. Log-probabilities are among these.
@@ -75,6 +78,7 @@ class Decoder:
         allowed: list[int] | Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         streams: Tensor | None = None,
+        guidance: float = 0.0,
     ):
         if not getattr(getattr(model, "backbone", None), "is_causal", False):
             raise ValueError("a decoder needs a causal language model; this one sees both sides of every position")
@@ -109,7 +113,16 @@ class Decoder:
         self.streams = torch.arange(batch) if streams is None else torch.as_tensor(streams).long().flatten().cpu()
         if len(self.streams) != batch or self.streams.min() < 0:
             raise ValueError(f"streams: {batch} numbers of 0 or more, got {self.streams.tolist()[:9]}")
-        self._request = Request(model, batch, device, dtype, allowed, classes, base)
+        if not 0 <= guidance < float("inf"):
+            raise ValueError(f"guidance: must be 0 or more, got {guidance}")
+        if guidance and base is None:
+            raise ValueError("guidance: this model is not conditional (n_classes: 0)")
+        self._each = 2 if guidance else 1  # rows of the model a stream
+        if guidance:
+            nothing = torch.full_like(classes, n - 1)
+            classes = torch.stack([classes, nothing], 1).flatten()
+            base = model.class_embedding.weight.detach()[classes]
+        self._request = Request(model, batch * self._each, device, dtype, allowed, classes, base, guidance)
         self.backend = _choose(backend, self._request)
         self._runner = BACKENDS[self.backend].Runner(self._request)
         self._seed, self._keys = None, None  # the streams' keys for this seed
@@ -130,7 +143,7 @@ class Decoder:
         inputs = ids[:, :-1] if fresh else torch.cat([self._token[:, None], ids[:, :-1]], 1)
         targets = ids[:, 1:] if fresh else ids
         same = fresh and self._request.classes is None and bool((ids == ids[:1]).all())
-        rows = 1 if same else self.batch
+        rows = 1 if same else self.batch * self._each
         state = None if fresh else self._runner.state()
         scores = []
         size = max(1, PREFILL // (1 if self.device.type == "cuda" else 8) // rows)
@@ -146,7 +159,7 @@ class Decoder:
         if not log_probs:
             return None
         joined = torch.cat(scores, 1) if scores else torch.zeros(rows, 0, device=self.device)
-        return joined.expand(self.batch, -1)
+        return joined.expand(len(ids), -1)[:: self._each]
 
     def _forward(self, ids: Tensor, targets: Tensor, state, log_probs: bool):
         request = self._request
@@ -182,14 +195,15 @@ class Decoder:
             raise ValueError(f"n: must be 0 or more tokens, got {n}")
         if sampling.seed != self._seed:
             keys = [stream_key(sampling.seed, s) for s in self.streams.tolist()]
-            self._keys, self._seed = torch.tensor(keys, device=self.device), sampling.seed
+            self._keys = torch.tensor(keys, device=self.device).repeat_interleave(self._each)
+            self._seed = sampling.seed
         small = torch.uint8 if self.model.config.vocab_size <= 256 else torch.int64
         if n == 0:
             return torch.zeros(self.batch, 0, dtype=small, device=self.device), torch.zeros(self.batch, 0, device=self.device)
         tokens, log_probs = self._runner.run(self._token, self.position, n, sampling, self._keys, forced)
         self._token = tokens[:, -1].long()
         self.position += n
-        return tokens.to(small), log_probs
+        return tokens[:: self._each].to(small), log_probs[:: self._each]
 
     def _ids(self, ids: Tensor) -> Tensor:
         ids = torch.as_tensor(ids, device=self.device)
@@ -200,7 +214,7 @@ class Decoder:
         vocab = self.model.config.vocab_size
         if ids.min() < 0 or ids.max() >= vocab:
             raise ValueError(f"ids: tokens must lie in 0 to {vocab - 1}, got {int(ids.min())} to {int(ids.max())}")
-        return ids
+        return ids.repeat_interleave(self._each, 0) if self._each > 1 else ids
 
     # ------------------------------------------------------------------------------------------------- the state
     @property

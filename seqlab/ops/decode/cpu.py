@@ -32,7 +32,7 @@ class Runner:
         from seqlab.ops.decode import cpu_kernels as kernels
 
         self._kernels = kernels
-        self.batch, self._classes = request.batch, request.classes
+        self.batch, self._classes, self._guidance = request.batch, request.classes, request.guidance
         program = self._program = Program(request.model)
         self._carried = Carried(program, request.batch, torch.device("cpu"))
         self._kept: list[Tensor] = []  # what the kernel has the addresses of
@@ -186,13 +186,14 @@ class Runner:
             if operation.kind != BLOCK:
                 row[k.PHASE] = self._carried.phase[operation.index]
         self.rows[:, 1], self.rows[:, 2] = keys.numpy(), token.numpy()
-        settings = np.array([self._program.epsilon, sampling.temperature, sampling.top_p], np.float32)
+        settings = np.array([self._program.epsilon, sampling.temperature, sampling.top_p, self._guidance], np.float32)
         count = threads.thread_count(self._work * n * self.batch, 1 << 22)
+        each = 2 if self._guidance else 1  # rows that stay together
 
         def kernel(slot: int, first: int, last: int) -> None:
-            k.decode(p, self.ops, self.rows, self.at, settings, first, last)
+            k.decode(p, self.ops, self.rows, self.at, settings, each * first, each * last)
 
-        threads.parallel(kernel, self.batch, count)
+        threads.parallel(kernel, self.batch // each, count)
         self._carried.advance(n)
         return tokens, log_probs
 

@@ -258,6 +258,15 @@ def _predict(work, logits, rows, past, order, levels, vocab):
 
 
 @helper
+def _guide(work, told, untold, guidance, vocab):
+    """untold = told + guidance (told - untold); -inf, what may not be drawn, stays."""
+    for v in range(vocab):
+        a, b = peek(work, told + 4 * v), peek(work, untold + 4 * v)
+        if a > -np.inf:
+            poke(work, untold + 4 * v, a + guidance * (a - b))
+
+
+@helper
 def _uniform(key, position):
     """sampling.draw."""
     z = uint64(key) + uint64(position) * GOLDEN
@@ -360,13 +369,13 @@ def _draw(work, logits, weights, order, vocab, r, temperature, top_k, top_p):
 def decode(p, ops, rows, at, settings, first, last):
     """COUNT tokens of the streams [first, last). rows (batch 3): address of the stream's base vector, its key, its token.
 
-    at: offsets of the scratch areas, then those of the skip slots; settings: epsilon, temperature, top_p (float32).
+    at: offsets of the scratch areas, then those of the skip slots; settings: epsilon, temperature, top_p, guidance (float32).
     """
     work = F
     streams, vocab, d = last - first, p[VOCAB], p[D_MODEL]
     pitch = at[PITCH]
     scratch = p[SCRATCH] + first * pitch
-    epsilon, temperature, top_p = settings[0], settings[1], settings[2]
+    epsilon, temperature, top_p, guidance = settings[0], settings[1], settings[2], settings[3]
     phases = np.empty(p[OPERATIONS], np.int64)
     for o in range(p[OPERATIONS]):
         phases[o] = ops[o, PHASE]
@@ -433,9 +442,15 @@ def decode(p, ops, rows, at, settings, first, last):
             if p[ORDER]:
                 _predict(work, mine + at[LOGITS], mine + at[LOGITS] + 4 * _padded(vocab), p[PAST] + (first + s) * p[ORDER] * 4,
                          p[ORDER], p[LEVELS], vocab)  # fmt: skip
+            if guidance and s % 2:
+                _guide(work, mine + at[LOGITS] - pitch, mine + at[LOGITS], guidance, vocab)
+        for s in range(streams - 1, -1, -1):
+            mine = scratch + s * pitch
             r = _uniform(rows[first + s, 1], p[POSITION] + i)
             token, normaliser = _draw(work, mine + at[LOGITS], mine + at[WEIGHTS], p[RANKED] + (first + s) * 16 * vocab, vocab, r,
                                       temperature, p[TOP_K], top_p)  # fmt: skip
+            if guidance and s % 2 == 0:
+                token = rows[first + s + 1, 2]  # drawn already, from the logits of both
             if p[FORCED]:
                 token = peek(int64(0), p[FORCED] + ((first + s) * p[COUNT] + i) * 8)
             place = (first + s) * p[COUNT] + i

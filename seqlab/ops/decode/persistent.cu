@@ -28,7 +28,7 @@ struct Params {
     const float* embedding;  // (vocab d_model)
     const float* base;       // (b d_model), added to the embedding, or 0
     const char* arena;       // (CLUSTER arena_stride) bytes: what each block of a cluster reads, most wanted first
-    const float* settings;   // epsilon, temperature, top_p
+    const float* settings;   // epsilon, temperature, top_p, guidance
     const i64* keys;         // (b)
     const i64* forced;       // (b count), or 0
     const i64* tokens;       // (b)
@@ -547,6 +547,15 @@ DEVICE void predict(const Params& p, float* logits, const float* past, int oldes
     __syncwarp();
 }
 
+// untold = told + guidance (told - untold), by one warp; -inf, what may not be drawn, stays.
+DEVICE void guide(const float* told, float* untold, float guidance, int vocab) {
+    for (int v = threadIdx.x % 32; v < vocab; v += 32) {
+        float a = told[v];
+        if (a > __uint_as_float(0xff800000u)) untold[v] = a + guidance * (a - untold[v]);
+    }
+    __syncwarp();
+}
+
 // sampling.sample for one stream by one warp; a lane has `each` neighbouring tokens. Returns the token and sets
 // *normaliser to log sum exp(logits).
 DEVICE int draw(const Params& p, const float* settings, const float* logits, float* weights, float r, float* normaliser) {
@@ -652,7 +661,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     }
     const uint4* head = (const uint4*)PLACE(p.head);
     const float* head_bias = (const float*)PLACE(p.head_bias);
-    if (threadIdx.x < 3) m.settings[threadIdx.x] = p.settings[threadIdx.x];
+    if (threadIdx.x < 4) m.settings[threadIdx.x] = p.settings[threadIdx.x];
     for (float* q = m.x + threadIdx.x; q < zero_end; q += THREADS) *q = 0.f;
     for (int i = threadIdx.x; i < p.operations; i += THREADS) m.phase[i] = (int)p.phases[i];
     for (int s = threadIdx.x; s < STREAMS; s += THREADS) m.token[s] = s < streams ? (int)p.tokens[first + s] : 0;
@@ -665,7 +674,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     __syncthreads();
     cluster_barrier();  // nobody writes to a block that has not begun
 
-    int d = p.d_model, rows = p.head_rows, v_pitch = round_up(rows, 4);
+    int d = p.d_model, vocab = p.vocab, rows = p.head_rows, v_pitch = round_up(rows, 4);
     Turn turn = {0, 1};
     int head_rows = round_up(rows, PADDED), head_units = round_up((d + CLUSTER - 1) / CLUSTER, UNIT) / UNIT;
     for (i64 step = 0; step < p.count; step++) {
@@ -695,18 +704,28 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
             m.logits[s * v_pitch + v] = m.scale[s] * whole(p, m, head_rows, n, turn, s, v) + head_bias[v];
         }
         __syncthreads();
-        for (int s = threadIdx.x / 32; s < streams; s += WARPS) {
-            float normaliser;
-            float* logits = m.logits + s * v_pitch;
-            if (order) predict(p, logits, m.past + s * order, step % order);
-            int token = draw(p, m.settings, logits, m.weights + s * v_pitch, uniform(p.keys[first + s], p.position + step), &normaliser);
-            i64 place = (first + s) * p.count + step;
-            if (p.forced) token = (int)p.forced[place];
-            if (threadIdx.x % 32 == 0) {
-                m.token[s] = token;
-                if (rank == 0) {
-                    p.out[place] = token;
-                    p.log_probs[place] = logits[token] - normaliser;
+        float guidance = m.settings[3];
+        int each = guidance > 0.f ? 2 : 1, guided = 0;  // with guidance a warp draws for both rows of a pair
+        for (int pair = threadIdx.x / 32; pair * each < streams; pair += WARPS) {
+            for (int s = pair * each; s < (pair + 1) * each; s++) {
+                float* logits = m.logits + s * v_pitch;
+                if (order) predict(p, logits, m.past + s * order, step % order);
+                if (s % each) guide(logits - v_pitch, logits, guidance, vocab);
+            }
+            for (int s = (pair + 1) * each - 1; s >= pair * each; s--) {
+                float normaliser;
+                const float* logits = m.logits + s * v_pitch;
+                int token = draw(p, m.settings, logits, m.weights + s * v_pitch, uniform(p.keys[first + s], p.position + step), &normaliser);
+                if (s % each) guided = token;
+                else if (each > 1) token = guided;
+                i64 place = (first + s) * p.count + step;
+                if (p.forced) token = (int)p.forced[place];
+                if (threadIdx.x % 32 == 0) {
+                    m.token[s] = token;
+                    if (rank == 0) {
+                        p.out[place] = token;
+                        p.log_probs[place] = logits[token] - normaliser;
+                    }
                 }
             }
         }

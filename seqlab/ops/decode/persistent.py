@@ -41,7 +41,7 @@ def unavailable(request: Request | None = None) -> str | None:
     if request.model.config.prediction_order and request.dtype != torch.float32:
         return f"weights are {request.dtype}; a linear prediction needs float32"
     device = Device(request.device.index)
-    if plan(Program(request.model), request.batch, request.dtype == torch.bfloat16, device) is None:
+    if plan(Program(request.model), request.batch, request.dtype == torch.bfloat16, device, bool(request.guidance)) is None:
         return f"the activations of one stream do not fit {device.shared_limit} bytes of shared memory"
     return None
 
@@ -165,13 +165,13 @@ def cost(program: Program, batch: int, shape: Shape, multiprocessors: int) -> fl
     return waves * (max(read, multiply) + states * shape.streams / 1.9e3 + meet)
 
 
-def plan(program: Program, batch: int, half: bool, device) -> Shape | None:
-    """The launch that `cost` thinks fastest; None where nothing fits."""
+def plan(program: Program, batch: int, half: bool, device, paired: bool = False) -> Shape | None:
+    """The launch that `cost` thinks fastest, with pairs of rows in one cluster if they must be; None where nothing fits."""
     best = None
     for cluster in CLUSTERS if device.clusters else (1,):
         if any(o.d_inner % cluster for o in program.blocks):
             continue
-        for streams in STREAMS:
+        for streams in STREAMS[paired:]:
             shape = Shape(cluster, streams, half)
             if sizes(program, shape)["shared"] > device.shared_limit or (streams > 1 and streams >= 2 * batch):
                 continue
@@ -239,10 +239,11 @@ class Runner:
     """Runs the tokens of all streams; the kernel works on the state tensors in place."""
 
     def __init__(self, request: Request, device: Device | None = None, shape: Shape | None = None):
-        self.batch, self._torch_device, self._classes = request.batch, request.device, request.classes
+        self.batch, self._torch_device = request.batch, request.device
+        self._classes, self._guidance = request.classes, request.guidance
         self._device = Device(request.device.index) if device is None else device
         program = self._program = Program(request.model)
-        self.shape = shape or plan(program, request.batch, request.dtype == torch.bfloat16, self._device)
+        self.shape = shape or plan(program, request.batch, request.dtype == torch.bfloat16, self._device, bool(request.guidance))
         self._carried = Carried(program, request.batch, request.device)
         self._sizes = sizes(program, self.shape)
         self._kept: list[Tensor] = []
@@ -378,7 +379,7 @@ class Runner:
         device = self._torch_device
         tokens = torch.empty(self.batch, n, dtype=torch.int64, device=device)
         log_probs = torch.empty(self.batch, n, device=device)
-        settings = torch.tensor([self._program.epsilon, sampling.temperature, sampling.top_p], device=device)
+        settings = torch.tensor([self._program.epsilon, sampling.temperature, sampling.top_p, self._guidance], device=device)
         phases = [0] * len(self._program.operations)
         phases[: len(self._carried.phase)] = self._carried.phase  # the kernel looks them up by pool
         phases = torch.tensor(phases, device=device)

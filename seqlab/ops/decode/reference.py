@@ -17,9 +17,17 @@ def one_token(request: Request, token: Tensor, state, r: Tensor | None, sampling
     extra = {} if request.classes is None else {"classes": request.classes}
     with torch.autocast(request.device.type, request.dtype, enabled=request.dtype != torch.float32):
         logits, state = request.model(token[:, None], state, **extra)
-    logits = forbid(logits[:, 0].float(), request.allowed)
-    following = sample(logits, r, sampling) if forced is None else forced
+    logits = logits[:, 0].float()
+    drawn = guided(logits, request.guidance) if request.guidance else logits
+    logits = forbid(logits, request.allowed)
+    following = sample(forbid(drawn, request.allowed), r, sampling) if forced is None else forced
     return following, logits.log_softmax(-1).gather(-1, following[:, None])[:, 0], state
+
+
+def guided(logits: Tensor, guidance: float) -> Tensor:
+    """Logits (b vocab) of pairs of rows -> what both rows of each pair draw from (b vocab)."""
+    told, untold = logits[0::2], logits[1::2]
+    return (told + guidance * (told - untold)).repeat_interleave(2, 0)
 
 
 class Runner:

@@ -246,6 +246,28 @@ def test_cuts(sampling, kept):
         torch.testing.assert_close(counts, logits.exp() / logits.exp().sum(), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("name", ["classes", "sampled"])
+@pytest.mark.parametrize("weight", [0.7, 3.0])
+def test_guided_draws_move_away_from_what_is_likely_without_the_class(backend, name, weight):
+    model, sampling = make(name), Sampling(0.9, top_p=0.95, seed=4)
+    classes, prompt = classes_of(model, 2), tokens_of(model, 2, 6)
+    decoder = decoder_of(model, 2, backend, guidance=weight)
+    decoder.prefill(prompt)
+    tokens, log_probs = (torch.cat(parts, 1) for parts in zip(*(decoder.generate(n, sampling) for n in (5, 12))))
+    whole = torch.cat([prompt, tokens.long()], 1)
+    torch.testing.assert_close(log_probs, parallel(model, whole, classes)[:, 5:], atol=1e-4, rtol=0)
+    keys = torch.tensor([stream_key(4, 0), stream_key(4, 1)], device=DEVICE)
+    with torch.no_grad():
+        told, untold = (model(whole, classes=c)[0].log_softmax(-1) for c in (classes, torch.full_like(classes, 2)))
+    for i in range(17):
+        drawn = sample((told + weight * (told - untold))[:, 5 + i], draw(keys, 6 + i), sampling)
+        assert torch.equal(drawn, tokens[:, i].long())
+    other = decoder_of(model, 2, "reference", guidance=weight)
+    other.load_state_dict(decoder.state_dict())
+    assert torch.equal(other.generate(9, sampling)[0], decoder.generate(9, sampling)[0])
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 def test_what_does_not_fit_is_one_clear_line():
     model, conditional = make("isotropic"), make("classes")
@@ -255,6 +277,8 @@ def test_what_does_not_fit_is_one_clear_line():
         (lambda: Decoder(model, dtype=torch.float16), "float32 or bfloat16"),
         (lambda: Decoder(model, allowed=[99]), "allowed"),
         (lambda: Decoder(model, classes=torch.tensor([0])), "not conditional"),
+        (lambda: Decoder(model, guidance=1.0), "not conditional"),
+        (lambda: Decoder(conditional, classes=torch.tensor([0]), guidance=-1.0), "guidance: must be 0"),
         (lambda: Decoder(conditional, 2), "each of the 2 streams"),
         (lambda: Decoder(conditional, 2, classes=torch.tensor([0, 3])), "0 to 2"),
         (lambda: Decoder(model, 2, streams=torch.tensor([0])), "streams"),
