@@ -1,10 +1,11 @@
 """Can generated digits be recognised? A small network learns the recordings of a dataset's training split, is tested on the
 test split, and then listens to a folder that `seqlab generate audio --class ...` wrote.
 
-    python benchmarks/recognise_digits.py --data data/digits --samples digits/ [--epochs 60] [--seed 0]
+    python benchmarks/recognise_digits.py --data data/digits --samples digits/ [--run runs/digits] [--epochs 60] [--seed 0]
 
 The listener is a convolutional network on log-mel spectrograms (40 bands, 10 ms steps, one second); it never hears generated
-sound in training. Prints accuracy on the test split, on the samples, a confusion matrix, and one line of JSON.
+sound in training. Prints accuracy on the test split, on the samples, a confusion matrix, and one line of JSON. With --run, the
+model that made the samples is a second listener, on the test split: it hears the class that makes a recording likeliest.
 """
 
 import argparse
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from seqlab.audio import read_mono  # noqa: E402
 from seqlab.dataset import TokenStore  # noqa: E402
 from seqlab.tokenizers.waveform import QUANTIZERS  # noqa: E402
+from tasks import audio, runs  # noqa: E402
 
 BANDS, SECONDS = 40, 1.0
 
@@ -103,10 +105,26 @@ def answers(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([model(part).argmax(1) for part in x.split(256)]).cpu()
 
 
+@torch.inference_mode()
+def likeliest(run, store: TokenStore, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every test recording: its class, and the class under which the run's model finds it likeliest."""
+    spans = audio.spans_of(store, "test", int(store.lengths.max()))
+    ids, target, weight = (torch.from_numpy(a).to(device) for a in audio.read_windows(store, spans, QUANTIZERS[run.config.sound.quantizer].zero))
+    model, labels = run.model.to(device).eval(), run.config.sound.labels
+    scores = torch.zeros(len(labels), len(ids))
+    for label in range(len(labels)):
+        for rows in torch.arange(len(ids), device=device).split(16):
+            logits, _ = model(ids[rows], return_state=False, classes=torch.full_like(rows, label))
+            log_p = logits.log_softmax(-1).gather(-1, target[rows].long()[..., None])[..., 0]
+            scores[label, rows.cpu()] = (log_p * weight[rows]).sum(1).cpu()
+    return torch.from_numpy(audio.class_indices(store, labels)[audio.sequence_of(store, spans)]), scores.argmax(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="dataset with labels, from `seqlab prep audio`")
     parser.add_argument("--samples", type=Path, nargs="*", default=[], help="folders from `seqlab generate audio --class ...`")
+    parser.add_argument("--run", type=Path, help="the run that made the samples: can it tell the recordings apart?")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -124,6 +142,11 @@ def main() -> None:
     print(f"listener: {len(y)} recordings, {options.epochs} epochs, {time.monotonic() - began:.0f} s on the {device}")
     print(f"test split: {int(right.sum())} of {len(right)} recordings recognised ({right.float().mean():.1%})")
     result = {"test_accuracy": right.float().mean().item(), "test_recordings": len(right), "samples": []}
+    if options.run is not None:
+        wanted, heard = likeliest(runs.load_run(options.run, task=audio.NAME), store, device)
+        n = int((wanted == heard).sum())
+        print(f"{options.run}: {n} of {len(wanted)} test recordings are likeliest under their own class ({n / len(wanted):.1%})")
+        result["likeliest"] = n
     for folder in options.samples:
         rows = json.loads((folder / "generation.json").read_text())["samples"]
         waves = [np.concatenate(list(read_mono(folder / row["file"], rate))) for row in rows]
