@@ -83,8 +83,8 @@ class LanguageModel(nn.Module):
         return_state: bool = True,
         classes: Tensor | None = None,
     ):
-        y, after = self.read(ids, state, mask, return_state, classes)
-        return self.logits(y, ids, state), after
+        y, after, prediction = self.read(ids, state, mask, return_state, classes)
+        return self.logits(y, prediction), after
 
     def read(
         self,
@@ -94,8 +94,8 @@ class LanguageModel(nn.Module):
         return_state: bool = True,
         classes: Tensor | None = None,
     ):
-        """All but the heads: features (b l d_model) and the state."""
-        x, shifts = self.embedding(ids.long()), None
+        """All but the heads: features (b l d_model), the state, and the linear prediction if there is one."""
+        x, shifts, prediction = self.embedding(ids.long()), None, None
         if classes is not None:
             if self.class_embedding is None:
                 raise ValueError("classes: this model is not conditional (n_classes: 0); call it without them")
@@ -107,20 +107,19 @@ class LanguageModel(nn.Module):
         if self.prediction_head is not None:
             if mask is not None:
                 raise ValueError("mask: a model with a prediction_order reads every sample; call it without a mask")
-            before = None if state is None else state.backbone
+            before, heard = (None, None) if state is None else state
+            prediction, heard = self.prediction_head.predictor(ids, heard)
+            x = x + (prediction.inputs @ self.prediction_head.input).to(x.dtype)
         options = {} if shifts is None else {"shifts": shifts}
         y, after = self.backbone(self.dropout(x), before, mask, return_state=return_state, **options)
-        if return_state and self.prediction_head is not None:
-            heard = self.prediction_head.follow(ids, None if state is None else state.past)
-            after = SampleState(after, heard[:, heard.shape[1] - self.config.prediction_order + 1 :])
-        return y, after
+        if return_state and prediction is not None:
+            after = SampleState(after, heard)
+        return y, after, prediction
 
-    def logits(self, y: Tensor, ids: Tensor, state=None) -> Tensor:
-        """Of features y (b l d_model), which `read` gave for these ids from this state."""
+    def logits(self, y: Tensor, prediction=None) -> Tensor:
+        """Of what `read` gave."""
         logits = self.lm_head(y)
-        if self.prediction_head is None:
-            return logits
-        return logits + self.prediction_head(y, ids, None if state is None else state.past)
+        return logits if prediction is None else logits + self.prediction_head(y, prediction)
 
 
 def build_model(config: ModelConfig, complement: Tensor | None = None) -> nn.Module:

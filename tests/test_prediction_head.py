@@ -1,4 +1,4 @@
-"""The head that predicts samples linearly, and classes before every block: by hand, in pieces, from older checkpoints."""
+"""Linear prediction in a model, and classes before every block: by hand, in pieces, from older checkpoints."""
 
 import math
 
@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from seqlab.errors import UserError
-from seqlab.heads.sample import PredictionHead
+from seqlab.heads import sample
+from seqlab.heads.sample import LinearPredictor, Prediction, PredictionHead, decaying_sum, levinson
 from seqlab.model import LanguageModel, ModelConfig, build_model
 from seqlab.training.checkpoint import load_model, save_model
 from seqlab.training.parallel import share_mixers
@@ -21,7 +22,7 @@ def make(**config) -> LanguageModel:
     torch.manual_seed(0)
     model = build_model(ModelConfig(**config)).eval()
     for name, parameter in model.named_parameters():
-        if "class_shifts" in name or name == "prediction_head.weight":  # they start as zero
+        if name in ("prediction_head.weight", "prediction_head.input") or "class_shifts" in name:  # they start as zero
             torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -32,42 +33,82 @@ def wave(n: int = 4000) -> np.ndarray:
     return 0.5 * np.sin(0.3 * t) + 0.2 * np.sin(0.71 * t + 1) + 0.01 * rng.standard_normal(n)
 
 
+# ------------------------------------------------------------------------------------------------------- the predictor
+def test_levinson_solves_the_normal_equations():
+    x = wave()
+    r = torch.tensor([x[k:] @ x[: len(x) - k] for k in range(9)], dtype=torch.float64)
+    r = torch.stack([r, r.flip(0).cumsum(0).flip(0) + 3 * torch.eye(9, dtype=torch.float64)[0] * r[0]], 1)
+    lags = (torch.arange(8)[:, None] - torch.arange(8)).abs()
+    for n in range(2):
+        expected = torch.linalg.solve(r[lags, n], r[1:, n])
+        torch.testing.assert_close(levinson(r)[:, n], expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("decay, length", [(0.5, 1), (0.5, 60), (0.998, 700)])
+def test_decaying_sums_equal_the_loop(decay, length):
+    x = torch.randn(2, length, 3, dtype=torch.float64)
+    y, expected = torch.zeros(2, 3, dtype=torch.float64), []
+    for t in range(length):
+        y = decay * y + x[:, t]
+        expected.append(y)
+    torch.testing.assert_close(decaying_sum(x, decay), torch.stack(expected, 1), rtol=1e-7, atol=1e-7)
+
+
+def test_the_predictor_is_the_one_described(monkeypatch):
+    """Sample by sample from the formulas, with the correlations of the windowed past computed from the window."""
+    monkeypatch.setattr(sample, "PIECE", 64)
+    order, n = 4, 150
+    predictor = LinearPredictor(256, order)
+    predictor.prior.copy_(torch.tensor([0.02, 0.01, 0.005, 0.002, 0.001]))
+    codes = torch.from_numpy(np.clip(wave(n) * 128 + 128, 0, 255).astype(np.int64))[None]
+    x = predictor.levels[codes[0]].double().numpy()
+    got, heard = predictor(codes)
+    p = w = 0.0
+    for t in range(n):
+        window = sample.MEMORY ** ((t - np.arange(t + 1)) / 2) * x[: t + 1]
+        r = np.array([window[k:] @ window[: t + 1 - k] if k <= t else 0.0 for k in range(order + 1)]) + predictor.prior.numpy()
+        r[0] *= 1 + sample.NOISE
+        c = np.linalg.solve(r[np.abs(np.arange(order)[:, None] - np.arange(order))], r[1:])
+        error, before = x[t] - p, w + predictor.floor.item()
+        w = 0.95 * w + 0.05 * abs(error)
+        p = sum(c[k] * x[t - k] for k in range(min(order, t + 1)))
+        told = [np.tanh(error / before), 0.5 * np.log(w + predictor.floor.item()) + 2, np.arcsinh(255 * p) / np.arcsinh(255)]
+        np.testing.assert_allclose([got.p[0, t], got.width[0, t]], [p, w + predictor.floor.item()], atol=1e-5)
+        np.testing.assert_allclose(got.inputs[0, t], told, atol=1e-4)
+    np.testing.assert_allclose(heard[0, :order], x[-order:])
+    assert np.mean(np.square(x[80:] - got.p[0, 79:-1].numpy())) < 0.05 * np.mean(np.square(x[80:]))
+
+
 # ------------------------------------------------------------------------------------------------------------ the head
 def test_the_density_is_the_one_described():
     torch.manual_seed(0)
     head = PredictionHead(3, 4, 2)
     torch.nn.init.normal_(head.weight)
     with torch.no_grad():
-        head.levels.copy_(torch.tensor([-0.9, -0.1, 0.2, 0.8]))
-        head.base.copy_(torch.tensor([-0.5, 1.2]))
+        head.predictor.levels.copy_(torch.tensor([-0.9, -0.1, 0.2, 0.8]))
         head.basis.copy_(torch.tensor([[2.0, 0.0], [-1.0, 3.0]]))
         head.bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
-    y, ids = torch.randn(1, 3, 3), torch.tensor([[3, 0, 2]])
-    got = head(y, ids, torch.tensor([[0.25]]))[0]
-    samples = [0.25, 0.8, -0.9, 0.2]
+    y = torch.randn(1, 3, 3)
+    samples, p, width = [0.25, 0.8, -0.9, 0.2], [0.5, -0.3, 0.1], [0.2, 0.4, 0.3]
+    got = head(y, Prediction(*(torch.tensor([a]) for a in (samples, p, width)), torch.zeros(1, 3, 3)))[0]
     for t in range(3):
         out = (head.weight @ y[0, t]).tolist()
-        c = [-0.5 + 2.0 * out[0] - 1.0 * out[1], 1.2 + 3.0 * out[1]]
-        m = c[0] * samples[t] + c[1] * samples[t + 1]
-        s, a = math.exp(head.shape[0].item() + out[2]), math.exp(head.shape[1].item() + out[3])
+        change = [2.0 * out[0] - 1.0 * out[1], 3.0 * out[1]]
+        m = p[t] + change[0] * samples[t] + change[1] * samples[t + 1]
+        s, a = width[t] * math.exp(head.shape[0].item() + out[2]), math.exp(head.shape[1].item() + out[3])
         expected = [b - a * math.log(1 + ((level - m) / s) ** 2) for level, b in zip((-0.9, -0.1, 0.2, 0.8), (0.1, 0.2, 0.3, 0.4))]
         torch.testing.assert_close(got[t], torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_fitted_it_begins_as_the_best_linear_prediction():
+def test_the_network_moves_coefficients_in_directions_of_equal_strength():
     x, order = wave(), 8
     correlations = np.array([x[k:] @ x[: len(x) - k] for k in range(order + 1)]) / len(x)
-    levels = np.linspace(-1, 1, 256)
     head = PredictionHead(4, 256, order)
-    head.fit(levels, correlations)
+    head.fit(np.linspace(-1, 1, 256), correlations)
     windows = np.lib.stride_tricks.sliding_window_view(x, order + 1)
-    error = windows[:, -1] - windows[:, :-1] @ head.base.double().numpy()
     least = np.linalg.lstsq(windows[:, :-1], windows[:, -1], rcond=None)[0]
-    best = windows[:, -1] - windows[:, :-1] @ least
-    assert (error**2).mean() < 1.1 * (best**2).mean() < 0.01 * (x**2).mean()
-    assert head.shape[0].exp().item() == pytest.approx(np.sqrt((error**2).mean()), rel=0.2)
-    # the directions in which it can be moved are uncorrelated and as strong as the error
-    moved = windows[:, :-1] @ head.basis.double().numpy().T / np.sqrt((error**2).mean())
+    error = np.sqrt(np.mean(np.square(windows[:, -1] - windows[:, :-1] @ least)))
+    moved = windows[:, :-1] @ head.basis.double().numpy().T / error
     np.testing.assert_allclose(moved.T @ moved / len(moved), np.eye(order), atol=0.2)
 
 
@@ -77,8 +118,9 @@ def test_its_logits_are_a_distribution_over_the_codes_of_unequal_width():
     head = PredictionHead(2, 256, 3)
     head.fit(levels, np.array([1.0, 0.0, 0.0, 0.0]))
     with torch.no_grad():
-        head.shape.copy_(torch.tensor([math.log(0.1), math.log(2.0)]))
-        p = head(torch.zeros(1, 1, 2), torch.tensor([[128]]), None)[0, 0].softmax(-1).double().numpy()
+        head.shape.copy_(torch.tensor([0.0, math.log(2.0)]))
+        here = Prediction(torch.zeros(1, 3), torch.zeros(1, 1), torch.full((1, 1), 0.1), torch.zeros(1, 1, 3))
+        p = head(torch.zeros(1, 1, 2), here)[0, 0].softmax(-1).double().numpy()
     density = (1 + (levels / 0.1) ** 2) ** -2.0 * np.gradient(levels)
     np.testing.assert_allclose(p, density / density.sum(), rtol=1e-4)
 
@@ -94,7 +136,7 @@ def test_pieces_and_steps_equal_the_whole(config):
             logits, state = model(piece, state, classes=classes)
             parts.append(logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(state.past, end.past)
+    torch.testing.assert_close(state.heard, end.heard)
     changed = ids.clone()
     changed[:, 20] = (changed[:, 20] + 1) % 20
     with torch.no_grad():
@@ -140,9 +182,9 @@ def test_a_checkpoint_from_before_blocks_heard_the_class_gives_what_it_gave(tmp_
     other = build_model(ModelConfig(**UNET, n_classes=3)).eval()
     load_model(other, tmp_path / "old.safetensors")
     ids, classes = torch.randint(0, 20, (3, 9)), torch.tensor([0, 1, 2])
-    x = model.embedding(ids) + model.class_embedding(classes)[:, None]
-    y, _ = model.backbone(x)
-    torch.testing.assert_close(other(ids, classes=classes)[0], model.logits(y, ids), atol=1e-6, rtol=1e-5)
+    prediction, _ = model.prediction_head.predictor(ids)
+    y, _ = model.backbone(model.embedding(ids) + model.class_embedding(classes)[:, None])
+    torch.testing.assert_close(other(ids, classes=classes)[0], model.logits(y, prediction), atol=1e-6, rtol=1e-5)
     del weights["backbone.centre.0.norm.weight"]
     save_file(weights, tmp_path / "damaged.safetensors")
     with pytest.raises(UserError, match="lacks backbone.centre.0.norm.weight"):

@@ -1,21 +1,27 @@
-"""The head of a model of sampled signals: a density around a linear prediction of the next sample, added to the logits.
+"""Linear prediction inside a model of sampled signals: what the network is told about it, and the head that follows it.
 
-A code stands for an amplitude, `levels[code]`. From the features y of a position come the K coefficients of a linear
-prediction, a width s and a tail a:
+A code stands for an amplitude, `levels[code]`. `LinearPredictor` has no weights: at every sample it fits K coefficients to the
+recent past (backward-adaptive linear predictive coding, the autocorrelation method with an exponential window):
 
-    c     = base + basis^T (W y)              (K)   coefficients, oldest sample first
-    m     = sum_k c_k x_k                           x: amplitudes of the last K samples, zero before the beginning
-    logit = -a log(1 + ((levels - m) / s)^2) + bias per code        s = exp(.), a = exp(.)
+    R_t[k] = lambda R_{t-1}[k] + x_t x_{t-k}               k = 0 ... K, x: amplitudes, zero before the beginning
+    r_t[k] = lambda^(k/2) R_t[k] + prior[k]                the correlations of the windowed past, and of the training split
+    c_t    = Levinson(r_t);  p_t = sum_k c_t[k] x_{t+1-k}   the prediction of x_{t+1}
+    w_t    = mu w_{t-1} + (1 - mu) |x_t - p_{t-1}|          how wrong it has been lately
+
+`PredictionHead` adds to the logits, from the features y of a position,
+
+    m     = p + sum_k (basis^T W y)_k x_{t+1-k}            the network moves the prediction,
+    s     = w exp(.),  a = exp(.)                          its width and its tail
+    logit = -a log(1 + ((levels - m) / s)^2) + bias per code
 
 that is, up to a constant, a Student t distribution around m of 2 a - 1 degrees of freedom, times whatever the language head
-says. Fixed coefficients are linear predictive coding (LPC); here the network moves them with what it has heard. `basis` makes
-the directions in which it moves them equally strong: with R = L L^T the correlations of K neighbouring samples, basis = L^-1,
-so W y acts on signals of variance one. Without it the loss hardly feels the directions in which sound has little power, which
-are those that precise prediction needs.
+says. `basis` makes the directions in which the network moves coefficients equally strong: with the training split's
+correlations R = L L^T, basis = L^-1, so W y acts on signals of variance one. The newest error, w and p go into the network too.
 
-Everything is float32 or more: a prediction 30 dB better than its signal leaves nothing for bfloat16 to round.
+The predictor computes in float64, the head in float32: a prediction 30 dB better than its signal leaves little for rounding.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,61 +29,141 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MEMORY = 0.998  # lambda
+WIDTH_MEMORY = 0.95  # mu
+NOISE = 1e-6  # share of r[0] that is added to it, for the recursion's sake
+PIECE = 1 << 17  # positions that are worked on at a time
+INPUTS = 3  # numbers that the network is told at every position
+
 
 class SampleState(NamedTuple):
-    """State of a language model with a PredictionHead between two pieces of a sequence."""
+    """State of a language model with a linear prediction between two pieces of a sequence."""
 
     backbone: Any
-    past: Tensor  # (b K-1), amplitudes of the last samples, oldest first
+    heard: Tensor  # (b 2K+3) float64: the last K amplitudes, oldest first; R; p; w
+
+
+class Prediction(NamedTuple):
+    """What `LinearPredictor` says at every position (b l), about the sample that follows."""
+
+    past: Tensor  # (b K+l-1), amplitudes: those of position t and the K-1 before it are past[:, t : t+K]
+    p: Tensor
+    width: Tensor  # w, above 0
+    inputs: Tensor  # (b l INPUTS)
+
+
+def levinson(r: Tensor) -> Tensor:
+    """Correlations (K+1 n) -> coefficients (K n) of the linear prediction with the least error, newest sample first."""
+    c = torch.zeros_like(r[1:])
+    error = r[0].clone()
+    for i in range(len(c)):
+        reflection = (r[i + 1] - (c[:i] * r[1 : i + 1].flip(0)).sum(0)) / error
+        c[:i] -= reflection * c[:i].flip(0)
+        c[i] = reflection
+        error *= 1 - reflection * reflection
+    return c
+
+
+def decaying_sum(x: Tensor, decay: float) -> Tensor:
+    """y_t = decay y_{t-1} + x_t along dim 1, by doubling; what has decayed below 1e-9 is left out."""
+    reach = 1
+    while reach < x.shape[1] and decay**reach > 1e-9:
+        x = torch.cat([x[:, :reach], x[:, reach:] + decay**reach * x[:, :-reach]], 1)
+        reach *= 2
+    return x
+
+
+class LinearPredictor(nn.Module):
+    """forward(ids (b l), heard or None) -> (Prediction, heard). `fit` fills in what it takes from the data."""
+
+    def __init__(self, vocab_size: int, order: int):
+        super().__init__()
+        self.order = order
+        self.register_buffer("levels", torch.linspace(-1, 1, vocab_size))
+        self.register_buffer("prior", F.one_hot(torch.tensor(0), order + 1) * 1e-3)
+
+    @property
+    def floor(self) -> Tensor:
+        """Of the width: a quarter of the smallest step between levels."""
+        return self.levels.diff().min() / 4
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, heard: Tensor | None = None) -> tuple[Prediction, Tensor]:
+        with torch.autocast(ids.device.type, enabled=False):
+            parts = []
+            for piece in ids.split(max(1, PIECE // len(ids)), 1):
+                part, heard = self._piece(piece, heard)
+                parts.append(part)
+        if len(parts) == 1:
+            return parts[0], heard
+        past = torch.cat([parts[0].past, *(part.past[:, self.order - 1 :] for part in parts[1:])], 1)
+        return Prediction(past, *(torch.cat(same, 1) for same in list(zip(*parts))[1:])), heard
+
+    def start(self, rows: int) -> Tensor:
+        """`heard` before the first sample."""
+        return torch.zeros(rows, 2 * self.order + 3, dtype=torch.float64, device=self.levels.device)
+
+    def _piece(self, ids: Tensor, heard: Tensor | None) -> tuple[Prediction, Tensor]:
+        K, floor = self.order, self.floor.double()
+        heard = self.start(len(ids)) if heard is None else heard
+        before, R, last, width = heard.split([K, K + 1, 1, 1], 1)
+        x = torch.cat([before, self.levels[ids.long()].double()], 1)  # (b K+l)
+        windows = x.unfold(1, K + 1, 1)  # (b l K+1), newest last
+        products = windows[..., -1:] * windows.flip(-1)
+        products[:, 0] += MEMORY * R
+        R = decaying_sum(products, MEMORY)
+        lags = torch.arange(K + 1, device=x.device)
+        r = (R * MEMORY ** (0.5 * lags) + self.prior).permute(2, 0, 1).flatten(1)  # (K+1 b l)
+        r[0] *= 1 + NOISE
+        c = levinson(r).unflatten(1, ids.shape)  # (K b l)
+        p = (c * windows[..., 1:].flip(-1).permute(2, 0, 1)).sum(0)
+        errors = x[:, K:] - torch.cat([last, p[:, :-1]], 1)
+        widths = (1 - WIDTH_MEMORY) * errors.abs()
+        widths[:, :1] += WIDTH_MEMORY * width
+        widths = decaying_sum(widths, WIDTH_MEMORY)
+        wide = widths + floor
+        earlier = torch.cat([width, widths[:, :-1]], 1) + floor
+        inputs = [torch.tanh(errors / earlier), 0.5 * wide.log() + 2, torch.asinh(255 * p) / math.asinh(255)]
+        new = torch.cat([x[:, -K:], R[:, -1], p[:, -1:], widths[:, -1:]], 1)
+        return Prediction(x[:, 1:].float(), p.float(), wide.float(), torch.stack(inputs, -1).float()), new
 
 
 class PredictionHead(nn.Module):
-    """forward(y (b l d_model), ids (b l), past (b K-1) or None) -> what to add to the logits (b l vocab).
-
-    `fit` fills in what it takes from the data; until then it predicts that nothing changes.
-    """
+    """forward(y (b l d_model), Prediction) -> what to add to the logits (b l vocab). `predictor` is its own."""
 
     def __init__(self, d_model: int, vocab_size: int, order: int):
         super().__init__()
         self.order = order
-        self.weight = nn.Parameter(torch.zeros(order + 2, d_model))  # K rows of coefficients, log s, log a
-        self.shape = nn.Parameter(torch.tensor([-4.0, 0.7]))  # log s and log a to begin with
+        self.predictor = LinearPredictor(vocab_size, order)
+        self.input = nn.Parameter(torch.zeros(INPUTS, d_model))  # what the network is told
+        self.weight = nn.Parameter(torch.zeros(order + 2, d_model))  # K rows of coefficients, oldest sample first; log s, log a
+        self.shape = nn.Parameter(torch.tensor([0.0, 0.7]))  # log s / w and log a to begin with
         self.bias = nn.Parameter(torch.zeros(vocab_size))
-        self.register_buffer("levels", torch.linspace(-1, 1, vocab_size))
-        self.register_buffer("base", F.one_hot(torch.tensor(order - 1), order).float())
         self.register_buffer("basis", torch.eye(order))
 
     @torch.no_grad()
     def fit(self, levels: np.ndarray, correlations: np.ndarray) -> None:
-        """Take over the amplitude of every code (vocab) and the mean products (K + 1) of samples 0, 1, ... K apart, and start
-        from the prediction that has the least mean square error."""
+        """Take over the amplitude of every code (vocab), and the training split's mean products (K + 1) of samples 0, 1, ... K
+        apart."""
         lags = np.abs(np.arange(self.order)[:, None] - np.arange(self.order))
-        R = np.asarray(correlations, np.float64)[lags]
-        R += 1e-6 * R[0, 0] * np.eye(self.order)
-        r = correlations[np.arange(self.order, 0, -1)]  # oldest first
-        base = np.linalg.solve(R, r)
-        error = max(correlations[0] - r @ base, 1e-12)
-        self.base.copy_(torch.from_numpy(base))
+        correlations = np.asarray(correlations, np.float64) + 1e-9 * (np.arange(self.order + 1) == 0)
+        R = correlations[lags] + 1e-6 * correlations[0] * np.eye(self.order)
+        error = max(correlations[0] - correlations[1:] @ np.linalg.solve(R, correlations[1:]), 1e-9)
+        # W y of one moves the prediction as far as a fixed prediction would err
         self.basis.copy_(torch.from_numpy(np.linalg.inv(np.linalg.cholesky(R)) * np.sqrt(error)))
-        self.levels.copy_(torch.from_numpy(levels))
+        self.predictor.prior.copy_(torch.from_numpy(correlations))
+        self.predictor.levels.copy_(torch.from_numpy(levels))
         self.bias.copy_(torch.from_numpy(np.log(np.gradient(levels.astype(np.float64)))))
-        self.shape[0] = 0.5 * np.log(error)
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """(K + 2, d_model) and (K + 2): the linear map from y to coefficients, log s and log a."""
-        weight, bias = self.weight, torch.cat([self.base, self.shape])
-        return torch.cat([self.basis.T @ weight[: self.order], weight[self.order :]]), bias
+    def rows(self) -> Tensor:
+        """(K + 2, d_model): the linear map from y to what is added to coefficients, log s and log a."""
+        return torch.cat([self.basis.T @ self.weight[: self.order], self.weight[self.order :]])
 
-    def forward(self, y: Tensor, ids: Tensor, past: Tensor | None) -> Tensor:
+    def forward(self, y: Tensor, prediction: Prediction) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
-            weight, bias = self.rows()
-            c, log_s, log_a = F.linear(y.to(weight.dtype), weight, bias).split([self.order, 1, 1], dim=-1)
-            x = self.follow(ids, past).unfold(1, self.order, 1)  # (b l K)
-            m = (c * x).sum(-1, keepdim=True)
-            z = (self.levels - m) * torch.exp(-log_s)
-            return self.bias - torch.exp(log_a) * torch.log1p(z * z)
-
-    def follow(self, ids: Tensor, past: Tensor | None) -> Tensor:
-        """Amplitudes (b K-1+l) of the past samples and of these."""
-        x = self.levels[ids.long()]
-        return torch.cat([x.new_zeros(len(x), self.order - 1) if past is None else past.to(x.dtype), x], 1)
+            rows = self.rows()
+            change, log_s, log_a = F.linear(y.to(rows.dtype), rows).split([self.order, 1, 1], dim=-1)
+            x = prediction.past.unfold(1, self.order, 1)  # (b l K)
+            m = prediction.p[..., None] + (change * x).sum(-1, keepdim=True)
+            z = (self.predictor.levels - m) * torch.exp(-log_s - self.shape[0]) / prediction.width[..., None]
+            return self.bias - torch.exp(log_a + self.shape[1]) * torch.log1p(z * z)

@@ -38,7 +38,7 @@ def make(name: str):
                 parameter += 0.2 * torch.randn_like(parameter)
             if "embedding" in parameter_name or "lm_head" in parameter_name:
                 parameter.mul_(20)
-            if "class_shifts" in parameter_name or parameter_name == "prediction_head.weight":  # they start as zero
+            if any(name in parameter_name for name in ("class_shifts", "prediction_head.weight", "prediction_head.input")):  # they start as zero
                 parameter.normal_(std=0.05)
     return model
 
@@ -83,7 +83,7 @@ def errors(name, batch, cluster, streams, half=False, steps=11, sampling=None, a
     worst = float((log_probs - expected_lp)[::each].abs().max())
     mine, theirs = runner.state(), exact.state()
     if model.config.prediction_order:
-        worst = max(worst, float((mine.past - theirs.past).abs().max()))
+        worst = max(worst, float((mine.heard - theirs.heard).abs().max()))
         mine, theirs = mine.backbone, theirs.backbone
     for a, b in zip(getattr(mine, "blocks", mine), getattr(theirs, "blocks", theirs)):
         worst = max(worst, float((a.ssm - b.ssm).abs().max()), float((a.conv - b.conv).abs().max()))

@@ -165,10 +165,10 @@ class Decoder:
         request = self._request
         classes = None if request.classes is None else request.classes[: len(ids)]
         with torch.autocast(self.device.type, request.dtype, enabled=request.dtype != torch.float32):
-            y, after = self.model.read(ids, state, classes=classes)
+            y, after, prediction = self.model.read(ids, state, classes=classes)
             if not log_probs:
                 return after, None
-            logits = reference.forbid(self.model.logits(y, ids, state).float(), request.allowed)
+            logits = reference.forbid(self.model.logits(y, prediction).float(), request.allowed)
         return after, logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
     # ---------------------------------------------------------------------------------------------------- tokens
@@ -235,7 +235,7 @@ class Decoder:
         out["token"] = self._token.cpu().clone()
         state = self._runner.state()
         if isinstance(state, SampleState):
-            out["past"], state = state.past.cpu().clone(), state.backbone
+            out["heard"], state = state.heard.cpu().clone(), state.backbone
         mixers = state.blocks if isinstance(state, UNetState) else state or []
         for i, mixer in enumerate(mixers):
             if mixer is not None:
@@ -260,7 +260,7 @@ class Decoder:
             pools = [pool._replace(phase=int(pool.phase)) for pool in pools]
             state = (UNetState(mixers, pools) if unet else mixers) if any(mixers) or unet else None
             if state is not None and self.model.config.prediction_order:
-                state = SampleState(state, saved["past"].to(self.device))
+                state = SampleState(state, saved["heard"].to(self.device))
             self._runner.load(state)
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"this state is not of this model: {error}") from None

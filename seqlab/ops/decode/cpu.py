@@ -43,14 +43,15 @@ class Runner:
         self.p[kernels.VOCAB] = program.vocab_size
         self.p[kernels.EMBEDDING] = self._keep(_pad(program.embedding, 1))
         head, bias = _pad(program.head, 0), torch.zeros(program.vocab_size)
-        self._past = torch.zeros(request.batch, program.order)  # the newest sample last
-        if program.order:
-            rows, biases, levels, bias = program.prediction
-            head = torch.cat([head, rows])
-            self.p[kernels.LEVELS], self.p[kernels.PAST] = self._keep(_pad(levels, 0)), self._past.data_ptr()
+        self._table, floor = torch.zeros(2, 1, dtype=torch.float64), 0.0
+        if (own := program.prediction) is not None:
+            head, bias = torch.cat([head, own.rows]), own.bias
+            self._table, floor = own.table.contiguous(), own.floor
+            self.p[kernels.LEVELS], self.p[kernels.TOLD] = self._keep(own.levels), self._keep(_pad(own.inputs, 1))
+        self._settings = [program.epsilon, request.guidance, floor]
         bias = bias if request.allowed is None else torch.where(request.allowed, bias, -torch.inf)
         bias = _pad(bias, 0, -torch.inf)
-        bias = torch.cat([bias, biases]) if program.order else bias
+        bias = bias if own is None else torch.cat([bias, own.biases])
         self.p[kernels.ORDER], self.p[kernels.HEAD_ROWS] = program.order, len(bias)
         self.p[kernels.HEAD], self.p[kernels.HEAD_BIAS] = self._keep(_tiles(head)), self._keep(_pad(bias, 0))
         self.ops = np.full((len(program.operations), kernels.SLOTS_OP), -1, np.int64)
@@ -151,7 +152,6 @@ class Runner:
     def load(self, state) -> None:
         """Take over the model's state."""
         self._carried.load(state)
-        self._past[:, 1:] = self._carried.past
         for i, (conv, ssm) in enumerate(zip(self._carried.conv, self._carried.ssm)):
             self._conv[i][..., : conv.shape[2]] = conv
             self._ssm[i][..., : ssm.shape[1]] = ssm.transpose(1, 2)
@@ -161,7 +161,6 @@ class Runner:
 
     def state(self):
         """The model's state after all tokens so far."""
-        self._carried.past.copy_(self._past[:, 1:])
         for i, (conv, ssm) in enumerate(zip(self._carried.conv, self._carried.ssm)):
             conv.copy_(self._conv[i][..., : conv.shape[2]])
             ssm.copy_(self._ssm[i][..., : ssm.shape[1]].transpose(1, 2))
@@ -186,12 +185,13 @@ class Runner:
             if operation.kind != BLOCK:
                 row[k.PHASE] = self._carried.phase[operation.index]
         self.rows[:, 1], self.rows[:, 2] = keys.numpy(), token.numpy()
-        settings = np.array([self._program.epsilon, sampling.temperature, sampling.top_p, self._guidance], np.float32)
+        settings = np.array([sampling.temperature, sampling.top_p, *self._settings], np.float32)
+        heard, table = self._carried.heard.numpy(), self._table.numpy()
         count = threads.thread_count(self._work * n * self.batch, 1 << 22)
         each = 2 if self._guidance else 1  # rows that stay together
 
         def kernel(slot: int, first: int, last: int) -> None:
-            k.decode(p, self.ops, self.rows, self.at, settings, each * first, each * last)
+            k.decode(p, self.ops, self.rows, self.at, settings, heard, table, each * first, each * last)
 
         threads.parallel(kernel, self.batch // each, count)
         self._carried.advance(n)

@@ -13,6 +13,7 @@ import math
 import numpy as np
 from numba import int64, uint64
 
+from seqlab.heads.sample import MEMORY, WIDTH_MEMORY
 from seqlab.ops.decode.program import BLOCK, DOWN
 from seqlab.ops.lanes import (
     compile_kernel,
@@ -32,7 +33,7 @@ from seqlab.ops.lanes import (
 
 # p: sizes of the program, then of the call
 (OPERATIONS, STATES, WIDTH, D_MODEL, VOCAB, EMBEDDING, HEAD, HEAD_BIAS, SCRATCH, TOKENS, POSITION, COUNT, FORCED, OUT,
- LOG_PROBS, TOP_K, RANKED, HEAD_ROWS, ORDER, LEVELS, PAST) = range(21)  # fmt: skip
+ LOG_PROBS, TOP_K, RANKED, HEAD_ROWS, ORDER, LEVELS, TOLD) = range(21)  # fmt: skip
 SLOTS_P = 21
 # one operation
 (KIND, SAVE, ADD, SLOT, JUMP, WIDE, INNER, RANK, POOL, D_OUT, W_IN, B_IN, W_CONV, B_CONV, W_X, W_DT, B_DT, W_A, W_D, W_OUT,
@@ -237,20 +238,47 @@ def _mixer(work, op, p, at, scratch, first, streams, epsilon):
 
 
 @helper
-def _hear(work, past, order, level):
-    """The newest sample moves in at the end."""
+def _hear(heard, table, fit, order, x, floor, told):
+    """A step of the linear predictor of one stream (heads/sample.py): the newest sample x moves in. `heard` (2K+3) is its state,
+    told (3) what the network is told, fit (2K+1) room."""
+    e, earlier = x - heard[2 * order + 1], heard[2 * order + 2] + floor
+    width = WIDTH_MEMORY * heard[2 * order + 2] + (1.0 - WIDTH_MEMORY) * abs(e)
+    heard[order] = MEMORY * heard[order] + x * x
+    for k in range(1, order + 1):
+        heard[order + k] = MEMORY * heard[order + k] + x * heard[order - k]
     for k in range(order - 1):
-        poke(work, past + 4 * k, peek(work, past + 4 * k + 4))
-    poke(work, past + 4 * (order - 1), level)
+        heard[k] = heard[k + 1]
+    heard[order - 1] = x
+    r, c = fit[: order + 1], fit[order + 1 :]
+    for k in range(order + 1):
+        r[k] = heard[order + k] * table[0, k] + table[1, k]
+    error = r[0]
+    for i in range(order):
+        total = r[i + 1]
+        for j in range(i):
+            total -= c[j] * r[i - j]
+        reflection = total / error
+        for j in range((i + 1) // 2):
+            a, b = c[j], c[i - 1 - j]
+            c[j], c[i - 1 - j] = a - reflection * b, b - reflection * a
+        c[i] = reflection
+        error *= 1.0 - reflection * reflection
+    p = 0.0
+    for k in range(order):
+        p += c[k] * heard[order - 1 - k]
+    heard[2 * order + 1], heard[2 * order + 2] = p, width
+    told[0] = math.tanh(e / earlier)
+    told[1] = 0.5 * math.log(width + floor) + 2.0
+    told[2] = math.asinh(255.0 * p) / math.asinh(255.0)
 
 
 @helper
-def _predict(work, logits, rows, past, order, levels, vocab):
-    """logits += the density around the linear prediction, whose coefficients, log s and log a are `rows`."""
-    mean = np.float32(0.0)
+def _predict(work, logits, rows, heard, order, floor, levels, vocab):
+    """logits += the density around the linear prediction, of which `rows` are the changes, log s and log a."""
+    mean = np.float32(heard[2 * order + 1])
     for k in range(order):
-        mean += peek(work, rows + 4 * k) * peek(work, past + 4 * k)
-    scale = np.float32(math.exp(-peek(work, rows + 4 * order)))
+        mean += peek(work, rows + 4 * k) * np.float32(heard[k])
+    scale = np.float32(math.exp(-peek(work, rows + 4 * order))) / np.float32(heard[2 * order + 2] + floor)
     tail = np.float32(math.exp(peek(work, rows + 4 * order + 4)))
     for v in range(vocab):
         z = (peek(work, levels + 4 * v) - mean) * scale
@@ -366,16 +394,18 @@ def _draw(work, logits, weights, order, vocab, r, temperature, top_k, top_p):
 
 
 @compile_kernel
-def decode(p, ops, rows, at, settings, first, last):
+def decode(p, ops, rows, at, settings, heard, table, first, last):
     """COUNT tokens of the streams [first, last). rows (batch 3): address of the stream's base vector, its key, its token.
 
-    at: offsets of the scratch areas, then those of the skip slots; settings: epsilon, temperature, top_p, guidance (float32).
+    at: offsets of the scratch areas, then those of the skip slots; settings: temperature, top_p, epsilon, guidance and the floor
+    of the linear prediction (float32), of which heard (batch 2K+3) is the state and table (2 K+1) what program.py says.
     """
     work = F
     streams, vocab, d = last - first, p[VOCAB], p[D_MODEL]
     pitch = at[PITCH]
     scratch = p[SCRATCH] + first * pitch
-    epsilon, temperature, top_p, guidance = settings[0], settings[1], settings[2], settings[3]
+    temperature, top_p, epsilon, guidance, floor = settings[0], settings[1], settings[2], settings[3], settings[4]
+    fit, told = np.empty(2 * p[ORDER] + 1), np.empty(3)
     phases = np.empty(p[OPERATIONS], np.int64)
     for o in range(p[OPERATIONS]):
         phases[o] = ops[o, PHASE]
@@ -388,7 +418,13 @@ def decode(p, ops, rows, at, settings, first, last):
                 v = load(work, row + 64 * t) + load(work, rows[first + s, 0] + 64 * t)
                 store(work, mine + at[X] + 64 * t, v)
             if p[ORDER]:
-                _hear(work, p[PAST] + (first + s) * p[ORDER] * 4, p[ORDER], peek(work, p[LEVELS] + 4 * rows[first + s, 2]))
+                x = np.float64(peek(work, p[LEVELS] + 4 * rows[first + s, 2]))
+                _hear(heard[first + s], table, fit, p[ORDER], x, np.float64(floor), told)
+                for t in range((d + 15) // 16):
+                    v = load(work, mine + at[X] + 64 * t)
+                    for k in range(3):
+                        v = fma(load(work, p[TOLD] + (k * _padded(d) + 16 * t) * 4), splat(work, np.float32(told[k])), v)
+                    store(work, mine + at[X] + 64 * t, v)
             if len(skips):
                 _copy(work, mine + skips[0], mine + at[X], d)
         o = 0
@@ -440,8 +476,8 @@ def decode(p, ops, rows, at, settings, first, last):
         for s in range(streams):
             mine = scratch + s * pitch
             if p[ORDER]:
-                _predict(work, mine + at[LOGITS], mine + at[LOGITS] + 4 * _padded(vocab), p[PAST] + (first + s) * p[ORDER] * 4,
-                         p[ORDER], p[LEVELS], vocab)  # fmt: skip
+                _predict(work, mine + at[LOGITS], mine + at[LOGITS] + 4 * _padded(vocab), heard[first + s], p[ORDER],
+                         np.float64(floor), p[LEVELS], vocab)  # fmt: skip
             if guidance and s % 2:
                 _guide(work, mine + at[LOGITS] - pitch, mine + at[LOGITS], guidance, vocab)
         for s in range(streams - 1, -1, -1):

@@ -28,14 +28,17 @@ struct Params {
     const float* embedding;  // (vocab d_model)
     const float* base;       // (b d_model), added to the embedding, or 0
     const char* arena;       // (CLUSTER arena_stride) bytes: what each block of a cluster reads, most wanted first
-    const float* settings;   // epsilon, temperature, top_p, guidance
+    const float* settings;   // epsilon, temperature, top_p, guidance, floor of the linear prediction's width
     const i64* keys;         // (b)
     const i64* forced;       // (b count), or 0
     const i64* tokens;       // (b)
     i64* out;                // (b count)
     float* log_probs;        // (b count)
-    const float* levels;     // (vocab), amplitudes of the tokens, if there is a linear prediction of `order` samples
-    float* past;             // (b order-1), those of the last samples, oldest first
+    // if there is a linear prediction of `order` K (heads/sample.py):
+    const float* levels;     // (vocab), amplitudes of the tokens
+    const float* inputs;     // (TOLD d_model), added to the embedding times what the predictor tells
+    const double* table;     // (2 K+1): what R is multiplied by, what is added
+    double* heard;           // (b 2K+3), the predictor's state: the last K amplitudes, oldest first, then R, p, w
     i64 operations, batch, count, position, d_model, vocab, head_rows, order, top_k;
     i64 arena_stride, resident;  // bytes; so many of them are kept in shared memory
     i64 head, head_bias, head_shares;  // places in the arena; the bias is -inf for what may not be drawn
@@ -60,6 +63,9 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 #define PADDED GROUP
 #endif
 #define BATCH (STREAMS >= 4 ? 4 : 1)  // states that a thread of the scan has on their way at a time
+#define TOLD 3                             // numbers that a linear predictor tells the network
+#define MEMORY 0.998                       // of its correlations and of its width: as in heads/sample.py
+#define WIDTH_MEMORY 0.95
 #define LANES 4                            // threads that share the states of a channel
 #define EACH ((STATES + LANES - 1) / LANES)
 
@@ -215,8 +221,9 @@ DEVICE float add_shares(const float* part, int rows, int n, int s, int row) {
 
 struct Place {  // shared memory
     float* shared;  // its beginning
-    float *x, *slots, *u, *gate, *y, *part, *exchange, *projected, *logits, *weights, *scale, *input, *settings, *past;
+    float *x, *slots, *u, *gate, *y, *part, *exchange, *projected, *logits, *weights, *scale, *input, *settings, *told;
     int *token, *phase;
+    double *heard, *fit;
     u64* barriers;
     i64* ops;
 };
@@ -531,15 +538,68 @@ DEVICE float uniform(i64 key, i64 position) {  // sampling.draw
     return ((float)(u32)(z >> 41) + 0.5f) * 1.1920928955078125e-7f;
 }
 
-// The density around the linear prediction (heads/sample.py), added to the logits of one stream by one warp; behind the logits
-// are the coefficients, log s and log a, and in the ring `past` is the oldest sample at `oldest`.
-DEVICE void predict(const Params& p, float* logits, const float* past, int oldest) {
+// The sum over a warp, good to 48 bits.
+DEVICE double warp_sum(double v) {
+    for (int b = 16; b; b >>= 1) {
+        float high = (float)v, low = (float)(v - (double)high);
+        high = lane_xor(high, b);
+        v += (double)high + (double)lane_xor(low, b);
+    }
+    return v;
+}
+
+// A step of the linear predictor of one stream by one warp (heads/sample.py): the newest sample x moves in. `fit` (2K+1) is room.
+DEVICE void hear(const Params& p, double* heard, double* fit, float* told, double x, double floor) {
+    int K = p.order, lane = threadIdx.x % 32;
+    double *R = heard + K, *r = fit, *c = fit + K + 1, e = x - heard[2 * K + 1], before = heard[2 * K + 2];
+    for (int k = lane; k <= K; k += 32) {
+        R[k] = MEMORY * R[k] + x * (k ? heard[K - k] : x);
+        r[k] = R[k] * p.table[k] + p.table[K + 1 + k];
+    }
+    __syncwarp();
+    for (int k = lane; k - lane < K; k += 32) {
+        double moved = k < K - 1 ? heard[k + 1] : x;
+        __syncwarp();
+        if (k < K) heard[k] = moved;
+        __syncwarp();
+    }
+    double error = r[0];
+    for (int i = 0; i < K; i++) {  // Levinson's recursion
+        double sum = 0.;
+        for (int j = lane; j < i; j += 32) sum += c[j] * r[i - j];
+        double reflection = (r[i + 1] - warp_sum(sum)) / error;
+        for (int j = lane; j < (i + 1) / 2; j += 32) {
+            double a = c[j], b = c[i - 1 - j];
+            c[j] = a - reflection * b;
+            c[i - 1 - j] = b - reflection * a;
+        }
+        if (lane == 0) c[i] = reflection;
+        error *= 1. - reflection * reflection;
+        __syncwarp();
+    }
+    double sum = 0.;
+    for (int k = lane; k < K; k += 32) sum += c[k] * heard[K - 1 - k];
+    sum = warp_sum(sum);
+    if (lane == 0) {
+        double width = WIDTH_MEMORY * before + (1. - WIDTH_MEMORY) * (e < 0. ? -e : e);
+        heard[2 * K + 1] = sum;
+        heard[2 * K + 2] = width;
+        told[0] = tanhf((float)(e / (before + floor)));
+        told[1] = .5f * logf((float)(width + floor)) + 2.f;
+        told[2] = asinhf(255.f * (float)sum) * .16039998f;  // 1 / asinh(255)
+    }
+    __syncwarp();
+}
+
+// The density around the linear prediction, added to the logits of one stream by one warp; behind the logits are the changes of
+// the coefficients, log s and log a.
+DEVICE void predict(const Params& p, float* logits, const double* heard, double floor) {
     int vocab = p.vocab, order = p.order, lane = threadIdx.x % 32;
     const float* rows = logits + vocab;
     float mean = 0.f;
-    for (int k = lane; k < order; k += 32) mean += rows[k] * past[(oldest + k) % order];
-    mean = warp_sum(mean);
-    float scale = exp2_fast(-LOG2E * rows[order]), tail = LN2 * exp2_fast(LOG2E * rows[order + 1]);
+    for (int k = lane; k < order; k += 32) mean += rows[k] * (float)heard[k];
+    mean = warp_sum(mean) + (float)heard[2 * order + 1];
+    float scale = exp2_fast(-LOG2E * rows[order]) / (float)(heard[2 * order + 2] + floor), tail = LN2 * exp2_fast(LOG2E * rows[order + 1]);
     for (int v = lane; v < vocab; v += 32) {
         float z = (__ldg(p.levels + v) - mean) * scale;
         logits[v] -= tail * log2_fast(1.f + z * z);
@@ -646,11 +706,14 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     m.projected = next; next += round_up(STREAMS * (int)p.rows_max, 4);
     m.logits = next; next += STREAMS * round_up((int)p.head_rows, 4);
     m.weights = next; next += STREAMS * round_up((int)p.head_rows, 4);
-    m.past = next; next += round_up(STREAMS * (int)p.order, 4);
+    m.told = next; next += STREAMS * 4;
     m.scale = next; next += round_up(STREAMS, 4);
-    m.settings = next; next += 4;
+    m.settings = next; next += 8;
     m.token = (int*)next; next += round_up(STREAMS, 4);
     m.phase = (int*)next; next += round_up((int)p.operations, 4);
+    int order = p.order, state = 2 * order + 3, room = 2 * order + 1;
+    m.heard = (double*)next; next += order ? round_up(2 * STREAMS * state, 4) : 0;
+    m.fit = (double*)next; next += order ? round_up(2 * (STREAMS < WARPS ? STREAMS : WARPS) * room, 4) : 0;
 
     const char* arena = p.arena + rank * p.arena_stride;
     for (i64 i = threadIdx.x; i < p.resident / 16; i += THREADS) ((uint4*)next)[i] = __ldg((const uint4*)arena + i);
@@ -661,13 +724,12 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     }
     const uint4* head = (const uint4*)PLACE(p.head);
     const float* head_bias = (const float*)PLACE(p.head_bias);
-    if (threadIdx.x < 4) m.settings[threadIdx.x] = p.settings[threadIdx.x];
+    if (threadIdx.x < 5) m.settings[threadIdx.x] = p.settings[threadIdx.x];
     for (float* q = m.x + threadIdx.x; q < zero_end; q += THREADS) *q = 0.f;
     for (int i = threadIdx.x; i < p.operations; i += THREADS) m.phase[i] = (int)p.phases[i];
     for (int s = threadIdx.x; s < STREAMS; s += THREADS) m.token[s] = s < streams ? (int)p.tokens[first + s] : 0;
-    int order = p.order, order_head = order > 0 ? order - 1 : 0;
-    for (int i = threadIdx.x; i < order_head * streams; i += THREADS)
-        m.past[i / order_head * order + i % order_head] = p.past[first * order_head + i];
+    if (order)
+        for (int i = threadIdx.x; i < state * STREAMS; i += THREADS) m.heard[i] = i < state * streams ? p.heard[first * state + i] : 0.;
 #if CLUSTER > 1
     if (threadIdx.x == 0) arrivals_begin(m.barriers);
 #endif
@@ -678,16 +740,21 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     Turn turn = {0, 1};
     int head_rows = round_up(rows, PADDED), head_units = round_up((d + CLUSTER - 1) / CLUSTER, UNIT) / UNIT;
     for (i64 step = 0; step < p.count; step++) {
+        if (order) {
+            int warp = threadIdx.x / 32;
+            for (int s = warp; s < streams; s += WARPS)
+                hear(p, m.heard + s * state, m.fit + warp * room, m.told + s * 4, __ldg(p.levels + m.token[s]), m.settings[4]);
+            __syncthreads();
+        }
         for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
             SPLIT(i, d, s, j);
             float v = __ldg(p.embedding + (i64)m.token[s] * d + j);
+            if (order && s < streams)
+                for (int k = 0; k < TOLD; k++) v += m.told[s * 4 + k] * __ldg(p.inputs + k * d + j);
             if (p.base && s < streams) v += __ldg(p.base + (first + s) * d + j);
             m.x[s * p.x_pitch + j] = v;
             if (p.slots) m.slots[s * p.slots + j] = v;
         }
-        if (order)
-            for (int s = threadIdx.x; s < STREAMS; s += THREADS)
-                m.past[s * order + (step + order_head) % order] = __ldg(p.levels + m.token[s]);
         __syncthreads();
         for (int o = 0; o < p.operations;) {
             const i64* op = m.ops + FIELDS * o++;
@@ -709,7 +776,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
         for (int pair = threadIdx.x / 32; pair * each < streams; pair += WARPS) {
             for (int s = pair * each; s < (pair + 1) * each; s++) {
                 float* logits = m.logits + s * v_pitch;
-                if (order) predict(p, logits, m.past + s * order, step % order);
+                if (order) predict(p, logits, m.heard + s * state, m.settings[4]);
                 if (s % each) guide(logits - v_pitch, logits, guidance, vocab);
             }
             for (int s = (pair + 1) * each - 1; s >= pair * each; s--) {
@@ -731,7 +798,6 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
         }
         __syncthreads();
     }
-    if (rank == 0)
-        for (int i = threadIdx.x; i < order_head * streams; i += THREADS)
-            p.past[first * order_head + i] = m.past[i / order_head * order + (p.count + i % order_head) % order];
+    if (order && rank == 0)
+        for (int i = threadIdx.x; i < state * streams; i += THREADS) p.heard[first * state + i] = m.heard[i];
 }

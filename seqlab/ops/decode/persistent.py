@@ -140,7 +140,9 @@ def sizes(program: Program, shape: Shape) -> dict[str, int]:
     out["exchange_rows"] = max(gathered)
     floats = _up(2 * len(FIELDS) * len(operations), 4) + 4 + s * (out["x_pitch"] + 3 * out["inner_pitch"] + out["input_pitch"])
     floats += s * out["slots"] + out["part_floats"] + (2 * c * s * out["exchange_rows"] if c > 1 else 0)
-    floats += _up(s * out["rows_max"], 4) + 2 * s * _up(head_rows(program), 4) + _up(s * program.order, 4) + 2 * _up(s, 4) + 4 + _up(len(operations), 4)
+    floats += _up(s * out["rows_max"], 4) + 2 * s * _up(head_rows(program), 4) + 4 * s + 4 + 2 * _up(s, 4) + 4 + _up(len(operations), 4)
+    if program.order:  # float64
+        floats += _up(2 * s * (2 * program.order + 3), 4) + _up(2 * min(s, shape.warps) * (2 * program.order + 1), 4)
     return {**out, "shared": 4 * floats}
 
 
@@ -240,7 +242,7 @@ class Runner:
 
     def __init__(self, request: Request, device: Device | None = None, shape: Shape | None = None):
         self.batch, self._torch_device = request.batch, request.device
-        self._classes, self._guidance = request.classes, request.guidance
+        self._classes, self._guidance, self._floor = request.classes, request.guidance, 0.0
         self._device = Device(request.device.index) if device is None else device
         program = self._program = Program(request.model)
         self.shape = shape or plan(program, request.batch, request.dtype == torch.bfloat16, self._device, bool(request.guidance))
@@ -252,13 +254,11 @@ class Runner:
         rows = [self._row(o, cells) for o in program.operations]
         share, cell = _up(-(-program.d_model // self.shape.cluster), self.shape.unit), next(cells)
         head, bias = program.head, torch.zeros(program.vocab_size, device=request.device)
-        levels = None
-        if program.order:
-            rows_more, biases, levels, bias = program.prediction
-            head = torch.cat([head, rows_more])
+        if (own := program.prediction) is not None:
+            head, bias, self._floor = torch.cat([head, own.rows]), own.bias, own.floor
         if request.allowed is not None:
             bias = bias.masked_fill(~request.allowed, -torch.inf)
-        bias = torch.cat([bias, biases]) if program.order else bias
+        bias = bias if own is None else torch.cat([bias, own.biases])
         head = pack(_columns(head, self.shape.cluster, share), *cell, self.shape)
         arena = Arena(self.shape.cluster)
         for row, wanted in zip(rows, self._wanted):
@@ -289,8 +289,10 @@ class Runner:
             "vocab": program.vocab_size,
             "head_rows": head_rows(program),
             "order": program.order,
-            "levels": 0 if levels is None else self._keep(levels),
-            "past": self._carried.past.data_ptr(),
+            "levels": 0 if own is None else self._keep(own.levels),
+            "inputs": 0 if own is None else self._keep(own.inputs),
+            "table": 0 if own is None else self._keep(own.table),
+            "heard": self._carried.heard.data_ptr(),
             **{name: size for name, size in self._sizes.items() if name != "shared"},
         }
         self._module = self._device.module(defines(self.shape, program.d_state, program.d_conv))
@@ -379,7 +381,7 @@ class Runner:
         device = self._torch_device
         tokens = torch.empty(self.batch, n, dtype=torch.int64, device=device)
         log_probs = torch.empty(self.batch, n, device=device)
-        settings = torch.tensor([self._program.epsilon, sampling.temperature, sampling.top_p, self._guidance], device=device)
+        settings = torch.tensor([self._program.epsilon, sampling.temperature, sampling.top_p, self._guidance, self._floor], device=device)
         phases = [0] * len(self._program.operations)
         phases[: len(self._carried.phase)] = self._carried.phase  # the kernel looks them up by pool
         phases = torch.tensor(phases, device=device)

@@ -9,13 +9,14 @@ the residual stream, which starts as the embedding of the token (plus that of th
     UP     held = UpPool(x);  x = slots[slot]
 
 A BLOCK's recurrence depends on the input (`fixed` 0) or does not (1: real, 2: complex states, real parts first); the latter has
-neither x_proj nor dt_proj. logits = head(norm_f(x)) end the token; with a linear prediction (heads/sample.py) the head has more
-rows, its coefficients, log s and log a, and the density follows. `slots` keep what a U-Net's skip connections carry upwards; an
+neither x_proj nor dt_proj. logits = head(norm_f(x)) end the token; with a linear prediction (heads/sample.py) a step of the
+predictor comes first, the head has more rows, and the density follows. `slots` keep what a U-Net's skip connections carry upwards; an
 isotropic stack has blocks alone. The gains of the norms are folded into the matrices behind them.
 """
 
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,11 @@ from torch import Tensor, nn
 from seqlab.backbones.mamba import MambaMixer, MixerState
 from seqlab.backbones.s4d import S4DMixer
 from seqlab.backbones.unet import PoolState, UNet, UNetState
-from seqlab.heads.sample import SampleState
+from seqlab.heads.sample import MEMORY, NOISE, PredictionHead, SampleState
 
 BLOCK, DOWN, UP = 0, 1, 2
 PARAMETERS = re.compile(
-    r"(embedding|class_embedding|class_shifts\.\d+|lm_head|backbone\.norm_f)\.weight|prediction_head\.(weight|shape|bias)"
+    r"(embedding|class_embedding|class_shifts\.\d+|lm_head|backbone\.norm_f)\.weight|prediction_head\.(input|weight|shape|bias)"
     r"|backbone\.(layers|centre|(down|up)\.\d+)\.\d+\.(norm\.weight|mixer\.(A_log|A_imag|C|D|dt_bias))"
     r"|backbone\.(layers|centre|(down|up)\.\d+)\.\d+\.mixer\.(in_proj|x_proj|dt_proj|out_proj|conv1d)\.(weight|bias)"
     r"|backbone\.(down|up)_pools\.\d+\.linear\.(weight|bias)"
@@ -57,11 +58,32 @@ class Operation:
     d_out: int = 0  # width of x behind a pool
 
 
+class LinearPrediction(NamedTuple):
+    """A PredictionHead (heads/sample.py) as decoders use it; float32 but for `table`."""
+
+    rows: Tensor  # (K+2 d_model), the head's further rows: changes of the coefficients, oldest sample first; log s, log a
+    biases: Tensor  # (K+2)
+    levels: Tensor  # (vocab)
+    bias: Tensor  # (vocab)
+    inputs: Tensor  # (3 d_model): what is added to a token's embedding, times the three numbers of the predictor
+    table: Tensor  # (2 K+1) float64: lambda^(k/2), and 1 + NOISE times that for k = 0; prior, likewise
+    floor: float
+
+    @classmethod
+    def of(cls, head: PredictionHead, gain: Tensor) -> "LinearPrediction":
+        own = head.predictor
+        biases = torch.cat([torch.zeros_like(head.shape[:1]).expand(own.order), head.shape])
+        k = torch.arange(own.order + 1, device=gain.device, dtype=torch.float64)
+        table = torch.stack([MEMORY ** (0.5 * k), own.prior.double()])
+        table[:, 0] *= 1 + NOISE
+        floor = own.floor.item()
+        return cls(_copy(head.rows()) * gain, _copy(biases), _copy(own.levels), _copy(head.bias), _copy(head.input), table, floor)
+
+
 class Program:
     """What `Operation`s say about a LanguageModel, with float32 copies of its weights on its device.
 
-    slots: widths of the skip slots. `prediction`: rows (K+2 d_model) and their biases, levels and biases (vocab) of a linear
-    prediction of `order` K, 0: none. Raises ValueError for a model without a step (see `reason`).
+    slots: widths of the skip slots. `prediction`: what a linear prediction of `order` K needs; 0 and None: there is none. Raises ValueError for a model without a step (see `reason`).
     """
 
     def __init__(self, model: nn.Module):
@@ -86,10 +108,7 @@ class Program:
         gain = _copy(backbone.norm_f.weight)
         self.head = _copy(model.lm_head.weight) * gain
         self.order = config.prediction_order
-        if self.order:
-            own = model.prediction_head
-            rows, biases = own.rows()
-            self.prediction = _copy(rows) * gain, _copy(biases), _copy(own.levels), _copy(own.bias)
+        self.prediction = LinearPrediction.of(model.prediction_head, gain) if self.order else None
 
     @property
     def blocks(self) -> list[Operation]:
@@ -197,7 +216,7 @@ def reason(model: nn.Module) -> str | None:
 class Carried:
     """The state of a program, one tensor a block and pool, float32, written in place by the back ends.
 
-    conv[i] (b d_conv-1 d_inner), ssm[i] (b d_inner states), pending[l] (b p-1 d), held[l] (b p d), phase[l] int; past (b K-1).
+    conv[i] (b d_conv-1 d_inner), ssm[i] (b d_inner states), pending[l] (b p-1 d), held[l] (b p d), phase[l] int; heard (b 2K+3) float64.
     """
 
     def __init__(self, program: Program, batch: int, device: torch.device):
@@ -213,17 +232,17 @@ class Carried:
         self.held = [zeros(o.pool, o.d_model) for o in down]
         self.phase = [0] * len(down)
         self.pools, self.order = program.pools, program.order
-        self.past = zeros(max(program.order - 1, 0))
+        self.heard = zeros(2 * program.order + 3).double()
 
     def load(self, state) -> None:
         """Take over a model's state (None: the start of a sequence)."""
-        for tensor in (*self.conv, *self.ssm, *self.pending, *self.held, self.past):
+        for tensor in (*self.conv, *self.ssm, *self.pending, *self.held, self.heard):
             tensor.zero_()
         self.phase = [0] * len(self.pending)
         if state is None:
             return
         if isinstance(state, SampleState):
-            self.past.copy_(state.past)
+            self.heard.copy_(state.heard)
             state = state.backbone
         mixers = state.blocks if isinstance(state, UNetState) else state
         for i, mixer in enumerate(mixers):
@@ -247,7 +266,7 @@ class Carried:
         if self.pools:
             pools = [PoolState(p.clone(), h.clone(), f) for p, h, f in zip(self.pending, self.held, self.phase)]
             state = UNetState(state, pools)
-        return SampleState(state, self.past.clone()) if self.order else state
+        return SampleState(state, self.heard.clone()) if self.order else state
 
 
 def one_phase(phase: int | Tensor) -> int:

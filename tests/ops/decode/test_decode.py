@@ -35,7 +35,7 @@ def make(name: str, seed: int = 0):
                 parameter += 0.2 * torch.randn_like(parameter)
             if "embedding" in parameter_name or "lm_head" in parameter_name:
                 parameter.mul_(20)
-            if "class_shifts" in parameter_name or parameter_name == "prediction_head.weight":  # they start as zero
+            if any(name in parameter_name for name in ("class_shifts", "prediction_head.weight", "prediction_head.input")):  # they start as zero
                 parameter.normal_(std=0.05)
     return model.to(DEVICE)
 
