@@ -100,6 +100,31 @@ def choose(op: str, modules_of: Callable[[], dict[str, ModuleType]], backend: st
 choose._dynamo_marked_constant = True
 
 
+def layout(backend: str, tensors: tuple[torch.Tensor | None, ...], *options) -> tuple | None:
+    """All that the checks of a call and its way through a native kernel depend on: everything but values and addresses.
+    None away from the GPU and while compiling. An operator keeps it with what it found out, which takes longer than a short
+    kernel, and skips all of that when it sees the same again. The first tensor is the data."""
+    if torch.compiler.is_compiling() or type(tensors[0]) is not torch.Tensor or not tensors[0].is_cuda:
+        return None
+    return (
+        os.environ.get(ENVIRONMENT) if backend == "auto" else backend, torch.cuda.current_device(),
+        torch.is_grad_enabled(), options,
+        *[
+            None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.data_ptr() % 16)
+            for x in tensors
+        ],
+    )  # fmt: skip
+
+
+def remember(known: dict, layout: tuple | None, given: tuple, used: tuple, find: Callable, *options) -> None:
+    """Keep find(given, *options), what is left to do of a call of this layout, unless its tensors had to be changed (`used`
+    is not `given`)."""
+    if layout is not None and all(a is b for a, b in zip(used, given, strict=True)):
+        if len(known) >= 4096:
+            known.clear()
+        known[layout] = find(given, *options)
+
+
 def _listing(modules: dict[str, ModuleType], request: Request) -> str:
     return "; ".join(f"{name}: {why or 'can run this'}" for name, why in reasons(modules, request).items())
 

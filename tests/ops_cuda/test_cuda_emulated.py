@@ -141,7 +141,7 @@ def test_scan_is_the_same_on_every_run(monkeypatch):
     for _ in range(2):
         y, final, kept = scan.forward(*inputs, None, None, None, None, None, True, False, 32)
         runs.append((y, final, *scan.backward(y, final, *inputs, None, None, None, None, None, kept, True, False, 32)))
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True) if a is not None)
 
 
 @pytest.mark.parametrize("length", (1, 2, 37, 150))

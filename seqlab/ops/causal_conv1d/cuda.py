@@ -1,5 +1,6 @@
 """causal_conv1d on NVIDIA GPUs: the kernels of conv.cu, compiled at first use (seqlab/ops/nvrtc.py). Deterministic."""
 
+import ctypes
 import functools
 import math
 from typing import NamedTuple
@@ -103,21 +104,10 @@ def real_positions(mask: Tensor | None) -> Real | None:
 
 def _outputs(x: Tensor, real: Real | None) -> Tensor:
     """An output like x. The kernels leave masked positions alone, so they must be 0 beforehand."""
+    if real is None and x.is_contiguous():
+        return torch.empty_like(x)  # the cheapest call, but it follows x's strides
     make = torch.empty if real is None else torch.zeros
     return make(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, real: Real | None, reverse: bool):
-    p = nvrtc.params_type(SOURCE)()
-    if real is not None:
-        p.order, p.counts = real.order.data_ptr(), real.counts.data_ptr()
-    p.x, p.weight = x.data_ptr(), weight.data_ptr()
-    p.bias = 0 if bias is None else bias.data_ptr()
-    p.initial = 0 if initial is None or initial.numel() == 0 else initial.data_ptr()
-    p.x_b, p.x_t = x.stride(0), x.stride(1)
-    p.batch, p.length, p.channels = x.shape
-    p.reverse = int(reverse)
-    return p
 
 
 def _defines(half: bool, width: int, vector: int, silu: bool, masked: bool) -> tuple[tuple[str, int], ...]:
@@ -149,6 +139,70 @@ def _plan(
     return _Plan(module, run, runs, blocks, rings * AHEAD * THREADS * vector * (2 if half else 4))
 
 
+# Finding out how to run a call takes longer than running a short one; it is done once for every kind of call.
+_recipes: dict[tuple, "_Recipe"] = {}
+
+
+class _Recipe(NamedTuple):
+    plan: _Plan
+    params: ctypes.Structure  # complete but for the addresses
+
+
+def _recipe(device, what: str, x: Tensor, others: tuple[Tensor | None, ...], width: int, silu: bool, reverse: bool,
+            masked: bool, longest: int, rings: int) -> _Recipe:  # fmt: skip
+    """For rows of x and `others`, channels adjacent, of any strides and alignments."""
+    kind, address = [device, what, x.shape, x.stride(), x.dtype, width, silu, reverse, masked], x.data_ptr()
+    for t in others:
+        if t is None:
+            kind.append(None)
+        else:
+            kind.append(t.stride())
+            address |= t.data_ptr()
+    kind = (*kind, address % 8)
+    found = _recipes.get(kind)
+    if found is None:
+        most = PAIR_BACKWARD_VECTOR if what == "pair" else VECTOR
+        vector = _vector(most[x.element_size()], x, *others)
+        plan = _plan(device, x.shape, x.dtype == torch.bfloat16, width, vector, silu, masked, longest, rings)
+        p = nvrtc.params_type(SOURCE)()
+        p.x_b, p.x_t = x.stride(0), x.stride(1)
+        p.batch, p.length, p.channels = x.shape
+        p.reverse, p.run, p.runs = int(reverse), plan.run, plan.runs
+        if len(_recipes) >= 4096:
+            _recipes.clear()
+        found = _recipes[kind] = _Recipe(plan, p)
+    return found
+
+
+def _fill(recipe: _Recipe, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, real: Real | None):
+    """The parameters with the addresses of what is read."""
+    p = type(recipe.params).from_buffer_copy(recipe.params)
+    if real is not None:
+        p.order, p.counts = real.order.data_ptr(), real.counts.data_ptr()
+    p.x, p.weight = x.data_ptr(), weight.data_ptr()
+    if bias is not None:
+        p.bias = bias.data_ptr()
+    if initial is not None and initial.numel():
+        p.initial = initial.data_ptr()
+    return p
+
+
+def _tidy(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None):
+    """The same values, laid out as the kernels read them."""
+    return _rows(x), weight.contiguous(), *(None if t is None else t.contiguous() for t in (bias, initial))
+
+
+def _run_forward(recipe: _Recipe, x, weight, bias, initial, real: Real | None) -> Tensor:
+    p, y, plan = _fill(recipe, x, weight, bias, initial, real), _outputs(x, real), recipe.plan
+    p.y = y.data_ptr()
+    plan.module.launch("conv_forward", plan.blocks, THREADS, plan.shared, p)
+    return y
+
+
+def _forward_recipe(x: Tensor, weight: Tensor, initial: Tensor | None, silu: bool, reverse: bool, masked: bool) -> _Recipe:
+    return _recipe(_device(x), "forward", x, (initial,), weight.shape[1], silu, reverse, masked, FORWARD_RUN, 1)
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -159,16 +213,9 @@ def forward(
     real: Real | None = None,
 ) -> Tensor:
     """y (b l d)."""
-    device = _device(x)
-    x, weight = _rows(x), weight.contiguous()
-    bias, initial = (None if t is None else t.contiguous() for t in (bias, initial))
-    y = _outputs(x, real)
-    vector = _vector(VECTOR[x.element_size()], x, initial)
-    plan = _plan(device, x.shape, x.dtype == torch.bfloat16, weight.shape[1], vector, silu, real is not None, FORWARD_RUN, 1)
-    p = _arguments(x, weight, bias, initial, real, reverse)
-    p.y, p.run, p.runs = y.data_ptr(), plan.run, plan.runs
-    plan.module.launch("conv_forward", plan.blocks, THREADS, plan.shared, p)
-    return y
+    x, weight, bias, initial = _tidy(x, weight, bias, initial)
+    recipe = _forward_recipe(x, weight, initial, silu, reverse, real is not None)
+    return _run_forward(recipe, x, weight, bias, initial, real)
 
 
 def backward(
@@ -183,25 +230,24 @@ def backward(
     into: Tensor | None = None,
     add: bool = False,
 ):
-    """Gradients of x, weight, bias, initial (empty for what is absent). `into` (like x, channels adjacent) receives that of
+    """Gradients of x, weight, bias, initial (None for what is absent). `into` (like x, channels adjacent) receives that of
     x at real positions, added to what is there with `add`."""
-    device = _device(x)
-    x, dy, weight = _rows(x), _rows(dy), weight.contiguous()
-    bias, initial = (None if t is None else t.contiguous() for t in (bias, initial))
+    dy = _rows(dy)
+    x, weight, bias, initial = _tidy(x, weight, bias, initial)
     channels, width = weight.shape
     dx = _outputs(x, real) if into is None else into
+    rows = dy, dx, initial
+    recipe = _recipe(_device(x), "backward", x, rows, width, silu, reverse, real is not None, BACKWARD_RUN, 2)
+    plan, p = recipe.plan, _fill(recipe, x, weight, bias, initial, real)
     dweight = torch.empty_like(weight)
-    dbias = torch.empty(0 if bias is None else channels, dtype=torch.float32, device=x.device)
-    dinitial = torch.empty((0,) if initial is None else initial.shape, dtype=x.dtype, device=x.device)
-    vector = _vector(VECTOR[x.element_size()], x, dy, dx, initial)
-    plan = _plan(device, x.shape, x.dtype == torch.bfloat16, width, vector, silu, real is not None, BACKWARD_RUN, 2)
-    p = _arguments(x, weight, bias, initial, real, reverse)
+    dbias, dinitial = (None if t is None else torch.empty_like(t) for t in (bias, initial))
     p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)
     p.dx, p.dx_b, p.dx_t, p.add = dx.data_ptr(), dx.stride(0), dx.stride(1), int(add)
     p.dweight = dweight.data_ptr()
-    p.dbias = 0 if bias is None else dbias.data_ptr()
-    p.dinitial = 0 if initial is None or initial.numel() == 0 else dinitial.data_ptr()
-    p.run, p.runs = plan.run, plan.runs
+    if bias is not None:
+        p.dbias = dbias.data_ptr()
+    if p.initial:
+        p.dinitial = dinitial.data_ptr()
     partial = torch.empty(p.batch * p.runs * (width + 1) * channels, dtype=torch.float32, device=x.device)
     p.partial = partial.data_ptr()
     plan.module.launch("conv_backward", plan.blocks, THREADS, plan.shared, p)
@@ -211,17 +257,13 @@ def backward(
 
 def forward_pair(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], silu: bool, real: Real | None = None):
     """y left to right with the first filter, y right to left with the second; x is read once."""
-    device = _device(x)
     x = _rows(x)
     weights, biases = [w.contiguous() for w in weights], [None if b is None else b.contiguous() for b in biases]
     y, y_too = _outputs(x, real), _outputs(x, real)
-    vector = _vector(VECTOR[x.element_size()], x)
-    width, half = weights[0].shape[1], x.dtype == torch.bfloat16
-    plan = _plan(device, x.shape, half, width, vector, silu, real is not None, FORWARD_RUN, 1)
-    p = _arguments(x, weights[0], biases[0], None, real, False)
+    recipe = _forward_recipe(x, weights[0], None, silu, False, real is not None)
+    plan, p = recipe.plan, _fill(recipe, x, weights[0], biases[0], None, real)
     _second_filter(p, weights[1], biases[1])
     p.y, p.y_too = y.data_ptr(), y_too.data_ptr()
-    p.run, p.runs = plan.run, plan.runs
     plan.module.launch("conv_forward_pair", plan.blocks, THREADS, plan.shared, p)
     return y, y_too
 
@@ -238,22 +280,19 @@ def backward_pair(
 ):
     """The gradient of x from both directions into `into` (like x, channels adjacent) at real positions; gradients of the weights (2 d w) and
     of the biases (2 d), which are meaningless where there is no bias."""
-    device = _device(x)
     x, dy, dy_too = _rows(x), _rows(dy), _rows(dy_too)
     weights, biases = [w.contiguous() for w in weights], [None if b is None else b.contiguous() for b in biases]
     channels, width = weights[0].shape
     new = {"dtype": torch.float32, "device": x.device}
     dweight, dbias = torch.empty(2, channels, width, **new), torch.empty(2, channels, **new)
-    vector = _vector(PAIR_BACKWARD_VECTOR[x.element_size()], x, dy, dy_too, into)
-    half = x.dtype == torch.bfloat16
-    plan = _plan(device, x.shape, half, width, vector, silu, real is not None, PAIR_BACKWARD_RUN, 3)
-    p = _arguments(x, weights[0], biases[0], None, real, False)
+    rows = dy, dy_too, into
+    recipe = _recipe(_device(x), "pair", x, rows, width, silu, False, real is not None, PAIR_BACKWARD_RUN, 3)
+    plan, p = recipe.plan, _fill(recipe, x, weights[0], biases[0], None, real)
     _second_filter(p, weights[1], biases[1])
     p.dy, p.dy_b, p.dy_t = dy.data_ptr(), dy.stride(0), dy.stride(1)
     p.dy_too, p.dy_too_b, p.dy_too_t = dy_too.data_ptr(), dy_too.stride(0), dy_too.stride(1)
     p.dx, p.dx_b, p.dx_t = into.data_ptr(), into.stride(0), into.stride(1)
     p.dweight, p.dbias = dweight.data_ptr(), dbias.data_ptr()
-    p.run, p.runs = plan.run, plan.runs
     partial = torch.empty(2 * p.batch * p.runs * (width + 1) * channels, **new)
     p.partial = partial.data_ptr()
     plan.module.launch("conv_backward_pair", plan.blocks, THREADS, plan.shared, p)
@@ -270,11 +309,11 @@ def _real(order: Tensor | None, counts: Tensor | None) -> Real | None:
     return None if order is None else Real(order, counts)
 
 
-def _run_forward(x, weight, bias, initial, order, counts, silu, reverse):
+def _forward(x, weight, bias, initial, order, counts, silu, reverse):
     return forward(x, weight, bias, initial, silu, reverse, _real(order, counts))
 
 
-def _run_backward(dy, x, weight, bias, initial, order, counts, silu, reverse):
+def _backward(dy, x, weight, bias, initial, order, counts, silu, reverse):
     return backward(dy, x, weight, bias, initial, silu, reverse, _real(order, counts))
 
 
@@ -289,7 +328,7 @@ def _conv(
     silu: bool,
     reverse: bool,
 ) -> Tensor:
-    return nvrtc.on_device(_run_forward, x, weight, bias, initial, order, counts, silu, reverse)
+    return nvrtc.on_device(_forward, x, weight, bias, initial, order, counts, silu, reverse)
 
 
 @_conv.register_fake
@@ -309,7 +348,9 @@ def _conv_backward(
     silu: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return nvrtc.on_device(_run_backward, dy, x, weight, bias, initial, order, counts, silu, reverse)
+    found = nvrtc.on_device(_backward, dy, x, weight, bias, initial, order, counts, silu, reverse)
+    kinds = x.dtype, torch.float32, torch.float32, x.dtype
+    return tuple(torch.empty(0, dtype=k, device=x.device) if g is None else g for g, k in zip(found, kinds, strict=True))
 
 
 @_conv_backward.register_fake
@@ -337,18 +378,54 @@ def _gradients(ctx, dy, call=_conv_backward):
 _conv.register_autograd(_gradients, setup_context=_setup)
 
 
+class Call(NamedTuple):
+    """What a call asks for beside its tensors."""
+
+    silu: bool
+    reverse: bool
+    grad: bool
+    recipe: _Recipe | None = None  # known: the tensors lie as it wants them
+
+
+def _execute(x: Tensor, call: Call, weight, bias, initial, order, counts) -> Tensor:
+    if call.recipe is not None:
+        return _run_forward(call.recipe, x, weight, bias, initial, _real(order, counts))
+    return _forward(x, weight, bias, initial, order, counts, call.silu, call.reverse)
+
+
 class _Eager(torch.autograd.Function):
     """The same operator without torch.library's wrapping."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        _setup(ctx, inputs, None)
-        return nvrtc.on_device(_run_forward, *inputs)
+    def forward(ctx, call, x, *rest):
+        ctx.save_for_backward(x, *rest)
+        ctx.silu, ctx.reverse = call.silu, call.reverse
+        return nvrtc.on_device(_execute, x, call, *rest)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return _gradients(ctx, dy, functools.partial(nvrtc.on_device, _run_backward))
+        return None, *_gradients(ctx, dy, functools.partial(nvrtc.on_device, _backward))[:-2]
+
+
+def execute(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, mask: Tensor | None) -> Tensor:
+    """y of a call outside of torch.compile."""
+    order, counts = (None, None) if mask is None else real_positions(mask)
+    if call.grad:
+        return _Eager.apply(call, x, weight, bias, initial, order, counts)
+    return nvrtc.on_device(_execute, x, call, weight, bias, initial, order, counts)
+
+
+def known(tensors: tuple[Tensor | None, ...], silu: bool, reverse: bool) -> Call | None:
+    """How to make any call with tensors (x, weight, bias, initial state, mask) of the same layouts and alignments again;
+    None where they must be laid out anew every time."""
+    x, weight, bias, initial, mask = tensors
+    if x.device.index != torch.cuda.current_device():
+        return None
+    if any(a is not b for a, b in zip(_tidy(x, weight, bias, initial), tensors[:4], strict=True)):
+        return None
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4])
+    return Call(silu, reverse, grad, _forward_recipe(x, weight, initial, silu, reverse, mask is not None))
 
 
 def run(
@@ -361,11 +438,7 @@ def run(
     mask: Tensor | None = None,
 ) -> Tensor:
     """y (b l d) in x's dtype, as __init__ describes it."""
-    order, counts = real_positions(mask) or (None, None)
     if torch.compiler.is_compiling():
-        call = _conv
-    elif torch.is_grad_enabled():
-        call = _Eager.apply
-    else:
-        call = functools.partial(nvrtc.on_device, _run_forward)
-    return call(x, weight, bias, initial_state, order, counts, silu, reverse)
+        order, counts = real_positions(mask) or (None, None)
+        return _conv(x, weight, bias, initial_state, order, counts, silu, reverse)
+    return execute(Call(silu, reverse, torch.is_grad_enabled()), x, weight, bias, initial_state, mask)

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -204,6 +205,7 @@ class _Recipe:
     work: int  # floats of workspace
     sums: int  # where in it the chunks' sums start, in bytes; the states at chunk borders are at its start
     launches: tuple[tuple[str, int, int, int], ...]  # kernel, blocks, threads, bytes of shared memory
+    kept: tuple[int, ...] = ()  # shape of the states kept for the backward pass
 
 
 def _kind(device, what: str, tensors: tuple[Tensor | None, ...], *options) -> tuple:
@@ -283,10 +285,14 @@ def _tidy(u, delta, A, B, C, D, z, bias, initial, mask):
     return u, delta, A, B, C, D, z, bias, initial, mask
 
 
+def _like(x: Tensor) -> Tensor:
+    """Rows without gaps, of x's shape and dtype; empty_like is the cheaper call but follows x's strides."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def _outputs(x: Tensor, mask: Tensor | None) -> Tensor:
     """An output like x; the kernels leave masked positions alone, so they must be 0 beforehand."""
-    make = torch.empty if mask is None else torch.zeros
-    return make(x.shape, dtype=x.dtype, device=x.device)
+    return _like(x) if mask is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int) -> _Recipe:
@@ -317,32 +323,37 @@ def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse:
     launches.append(("scan_forward", p.items, cut.threads, shared))
     borders = batch * cut.chunks * n * channels if cut.chunks > 1 else 0
     work = borders + batch * cut.chunks * channels if borders else 0
-    return _remember(kind, _Recipe(module, p, cut, segment > 0, work, 4 * borders, tuple(launches)))
+    kept = (batch, p.all_segments, n, channels)
+    return _remember(kind, _Recipe(module, p, cut, segment > 0, work, 4 * borders, tuple(launches), kept))
 
 
-def forward(u, delta, A, B, C, D, z, bias, initial, mask, softplus: bool, reverse: bool, segment: int):
-    """y (b l d), final state (b d n), states at segment starts (b segments n d; empty if segment is 0)."""
-    device, given = _device(u), (u, A, delta, B, C, D, z, bias, initial, mask)
-    kind = _kind(device, "forward", given, softplus, reverse, segment)
+def _find_forward(device, tensors, softplus: bool, reverse: bool, segment: int):
+    """The recipe, and the tensors laid out for it."""
+    u, delta, A, B, C, D, z, bias, initial, mask = tensors
+    kind = _kind(device, "forward", (u, A, delta, B, C, D, z, bias, initial, mask), softplus, reverse, segment)
     recipe = _recipes.get(kind)
     if recipe is None:
-        u, delta, A, B, C, D, z, bias, initial, mask = _tidy(u, delta, A, B, C, D, z, bias, initial, mask)
-        tidy = (u, A, delta, B, C, D, z, bias, initial, mask)
-        if any(a is not b for a, b in zip(tidy, given, strict=True)):
-            kind = _kind(device, "forward", tidy, softplus, reverse, segment)
+        u, delta, A, B, C, D, z, bias, initial, mask = tidy = _tidy(*tensors)
+        if any(a is not b for a, b in zip(tidy, tensors, strict=True)):
+            tensors = tidy
+            kind = _kind(device, "forward", (u, A, delta, B, C, D, z, bias, initial, mask), softplus, reverse, segment)
             recipe = _recipes.get(kind)
         if recipe is None:
             recipe = _forward_recipe(device, kind, u, delta, A, B, C, z, softplus, reverse, segment)
+    return recipe, tensors
+
+
+def _run_forward(recipe: _Recipe, u, delta, A, B, C, D, z, bias, initial, mask, final: bool):
+    """y, the final state and what the backward pass needs (None where not wanted)."""
     p = type(recipe.params).from_buffer_copy(recipe.params)
     _fill(p, u, delta, A, B, C, D, z, bias, initial, mask)
-    batch, _, channels = u.shape
-    where = u.device
-    y = _outputs(u, mask)
-    final = torch.empty((batch, channels, A.shape[1]), dtype=torch.float32, device=where)
-    kept = (batch, p.all_segments, A.shape[1], channels) if recipe.keep else (0,)
-    states = torch.empty(kept, dtype=torch.float32, device=where)
-    p.y, p.final = y.data_ptr(), final.data_ptr()
+    y, states, last, where = _outputs(u, mask), None, None, u.device
+    p.y = y.data_ptr()
+    if final:
+        last = torch.empty((u.shape[0], *A.shape), dtype=torch.float32, device=where)
+        p.final = last.data_ptr()
     if recipe.keep:
+        states = torch.empty(recipe.kept, dtype=torch.float32, device=where)
         p.segments = states.data_ptr()
     if recipe.work:
         work = torch.empty(recipe.work, dtype=torch.float32, device=where)
@@ -350,10 +361,17 @@ def forward(u, delta, A, B, C, D, z, bias, initial, mask, softplus: bool, revers
         p.sums = p.ends + recipe.sums
     for launch in recipe.launches:
         recipe.module.launch(*launch, p)
-    return y, final, states
+    return y, last, states
 
 
-def _backward_recipe(device, kind, dy, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, n: int, grouped):
+def forward(u, delta, A, B, C, D, z, bias, initial, mask, softplus: bool, reverse: bool, segment: int, final: bool = True):
+    """y (b l d), final state (b d n; None if not wanted), states at segment starts (b segments n d; empty if segment is 0)."""
+    recipe, tensors = _find_forward(_device(u), (u, delta, A, B, C, D, z, bias, initial, mask), softplus, reverse, segment)
+    y, last, states = _run_forward(recipe, *tensors, final)
+    return y, last, torch.empty(0, dtype=torch.float32, device=u.device) if states is None else states
+
+
+def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, n: int, grouped):
     """The launches for `n` states of all."""
     batch, length, channels = u.shape
     size = u.element_size()
@@ -388,45 +406,51 @@ def _backward_recipe(device, kind, dy, u, delta, A, B, C, z, softplus: bool, rev
     for part in parts:
         starts.append(starts[-1] + (part + 3) // 4 * 4)
     p.ends, p.sums, p.scratch, p.partial, p.dB, p.dC = (4 * start for start in starts[:6])  # to be moved to where it is
-    return _remember(kind, _Recipe(module, p, cut, several, starts[-1], 0, tuple(launches)))
+    return _Recipe(module, p, cut, several, starts[-1], 0, tuple(launches))
+
+
+def _backward_recipes(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int):
+    """One for every group of states."""
+    n = A.shape[1]
+    groups = [min(BACKWARD_GROUP, n - first) for first in range(0, n, BACKWARD_GROUP)]
+    return tuple(
+        _backward_recipe(device, dy, u, delta, A, B, C, z, softplus, reverse, segment, here, int(len(groups) > 1))
+        for here in groups
+    )
 
 
 def backward(
     dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, softplus: bool, reverse: bool, segment: int
 ):
-    """Gradients of u, delta, A, B, C, D, z, bias, initial (empty tensors for what is absent)."""
+    """Gradients of u, delta, A, B, C, D, z, bias, initial (None for what is absent)."""
     device, where = _device(u), u.device
     options = (softplus, reverse, segment)
-    known = _kind(device, "tidy", (u, A, delta, B, C, D, z, bias, initial, mask, dy, dfinal), *options)
-    if known not in _recipes:
-        given = (u, delta, A, B, C, D, z, bias, initial, mask)
-        u, delta, A, B, C, D, z, bias, initial, mask = tidy = _tidy(*given)
-        rows, dy = dy, _rows(dy)
-        last, dfinal = dfinal, None if dfinal is None else dfinal.contiguous()
-        if dy is rows and dfinal is last and all(a is b for a, b in zip(given, tidy, strict=True)):
-            _remember(known, None)
+    kind = _kind(device, "backward", (u, A, delta, B, C, D, z, bias, initial, mask, dy, dfinal), *options)
+    recipes = _recipes.get(kind)
+    if recipes is None:
+        u, delta, A, B, C, D, z, bias, initial, mask = _tidy(u, delta, A, B, C, D, z, bias, initial, mask)
+        dy, dfinal = _rows(dy), None if dfinal is None else dfinal.contiguous()
+        tidy = _kind(device, "backward", (u, A, delta, B, C, D, z, bias, initial, mask, dy, dfinal), *options)
+        recipes = _recipes.get(tidy)
+        if recipes is None:
+            recipes = _remember(tidy, _backward_recipes(device, dy, u, delta, A, B, C, z, *options))
     channels, n = A.shape
-    parts = math.ceil(n / BACKWARD_GROUP)
-    kind = u.dtype if parts == 1 else torch.float32
-    make = torch.empty if mask is None else torch.zeros  # the kernels leave masked positions alone
-    du, ddelta = (make(u.shape, dtype=kind, device=where) for _ in range(2))
-    dz = make((0,) if z is None else u.shape, dtype=kind, device=where)
-    dB, dC = (torch.empty((*u.shape[:2], n), dtype=u.dtype, device=where) for _ in range(2))
-    dA = torch.empty((channels, n), dtype=torch.float32, device=where)
-    dD = torch.empty(0 if D is None else channels, dtype=torch.float32, device=where)
-    width = 0 if bias is None else channels
-    dbias = torch.empty(width if parts == 1 else (parts, width), dtype=torch.float32, device=where)
-    dinitial = torch.empty((0,) if initial is None else initial.shape, dtype=torch.float32, device=where)
-    given = (u, A, delta, B, C, z, dy)
-    for part in range(parts):
+    parts = len(recipes)
+    if parts == 1:
+        du, ddelta, dz = (None if x is None else _outputs(x, mask) for x in (u, delta, z))
+    else:
+        make = torch.empty if mask is None else torch.zeros  # the kernels leave masked positions alone
+        du, ddelta, dz = (
+            None if x is None else make(x.shape, dtype=torch.float32, device=where) for x in (u, delta, z)
+        )
+    dB, dC, dA = _like(B), _like(C), _like(A)
+    dD, dinitial = (None if x is None else _like(x) for x in (D, initial))
+    width, dbias = 0, None
+    if bias is not None:
+        width = channels
+        dbias = _like(bias) if parts == 1 else torch.empty((parts, width), dtype=torch.float32, device=where)
+    for part, recipe in enumerate(recipes):
         first = part * BACKWARD_GROUP
-        here = min(BACKWARD_GROUP, n - first)
-        call = _kind(device, "backward", given, *options, here, parts > 1)
-        recipe = _recipes.get(call)
-        if recipe is None:
-            recipe = _backward_recipe(
-                device, call, dy, u, delta, A, B, C, z, softplus, reverse, segment, here, int(parts > 1)
-            )
         p = type(recipe.params).from_buffer_copy(recipe.params)
         _fill(p, u, delta, A, B, C, D, z, bias, initial, mask)
         work = torch.empty(recipe.work, dtype=torch.float32, device=where)
@@ -442,8 +466,13 @@ def backward(
         p.dy = dy.data_ptr()
         if dfinal is not None:
             p.dfinal = dfinal.data_ptr() + 4 * first
-        p.du, p.ddelta, p.dz, p.dA = du.data_ptr(), ddelta.data_ptr(), dz.data_ptr(), dA.data_ptr() + 4 * first
-        p.dD, p.dbias = dD.data_ptr(), dbias.data_ptr() + 4 * part * width
+        p.du, p.ddelta, p.dA = du.data_ptr(), ddelta.data_ptr(), dA.data_ptr() + 4 * first
+        if z is not None:
+            p.dz = dz.data_ptr()
+        if D is not None:
+            p.dD = dD.data_ptr()
+        if bias is not None:
+            p.dbias = dbias.data_ptr() + 4 * part * width
         if initial is not None:
             p.dinitial = dinitial.data_ptr() + 4 * first
         if part > 0:  # the skip connection belongs to the first group alone
@@ -456,8 +485,9 @@ def backward(
         for launch in recipe.launches:
             recipe.module.launch(*launch, p)
     if parts > 1:
-        du, ddelta, dz = (x.to(u.dtype) for x in (du, ddelta, dz))
-    return du, ddelta, dA, dB, dC, dD, dz, dbias if parts == 1 else dbias.sum(0), dinitial
+        du, ddelta, dz = (None if x is None else x.to(u.dtype) for x in (du, ddelta, dz))
+        dbias = None if dbias is None else dbias.sum(0)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
 
 
 def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, gate=None, adjoint: bool = False):
@@ -547,9 +577,11 @@ def _scan_backward(
     reverse: bool,
     segment: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return nvrtc.on_device(
+    found = nvrtc.on_device(
         backward, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, softplus, reverse, segment,
     )  # fmt: skip
+    kinds = (u.dtype,) * 2 + (torch.float32,) + (u.dtype,) * 2 + (torch.float32, u.dtype, torch.float32, torch.float32)
+    return tuple(torch.empty(0, dtype=k, device=u.device) if g is None else g for g, k in zip(found, kinds, strict=True))
 
 
 @_scan_backward.register_fake
@@ -565,21 +597,21 @@ def _(dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, softplus
 def _setup(ctx, inputs, output):
     *tensors, softplus, reverse, segment = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.softplus, ctx.reverse, ctx.segment = softplus, reverse, segment
+    ctx.options = softplus, reverse, segment
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dy, dfinal, _, call=_scan_backward):
     *tensors, states = ctx.saved_tensors
-    if not ctx.segment:
+    if not ctx.options[2]:
         raise RuntimeError("selective_scan: the forward pass ran without gradients in sight; nothing was kept for them")
     u = tensors[0]
     if dy is None:
         dy = torch.zeros(u.shape, dtype=u.dtype, device=u.device)
     if dy.dtype != u.dtype:
         dy = dy.to(u.dtype)
-    out = call(dy, dfinal, *tensors, states, ctx.softplus, ctx.reverse, ctx.segment)
+    out = call(dy, dfinal, *tensors, states, *ctx.options)
     grads = [None if x is None else g for g, x in zip(out, tensors[:9], strict=True)]
     return (*grads, None, None, None, None)
 
@@ -587,28 +619,65 @@ def _gradients(ctx, dy, dfinal, _, call=_scan_backward):
 _scan.register_autograd(_gradients, setup_context=_setup)
 
 
+class Call(NamedTuple):
+    """What a call asks for beside its tensors."""
+
+    softplus: bool
+    reverse: bool
+    segment: int  # 0: no gradients wanted
+    final: bool  # the final state is wanted
+    recipe: _Recipe | None = None  # known: the tensors lie as it wants them
+
+
+def _execute(u: Tensor, call: Call, *rest):
+    """(y, final state, states kept), for a call outside of torch.compile."""
+    if call.recipe is not None:
+        return _run_forward(call.recipe, u, *rest, call.final)
+    return forward(u, *rest, call.softplus, call.reverse, call.segment, call.final)
+
+
 class _Eager(torch.autograd.Function):
     """The same operator without torch.library's wrapping, which costs more than a short scan does."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        out = nvrtc.on_device(forward, *inputs)
-        _setup(ctx, inputs, out)
-        return out
+    def forward(ctx, call, u, *rest):
+        y, final, states = nvrtc.on_device(_execute, u, call, *rest)
+        ctx.save_for_backward(u, *rest, states)
+        ctx.options = call[:3]
+        ctx.set_materialize_grads(False)
+        return y, final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dfinal, nothing):
-        return _gradients(ctx, dy, dfinal, nothing, functools.partial(nvrtc.on_device, backward))
+    def backward(ctx, dy, dfinal):
+        return None, *_gradients(ctx, dy, dfinal, None, functools.partial(nvrtc.on_device, backward))[:-3]
+
+
+def execute(call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """y and, where wanted, the final state, of a call outside of torch.compile; tensors as for `forward`."""
+    if call.segment:
+        return _Eager.apply(call, *tensors)
+    return nvrtc.on_device(_execute, tensors[0], call, *tensors[1:])[:2]
+
+
+def known(tensors: tuple[Tensor | None, ...], softplus: bool, reverse: bool, final: bool) -> Call | None:
+    """How to make any call with tensors of the same layouts and alignments again, skipping all that is found out from
+    those; None where one launch sequence on these very tensors is not the whole of it."""
+    u, A = tensors[0], tensors[2]
+    if A.shape[1] > GROUP or u.device.index != torch.cuda.current_device():
+        return None
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:9])
+    segment = segment_length(*u.shape) if keep else 0
+    recipe, tidy = _find_forward(_device(u), tensors, softplus, reverse, segment)
+    return Call(softplus, reverse, segment, final, recipe) if tidy is tensors else None
 
 
 def _call(*inputs):
-    """One launch sequence: y, final state, states kept for the backward pass (the last input says how far apart)."""
+    """y, final state; the last input but one says how far apart the states kept for the backward pass are."""
+    *tensors, softplus, reverse, segment, final = inputs
     if torch.compiler.is_compiling() or not inputs[0].is_cuda:
-        return _scan(*inputs)
-    if inputs[-1]:
-        return _Eager.apply(*inputs)
-    return nvrtc.on_device(forward, *inputs)
+        return _scan(*inputs[:-1])[:2]
+    return execute(Call(softplus, reverse, segment, final), *tensors)
 
 
 def run(
@@ -625,15 +694,16 @@ def run(
     mask: Tensor | None,
     reverse: bool,
     return_final_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """y (b l d) in u's dtype and the state after the last step (b d n), as __init__ describes them."""
+) -> tuple[Tensor, Tensor | None]:
+    """y (b l d) in u's dtype and the state after the last step (b d n; None if not wanted), as __init__ describes them."""
     keep = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)
     )
     segment = segment_length(*u.shape) if keep else 0
     if A.shape[1] <= GROUP:
-        y, final, _ = _call(u, delta, A, B, C, D, z, delta_bias, initial_state, mask, delta_softplus, reverse, segment)
-        return y, final
+        return _call(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, mask, delta_softplus, reverse, segment, return_final_state
+        )
     return _run_groups(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, mask, reverse, segment)
 
 
@@ -644,9 +714,9 @@ def _run_groups(u, delta, A, B, C, D, z, bias, softplus, initial, mask, reverse,
     total, finals = None, []
     for first in range(0, A.shape[1], GROUP):
         part = slice(first, first + GROUP)
-        y, final, _ = _call(
+        y, final = _call(
             x, delta, A[:, part], B[..., part], C[..., part], None, None, bias,
-            None if initial is None else initial[..., part], mask, softplus, reverse, segment,
+            None if initial is None else initial[..., part], mask, softplus, reverse, segment, True,
         )  # fmt: skip
         total = y if total is None else total + y
         finals.append(final)
