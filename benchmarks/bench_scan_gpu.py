@@ -184,6 +184,80 @@ def table(shapes, label):
     return rows
 
 
+def host_us(f, calls=300):
+    """Microseconds that a call keeps the processor busy; the GPU must be faster."""
+    for _ in range(20):
+        f()
+    best = float("inf")
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            f()
+        best = min(best, (time.perf_counter() - start) / calls)
+        torch.cuda.synchronize()
+    return best * 1e6
+
+
+def device_us(f, calls=10, replays=10):
+    """Microseconds that a call keeps the GPU busy: replayed as a CUDA graph, which needs no host."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            f()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            f()
+    return median(graph.replay, replays) / calls * 1e3
+
+
+def apart(call, x):
+    """Of forward alone and of forward + backward: microseconds on the GPU."""
+    x = [t.detach().requires_grad_() for t in x]
+    with torch.no_grad():
+        grad = torch.randn_like(call(x))
+        forward = device_us(lambda: call(x))
+    return {"forward_us": forward, "both_us": device_us(lambda: torch.autograd.grad(call(x), x, grad))}
+
+
+def short(shapes):
+    """Where launches count: time on the host and on the GPU, each by itself, ours and mamba_ssm's."""
+    theirs, result = peer(), {"host": {}, "device": []}
+    x = [t.requires_grad_() for t in inputs(1, 128, 64, 16)]
+    small = torch.randn(1, 64, 128, device="cuda").bfloat16().requires_grad_()
+    filters = [torch.randn(128, 4, device="cuda").requires_grad_(), torch.randn(128, device="cuda").requires_grad_()]
+    contenders = {"scan": (ours, x), "conv": (lambda t: causal_conv1d(*t, "silu", backend="cuda"), [small, *filters])}
+    if theirs is not None:
+        from causal_conv1d import causal_conv1d_fn
+
+        contenders["scan, mamba_ssm"] = (theirs, [t.detach().requires_grad_() for t in channel_first(x)])
+        turned = [t.detach().bfloat16().requires_grad_() for t in (small.transpose(1, 2).contiguous(), *filters)]
+        contenders["conv, causal_conv1d"] = (lambda t: causal_conv1d_fn(*t, activation="silu"), turned)
+    for name, (call, given) in contenders.items():
+        grad = torch.randn_like(call(given))
+        with torch.no_grad():
+            bare = host_us(lambda: call(given))
+        row = {"forward": bare, "forward for a gradient": host_us(lambda: call(given)),
+               "both": host_us(lambda: torch.autograd.grad(call(given), given, grad))}  # fmt: skip
+        result["host"][name] = row
+        print(f"host, {name:<20}", ", ".join(f"{k} {v:.0f} us" for k, v in row.items()), flush=True)
+    print("\non the GPU: batch, d_inner, length | ours fwd, fwd+bwd us | mamba_ssm | ratio")
+    for shape in shapes:
+        x = inputs(*shape)
+        row = {"shape": shape, "ours": apart(ours, x)}
+        text = f"{str(shape):<22} {row['ours']['forward_us']:8.1f} {row['ours']['both_us']:8.1f}"
+        if theirs is not None:
+            row["mamba_ssm"] = apart(theirs, channel_first(x))
+            f, t = (row["mamba_ssm"][k] / row["ours"][k] for k in ("forward_us", "both_us"))
+            text += f" | {row['mamba_ssm']['forward_us']:8.1f} {row['mamba_ssm']['both_us']:8.1f} | {f:.2f}x {t:.2f}x"
+        result["device"].append(row)
+        print(text, flush=True)
+    return result
+
+
 def bidirectional(shape):
     """Both directions with one set of inputs, ours without flips, theirs with."""
     x, theirs = inputs(*shape), peer()
@@ -286,13 +360,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the issue's shapes only")
     parser.add_argument("--grid", action="store_true", help="also every batch x d_inner x length that must not be slower")
+    parser.add_argument("--short", action="store_true", help="nothing but the grid below 2^25 elements, host and GPU apart")
     parser.add_argument("--large", action="store_true", help="also more than 2^31 and 2^32 elements, in pieces (50 GB)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(argv)
     if (reason := native.unavailable()) is not None:
         sys.exit(f"the cuda back end cannot run here: {reason}")
-    result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "parity": gate(), "compile": compile_seconds()}
+    result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "parity": gate()}
+    if options.short:
+        few = [(b, d, n, 16) for b, d, n in GRID if b * d * n < 1 << 25]
+        result["short"], result["grid"] = short(few), table(few, "never slower than mamba_ssm")
+        print(json.dumps(result))
+        return
+    result["compile"] = compile_seconds()
     result["same_bits"] = same_bits()
     result["shapes"] = table(ISSUE, "scan, bfloat16")
     result["bidirectional"] = bidirectional((1, 512, 1 << 20, 16))

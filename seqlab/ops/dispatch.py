@@ -119,7 +119,7 @@ def layout(backend: str, tensors: tuple[torch.Tensor | None, ...], *options) -> 
 def remember(known: dict, layout: tuple | None, given: tuple, used: tuple, find: Callable, *options) -> None:
     """Keep find(given, *options), what is left to do of a call of this layout, unless its tensors had to be changed (`used`
     is not `given`)."""
-    if layout is not None and all(a is b for a, b in zip(used, given, strict=True)):
+    if layout is not None and layout not in known and all(a is b for a, b in zip(used, given, strict=True)):
         if len(known) >= 4096:
             known.clear()
         known[layout] = find(given, *options)

@@ -50,11 +50,13 @@ class Module:
 
 
 class Device:
-    """Stands in for a back end's device: a GPU of `multiprocessors` that hold `resident` blocks each."""
+    """Stands in for a back end's device: a GPU of `multiprocessors` that hold `resident` blocks each. `others`: further
+    sources and their kernels."""
 
-    def __init__(self, name: str, kernels: tuple[str, ...], multiprocessors: int = 2, resident: int = 2):
-        self.name, self.kernels, self._resident = name, kernels, resident
+    def __init__(self, name: str, kernels: tuple[str, ...], multiprocessors: int = 2, resident: int = 2, **others):
+        self._sources, self._name, self._resident = {name: kernels, **others}, name, resident
         self.multiprocessors, self.shared_limit = multiprocessors, 227 * 1024
 
-    def module(self, defines):
-        return Module(self.name, defines, self.kernels, self._resident)
+    def module(self, defines, name=None):
+        name = name or self._name
+        return Module(name, defines, self._sources[name], self._resident)

@@ -114,6 +114,11 @@ DEVICE void mma(float* sum, uint4 a, unsigned b0, unsigned b1) {
 }
 DEVICE float lane_from(float v, int lane) { return emulated::exchange(v, lane); }
 DEVICE float lane_xor(float v, int bit) { return emulated::exchange(v, (threadIdx.x % 32) ^ bit); }
+DEVICE float lane_up(float v, int by) {
+    const int lane = threadIdx.x % 32;
+    return emulated::exchange(v, lane < by ? lane : lane - by);
+}
+DEVICE float lane_last(float v) { return emulated::exchange(v, 31); }
 DEVICE bool warp_all(bool v) {
     float s = v ? 0.f : 1.f;
     for (int bit = 1; bit < 32; bit *= 2) s += lane_xor(s, bit);

@@ -4,7 +4,7 @@ import emulate
 import pytest
 import torch
 
-from seqlab.ops import causal_conv1d, nvrtc
+from seqlab.ops import causal_conv1d, nvrtc, selective_scan
 from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.causal_conv1d import reference as conv_reference
 from seqlab.ops.selective_scan import cpu, reference
@@ -31,7 +31,7 @@ def test_worst_notices_wrong_and_missing_answers():
 
 def scan_errors(monkeypatch, batch, length, channels, states, dtype=FLOAT, *, softplus=True, reverse=False, masked=False,
                 options=True, decay=1.0, blocks=(2, 2), strided=False):  # fmt: skip
-    device = emulate.Device(scan.SOURCE, scan.KERNELS, *blocks)
+    device = emulate.Device(scan.SOURCE, scan.KERNELS, *blocks, **{scan.SHORT_SOURCE: scan.SHORT_KERNELS})
     monkeypatch.setattr(scan, "_device", lambda x: device)
     torch.manual_seed(length)
     rows = (lambda d: torch.randn(batch, length, 2 * d)[..., d:]) if strided else (lambda d: torch.randn(batch, length, d))
@@ -91,6 +91,23 @@ def test_scan_half_precision_over_several_channel_blocks(monkeypatch):
 
 @pytest.mark.parametrize("dtype", (FLOAT, HALF))
 @pytest.mark.parametrize(
+    "length,channels,states,sides,case",
+    (
+        (1, 5, 3, (2, 1), {}), (7, 6, 3, (1, 2), {"reverse": True}), (300, 5, 3, (4, 1), {"masked": True}),
+        (600, 4, 3, (1, 2), {"masked": True, "reverse": True, "softplus": False}), (600, 16, 16, (4, 2), {}),
+        (300, 6, 8, (2, 2), {"options": False, "strided": True}), (700, 4, 4, (2, 1), {"decay": 0.01}),
+        (700, 4, 4, (1, 4), {"decay": 300.0}),
+    ),
+    ids=str,
+)  # fmt: skip
+def test_short_scan(monkeypatch, length, channels, states, sides, case, dtype):
+    """One launch: pairs of channels and spans of time side by side, several rounds, tails, odd channels."""
+    monkeypatch.setattr(scan, "short", lambda *a: sides)
+    assert scan_errors(monkeypatch, 2, length, channels, states, dtype, **case) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+@pytest.mark.parametrize(
     "channels,case", ((136, {}), (72, {"reverse": True}), (64, {"masked": True}), (64, {"options": False, "strided": True})),
     ids=str,
 )  # fmt: skip
@@ -125,6 +142,90 @@ def test_a_call_of_a_known_kind_takes_its_own_tensors(monkeypatch):
         y64.backward(y.double())
         pairs = [(grads[i], x.grad) for i, x in zip((0, 1, 2, 3, 4, 6), exact, strict=True)]
         assert worst([(y, y64.detach()), *pairs]) < TOLERANCE[FLOAT]
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch):
+    """Tensors of the processor take the way of tensors on a GPU, kernels included."""
+    for module in (scan, conv):
+        device = emulate.Device(module.SOURCE, module.KERNELS, 2, 2)
+        monkeypatch.setattr(module, "_device", lambda x, device=device: device)
+        monkeypatch.setattr(module, "unavailable", lambda request=None: None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    for operator in (selective_scan, causal_conv1d):
+        monkeypatch.setitem(operator.__globals__, "_known", {})
+    return lambda operator: operator.__globals__["_known"]
+
+
+def test_a_scan_seen_before_skips_the_checks_but_not_the_answer(monkeypatch, as_if_on_a_gpu):
+    """The same layout with other values; then what makes it another call: a stride, an alignment, a flag, a gradient."""
+    torch.manual_seed(0)
+    checks = []
+    real = selective_scan.__globals__["_check"]
+    monkeypatch.setitem(selective_scan.__globals__, "_check", lambda *a: checks.append(1) or real(*a))
+    for number, (cut, reverse, final, grad, seen) in enumerate((
+        (slice(0, 6), False, False, True, False), (slice(0, 6), False, False, True, True), (slice(1, 7), False, False, True, False),
+        (slice(0, 6), True, False, True, False), (slice(0, 6), False, True, True, False), (slice(0, 6), False, True, True, True),
+        (slice(0, 6), False, True, False, False), (slice(0, 6), False, True, False, True),
+    )):  # fmt: skip
+        u, delta, z = (torch.randn(1, 70, 12)[..., cut].detach() for _ in range(3))
+        A, B, C = -torch.rand(6, 3), torch.randn(1, 70, 3), torch.randn(1, 70, 3)
+        leaves = [x.requires_grad_(grad) for x in (u, delta, A, B, C, torch.randn(6), z, torch.randn(6))]
+        before = len(checks)
+        found = selective_scan(*leaves, True, reverse=reverse, return_final_state=final, backend="cuda")
+        assert (len(checks) == before) == seen, number
+        exact = [x.detach().double().requires_grad_(grad) for x in leaves]
+        wanted = reference.run(*exact, True, None, None, reverse, True)
+        found, wanted = (found, wanted) if final else ((found,), wanted[:1])
+        pairs = [(a.detach(), r.detach()) for a, r in zip(found, wanted, strict=True)]
+        if grad:
+            sums = [sum((x * torch.arange(x.numel()).view(x.shape)).sum() for x in out) for out in (found, wanted)]
+            pairs += zip(torch.autograd.grad(sums[0], leaves), torch.autograd.grad(sums[1], exact), strict=True)
+        assert worst(pairs) < TOLERANCE[FLOAT], number
+    with pytest.raises(ValueError, match="B has shape"):
+        selective_scan(u, delta, A, B[:, :5], C, backend="cuda")
+
+
+def test_a_scan_whose_tensors_must_be_changed_is_never_taken_for_known(as_if_on_a_gpu):
+    u, A, B = torch.randn(1, 40, 6), -torch.rand(6, 3), torch.randn(1, 40, 3)
+    for _ in range(2):
+        y = selective_scan(u, u.transpose(1, 2).contiguous().transpose(1, 2), A, B.bfloat16(), B, backend="cuda")
+    assert not any(as_if_on_a_gpu(selective_scan).values())
+    y64, _ = reference.run(*(x.double() for x in (u, u, A, B.bfloat16(), B)), *[None] * 3, False, None, None, False, True)
+    assert worst([(y, y64)]) < TOLERANCE[FLOAT]
+
+
+def test_gradients_of_a_known_scan_whose_kept_tensors_came_back_in_another_layout(as_if_on_a_gpu):
+    """As after activation checkpointing or offloading: what the forward pass found out of strides no longer holds."""
+    torch.manual_seed(1)
+    wide = torch.randn(1, 40, 12)
+    leaves = [wide[..., 6:].detach(), wide[..., :6].detach(), -torch.rand(6, 3), torch.randn(1, 40, 3), torch.randn(1, 40, 3)]
+    leaves = [x.requires_grad_() for x in leaves]
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.clone(memory_format=torch.contiguous_format)):
+            y = selective_scan(*leaves, delta_softplus=True, backend="cuda")
+        grads = torch.autograd.grad(y.square().sum(), leaves)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    y64, _ = reference.run(*exact, *[None] * 3, True, None, None, False, True)
+    assert worst(zip(grads, torch.autograd.grad(y64.square().sum(), exact), strict=True)) < TOLERANCE[FLOAT]
+
+
+def test_a_convolution_seen_before_takes_its_own_tensors(monkeypatch, as_if_on_a_gpu):
+    torch.manual_seed(0)
+    for number, (cut, reverse, masked) in enumerate(((slice(0, 6), False, False),) * 2 + ((slice(1, 7), True, False),) * 2
+                                                    + ((slice(0, 6), False, True),) * 2):  # fmt: skip
+        x = torch.randn(2, 50, 12)[..., cut].detach()
+        mask = torch.rand(2, 50) > 0.4 if masked else None
+        leaves = [t.requires_grad_() for t in (x, torch.randn(6, 4), torch.randn(6))]
+        seen = len(as_if_on_a_gpu(causal_conv1d))
+        y = causal_conv1d(*leaves, "silu", mask=mask, reverse=reverse, backend="cuda")
+        assert (len(as_if_on_a_gpu(causal_conv1d)) == seen) == bool(number % 2)
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        y64 = causal_conv1d(*exact, "silu", mask=mask, reverse=reverse, backend="reference")
+        dy = torch.randn(y.shape)
+        pairs = zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(y64, exact, dy.double()), strict=True)
+        assert worst([(y.detach(), y64.detach()), *pairs]) < TOLERANCE[FLOAT]
 
 
 @pytest.mark.parametrize("dtype", (FLOAT, HALF))

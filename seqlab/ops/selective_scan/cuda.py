@@ -22,6 +22,7 @@ KERNELS = (
     "scan_ends", "scan_carry", "scan_forward", "adjoint_ends", "adjoint_carry", "scan_backward", "reduce_rows",
     "reduce_blocks",
 )  # fmt: skip
+SHORT_SOURCE, SHORT_KERNELS = "selective_scan/scan_short.cu", ("short_forward",)
 TILE, STAGE, BACKWARD_STAGE = 8, 32, 16
 GROUP = 64
 """States in one launch; more are run in groups, whose outputs are added."""
@@ -109,6 +110,30 @@ def _plan_and_cost(batch: int, length: int, channels: int, resident: int, warps:
     return Plan(best, math.ceil(length / best), segment, warps, blocks), best_cost
 
 
+SHORT = 0
+"""Elements (batch x channels x length) below which the forward pass is one launch (scan_short.cu)."""
+SPAN = 256
+"""Steps of a warp there."""
+
+
+def _short_bytes(pairs: int, times: int, n: int, size: int) -> int:
+    return times * 2 * n * SPAN * size + 16 * pairs * times * n + 2 * 16 * pairs * times
+
+
+@functools.lru_cache(maxsize=1024)
+def short(device, batch: int, length: int, channels: int, n: int, size: int) -> tuple[int, int] | None:
+    """Pairs of channels and spans of time of a block of scan_short.cu; None where scan.cu is faster."""
+    if batch * length * channels >= SHORT or n > 32:
+        return None
+    times = 1
+    while times < 8 and times * SPAN < length and _short_bytes(8 // times, 2 * times, n, size) <= device.shared_limit:
+        times *= 2
+    pairs = 8 // times
+    while pairs > 1 and batch * math.ceil(channels / (2 * pairs)) < device.multiprocessors:
+        pairs //= 2
+    return pairs, times
+
+
 # --------------------------------------------------------------------------------------------------------- device
 class _Device:
     """Compiles and launches for one GPU. The tests put an emulator in its place."""
@@ -118,8 +143,8 @@ class _Device:
         self.multiprocessors = nvrtc.multiprocessors(index)
         self.shared_limit = nvrtc.shared_limit(index)
 
-    def module(self, defines: tuple[tuple[str, int], ...]) -> nvrtc.Module:
-        return nvrtc.module(SOURCE, defines, self.index)
+    def module(self, defines: tuple[tuple[str, int], ...], source: str = SOURCE) -> nvrtc.Module:
+        return nvrtc.module(source, defines, self.index)
 
 
 _devices: dict[int, _Device] = {}
@@ -229,9 +254,9 @@ def _remember(kind: tuple, recipe: _Recipe | None) -> _Recipe | None:
     return recipe
 
 
-def _template(u, delta, A, B, C, z, softplus: bool, reverse: bool, cut: Plan):
+def _template(u, delta, A, B, C, z, softplus: bool, reverse: bool, cut: Plan, source: str = SOURCE):
     """Everything but the addresses."""
-    p = nvrtc.params_type(SOURCE)()
+    p = nvrtc.params_type(source)()
     p.A_c, p.A_n = A.stride()
     for name, x in (("u", u), ("delta", delta), ("B", B), ("C", C), ("z", z)):
         if x is not None:
@@ -299,10 +324,19 @@ def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse:
     batch, length, channels = u.shape
     n = A.shape[1]
     paired, wide, size = _paired(u, delta, z), _wide(n, u, delta, z, B, C), u.element_size()
+    grain = segment or segment_length(batch, length, channels)
+    if (sides := short(device, batch, length, channels, n, size)) is not None:
+        pairs, times = sides
+        blocks = math.ceil(channels / (2 * pairs))
+        defines = (("STATES", n), ("PAIRS", pairs), ("TIMES", times), *_defines(u, n, 0, paired, wide)[2:])
+        module = device.module(defines, SHORT_SOURCE)
+        cut = Plan(length, 1, grain, pairs * times, blocks)
+        p = _template(u, delta, A, B, C, z, softplus, reverse, cut, SHORT_SOURCE)
+        launches = (("short_forward", batch * blocks, cut.threads, _short_bytes(pairs, times, n, size)),)
+        return _remember(kind, _Recipe(module, p, cut, segment > 0, 0, 0, launches, (batch, p.all_segments, n, channels)))
     warps = _most_warps("scan_forward", n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit, size, wide)
     first = plan(1, 1, channels, 1, warps, 1)
     shared = _shared_bytes("scan_forward", n, first.warps, size, wide)
-    grain = segment or segment_length(batch, length, channels)
 
     def work(warps_held: int) -> float:
         slots = warps_held // first.warps * device.multiprocessors
