@@ -118,7 +118,10 @@ DEVICE float lane_up(float v, int by) {
     const int lane = threadIdx.x % 32;
     return emulated::exchange(v, lane < by ? lane : lane - by);
 }
-DEVICE float lane_last(float v) { return emulated::exchange(v, 31); }
+DEVICE float lane_down(float v, int by) {
+    const int lane = threadIdx.x % 32;
+    return emulated::exchange(v, lane + by < 32 ? lane + by : lane);
+}
 DEVICE bool warp_all(bool v) {
     float s = v ? 0.f : 1.f;
     for (int bit = 1; bit < 32; bit *= 2) s += lane_xor(s, bit);

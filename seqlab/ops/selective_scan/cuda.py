@@ -22,7 +22,7 @@ KERNELS = (
     "scan_ends", "scan_carry", "scan_forward", "adjoint_ends", "adjoint_carry", "scan_backward", "reduce_rows",
     "reduce_blocks",
 )  # fmt: skip
-SHORT_SOURCE, SHORT_KERNELS = "selective_scan/scan_short.cu", ("short_forward",)
+SHORT_SOURCE, SHORT_KERNELS = "selective_scan/scan_short.cu", ("short_forward", "short_backward", "short_reduce")
 TILE, STAGE, BACKWARD_STAGE = 8, 32, 16
 GROUP = 64
 """States in one launch; more are run in groups, whose outputs are added."""
@@ -116,8 +116,10 @@ SPAN = 256
 """Steps of a warp there."""
 
 
-def _short_bytes(pairs: int, times: int, n: int, size: int) -> int:
-    return times * 2 * n * SPAN * size + 16 * pairs * times * n + 2 * 16 * pairs * times
+def _short_bytes(pairs: int, times: int, n: int, size: int, backward: bool = False) -> int:
+    warps = pairs * times
+    forward = times * 2 * n * SPAN * size + 16 * warps * n + 2 * 16 * warps
+    return forward + backward * warps * (4 * 4 * SPAN + 8 * n * 33)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -126,7 +128,7 @@ def short(device, batch: int, length: int, channels: int, n: int, size: int) -> 
     if batch * length * channels >= SHORT or n > 32:
         return None
     times = 1
-    while times < 8 and times * SPAN < length and _short_bytes(8 // times, 2 * times, n, size) <= device.shared_limit:
+    while times < 8 and times * SPAN < length and _short_bytes(4 // times, 2 * times, n, size, True) <= device.shared_limit:
         times *= 2
     pairs = 8 // times
     while pairs > 1 and batch * math.ceil(channels / (2 * pairs)) < device.multiprocessors:
@@ -226,11 +228,12 @@ class _Recipe:
     module: object
     params: ctypes.Structure
     cut: Plan
-    keep: bool
+    keep: bool  # forward: states for the backward pass; backward: dB and dC go straight to where they belong
     work: int  # floats of workspace
     sums: int  # where in it the chunks' sums start, in bytes; the states at chunk borders are at its start
     launches: tuple[tuple[str, int, int, int], ...]  # kernel, blocks, threads, bytes of shared memory
     kept: tuple[int, ...] = ()  # shape of the states kept for the backward pass
+    parts: tuple[tuple[str, int], ...] = ()  # of the workspace: a field of the parameters, where it starts in bytes
 
 
 def _kind(device, what: str, tensors: tuple[Tensor | None, ...], *options) -> tuple:
@@ -320,6 +323,15 @@ def _outputs(x: Tensor, mask: Tensor | None) -> Tensor:
     return _like(x) if mask is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
+def _short_recipe(device, sides, paired: int, wide: int, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int):
+    """Module, plan and parameters of scan_short.cu."""
+    n, (pairs, times) = A.shape[1], sides
+    defines = (("STATES", n), ("PAIRS", pairs), ("TIMES", times), *_defines(u, n, 0, paired, wide)[2:])
+    cut = Plan(u.shape[1], 1, segment, pairs * times, math.ceil(u.shape[2] / (2 * pairs)))
+    params = _template(u, delta, A, B, C, z, softplus, reverse, cut, SHORT_SOURCE)
+    return device.module(defines, SHORT_SOURCE), cut, params
+
+
 def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int) -> _Recipe:
     batch, length, channels = u.shape
     n = A.shape[1]
@@ -327,11 +339,8 @@ def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse:
     grain = segment or segment_length(batch, length, channels)
     if (sides := short(device, batch, length, channels, n, size)) is not None:
         pairs, times = sides
-        blocks = math.ceil(channels / (2 * pairs))
-        defines = (("STATES", n), ("PAIRS", pairs), ("TIMES", times), *_defines(u, n, 0, paired, wide)[2:])
-        module = device.module(defines, SHORT_SOURCE)
-        cut = Plan(length, 1, grain, pairs * times, blocks)
-        p = _template(u, delta, A, B, C, z, softplus, reverse, cut, SHORT_SOURCE)
+        module, cut, p = _short_recipe(device, sides, paired, wide, u, delta, A, B, C, z, softplus, reverse, grain)
+        blocks = cut.channel_blocks
         launches = (("short_forward", batch * blocks, cut.threads, _short_bytes(pairs, times, n, size)),)
         return _remember(kind, _Recipe(module, p, cut, segment > 0, 0, 0, launches, (batch, p.all_segments, n, channels)))
     warps = _most_warps("scan_forward", n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit, size, wide)
@@ -410,6 +419,17 @@ def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: 
     batch, length, channels = u.shape
     size = u.element_size()
     paired, wide = _paired(u, delta, z, dy), _wide(n, u, delta, z, dy, B, C)
+    if not grouped and (sides := short(device, batch, length, channels, n, size)) is not None:
+        module, cut, p = _short_recipe(device, sides, paired, wide, u, delta, A, B, C, z, softplus, reverse, segment)
+        p.dy_b, p.dy_t = dy.stride(0), dy.stride(1)
+        rows = cut.channel_blocks * batch * 2 * n * length
+        outputs = batch * 2 * n * length + (n + 2) * channels
+        launches = (
+            ("short_backward", batch * cut.channel_blocks, cut.threads, _short_bytes(*sides, n, size, True)),
+            ("short_reduce", math.ceil(outputs / 256), 256, 0),
+        )
+        parts, work = _workspace(blocks=rows, partial=batch * (n + 2) * channels)
+        return _Recipe(module, p, cut, False, work, 0, launches, parts=parts)
     most = min(BACKWARD_WARPS[size], math.ceil(channels / 64))
     warps = _most_warps("scan_backward", n, most, device.shared_limit, size)
     first = plan(1, 1, channels, 1, warps, 1)
@@ -426,21 +446,25 @@ def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: 
     launches.append(("reduce_rows", math.ceil((n + 2) * channels / 32), 256, 1024))
     if several:
         launches.append(("reduce_blocks", min(8 * device.multiprocessors, math.ceil(batch * length * n / 256)), 256, 0))
-    # The workspace, every part a multiple of 16 bytes from its start.
     borders = batch * cut.chunks * n * channels if cut.chunks > 1 else 0
-    parts = (
-        borders,
-        batch * cut.chunks * channels if borders else 0,
-        grid * cut.warps * 64 * ((tiles + 1) * n + 16 * tiles),
-        batch * cut.chunks * (n + 2) * channels,
-        cut.channel_blocks * batch * length * n if several else 0,
-        cut.channel_blocks * batch * length * n if several else 0,
+    sums = cut.channel_blocks * batch * length * n if several else 0
+    parts, work = _workspace(
+        ends=borders,
+        sums=batch * cut.chunks * channels if borders else 0,
+        scratch=grid * cut.warps * 64 * ((tiles + 1) * n + 16 * tiles),
+        partial=batch * cut.chunks * (n + 2) * channels,
+        **({"dB": sums, "dC": sums} if several else {}),
     )
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + (part + 3) // 4 * 4)
-    p.ends, p.sums, p.scratch, p.partial, p.dB, p.dC = (4 * start for start in starts[:6])  # to be moved to where it is
-    return _Recipe(module, p, cut, several, starts[-1], 0, tuple(launches))
+    return _Recipe(module, p, cut, not several, work, 0, tuple(launches), parts=parts)
+
+
+def _workspace(**floats: int) -> tuple[tuple[tuple[str, int], ...], int]:
+    """Where in one workspace each part starts, in bytes, a multiple of 16; how many floats all take."""
+    parts, total = [], 0
+    for name, count in floats.items():
+        parts.append((name, 4 * total))
+        total += (count + 3) // 4 * 4
+    return tuple(parts), total
 
 
 def _backward_recipes(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int):
@@ -489,13 +513,11 @@ def backward(
         _fill(p, u, delta, A, B, C, D, z, bias, initial, mask)
         work = torch.empty(recipe.work, dtype=torch.float32, device=where)
         start = work.data_ptr()
-        p.ends, p.sums = start, start + (p.sums or 0)
-        p.scratch, p.partial = start + (p.scratch or 0), start + (p.partial or 0)
-        targets = dB.data_ptr() + first * dB.element_size(), dC.data_ptr() + first * dC.element_size()
+        for name, offset in recipe.parts:
+            setattr(p, name, start + offset)
+        p.into_B, p.into_C = dB.data_ptr() + first * dB.element_size(), dC.data_ptr() + first * dC.element_size()
         if recipe.keep:
-            p.dB, p.dC = start + p.dB, start + p.dC
-        else:
-            p.dB, p.dC = targets
+            p.dB, p.dC = p.into_B, p.into_C
         p.segments = states.data_ptr() + 4 * first * channels
         p.dy = dy.data_ptr()
         if dfinal is not None:
@@ -515,7 +537,6 @@ def backward(
             p.A += 4 * first * A.stride(1)
             p.B += first * B.element_size()
             p.C += first * C.element_size()
-        p.into_B, p.into_C = targets
         for launch in recipe.launches:
             recipe.module.launch(*launch, p)
     if parts > 1:

@@ -1,9 +1,15 @@
-// The selective scan of sequences too short, or too few, to fill a GPU chunk by chunk (scan.cu): one launch.
+// The selective scan of sequences too short, or too few, to fill a GPU chunk by chunk (scan.cu): one launch forward,
+//     short_forward
+// and two backward:
+//     short_backward  the gradients; those of B and C block by block, those of A, D and the bias row by row of the batch
+//     short_reduce    the sums of these, in a fixed order
 //
 // Time runs over lanes. A thread owns TILE neighbouring steps of two neighbouring channels, a warp 32 of those (SPAN steps),
 // a block PAIRS pairs of channels and, side by side, TIMES spans of time; it goes through the sequence in rounds of TIMES
 // spans. For each state in turn a thread runs over its steps from 0, the threads of a warp combine what their steps do to a
-// state by exchanges, the warps through shared memory, and the thread runs again from the state that really enters.
+// state by exchanges, the warps through shared memory, and the thread runs again from the state that really enters. Backward
+// the rounds go from right to left, and the same is done for the gradients dL/dh, from the right; the states that enter a span
+// were kept by the forward pass.
 //
 // Logical time i runs in scan order; position = i, or length-1-i when reversed.
 //
@@ -30,17 +36,23 @@
 #define ALL ((1u << TILE) - 1u)
 #ifndef SEQLAB_EMULATED
 DEVICE float lane_up(float v, int by) { return __shfl_up_sync(FULL, v, by); }    // of the lane `by` below; the first keep theirs
-DEVICE float lane_last(float v) { return __shfl_sync(FULL, v, 31); }
+DEVICE float lane_down(float v, int by) { return __shfl_down_sync(FULL, v, by); }
+DEVICE float lane_from(float v, int lane) { return __shfl_sync(FULL, v, lane); }
 #endif
 
 struct Params {
-    const elem *u, *delta, *B, *C, *z;
-    const float *A, *D, *bias, *initial;
+    const elem *u, *delta, *B, *C, *z, *dy;
+    const float *A, *D, *bias, *initial, *dfinal;
     const unsigned char* mask;  // (b l)
     elem* y;                    // (b l d)
     float* final;               // (b d n)
-    float* segments;            // (b segment n d), state at a segment's start
-    i64 A_c, A_n, u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t;
+    float* segments;            // (b segment n d), state at a segment's start; a span starts with one
+    elem *du, *ddelta, *dz;     // (b l d)
+    elem *into_B, *into_C;      // (b l n)
+    float *dinitial, *dA, *dD, *dbias;
+    float* blocks;              // (channel block, b, C or B, n, l): what a block's channels add to dC and dB
+    float* partial;             // (b n+2 d): dA, dD, dbias of one row of the batch
+    i64 A_c, A_n, u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t;
     i64 batch, length, channels, segment, all_segments, channel_blocks, all_states;
     i64 softplus, reverse;
 };
@@ -83,12 +95,16 @@ DEVICE u32 live_steps(const Params& p, i64 b, i64 i0) {
     }
     return bits;
 }
+// Zeros where nothing lives.
 DEVICE void load_tile(pair (&v)[TILE], const Params& p, const elem* base, i64 stride_b, i64 stride_t, i64 i0, u32 live, const Place& q) {
     const elem* at = base + q.b * stride_b + q.cc + position(p, i0) * stride_t;
     const i64 step = p.reverse ? -stride_t : stride_t;
 #pragma unroll
-    for (int j = 0; j < TILE; j++)
-        v[j] = (live >> j) & 1u ? load_pair(at + j * step, q.second) : make_pair((elem)0, (elem)0);
+    for (int j = 0; j < TILE; j++) {
+        v[j] = make_pair((elem)0, (elem)0);
+        if (((live >> j) & 1u) && q.ok0) v[j] = load_pair(at + j * step, q.second);
+        if (!PAIRED && !q.ok1) v[j] = make_pair(pair_first(v[j]), (elem)0);
+    }
 }
 DEVICE void store_tile(elem* base, const Params& p, i64 i0, const float2 (&v)[TILE], u32 live, const Place& q) {
     elem* at = base + (q.b * p.length + position(p, i0)) * p.channels + q.c;
@@ -159,41 +175,71 @@ struct Effect {
 // Where the state is 0 it stays 0, also against an infinite growth.
 DEVICE float decayed(float d, float h) { return h == 0.f ? 0.f : d * h; }
 DEVICE float2 after(const Effect& e, float2 h) { return make_float2(decayed(e.d.x, h.x) + e.h.x, decayed(e.d.y, h.y) + e.h.y); }
-// Of this lane's steps and of all before them.
-DEVICE void combine_lanes(Effect& e, int lane) {
+// The effect of the lane `by` before, which is a lower one, or for what comes from the RIGHT a higher one.
+template <bool RIGHT> DEVICE Effect lane_before(const Effect& e, int by) {
+    if (RIGHT)
+        return {make_float2(lane_down(e.d.x, by), lane_down(e.d.y, by)), make_float2(lane_down(e.h.x, by), lane_down(e.h.y, by))};
+    return {make_float2(lane_up(e.d.x, by), lane_up(e.d.y, by)), make_float2(lane_up(e.h.x, by), lane_up(e.h.y, by))};
+}
+// The effect of this lane's steps and of all before them.
+template <bool RIGHT> DEVICE void combine_lanes(Effect& e, int lane) {
 #pragma unroll
     for (int by = 1; by < 32; by *= 2) {
-        Effect before;
-        before.d = make_float2(lane_up(e.d.x, by), lane_up(e.d.y, by));
-        before.h = make_float2(lane_up(e.h.x, by), lane_up(e.h.y, by));
-        if (lane >= by) {
+        const Effect before = lane_before<RIGHT>(e, by);
+        if (RIGHT ? lane + by < 32 : lane >= by) {
             e.h = after(e, before.h);
             e.d = make_float2(e.d.x * before.d.x, e.d.y * before.d.y);
         }
     }
 }
-// The state entering a lane's steps, from the effects up to each lane and the state entering the warp's; and the one leaving
-// the block's steps. `totals`: (2, WARPS), used in turn.
-DEVICE float2 entering(const Effect& e, float2 h, float2& out, Effect* totals, int turn, const Place& q) {
-    Effect before;
-    before.d = make_float2(lane_up(e.d.x, 1), lane_up(e.d.y, 1));
-    before.h = make_float2(lane_up(e.h.x, 1), lane_up(e.h.y, 1));
+// What enters a lane's steps, given the combined effects and what enters the warp's.
+template <bool RIGHT> DEVICE float2 entering_lane(const Effect& e, float2 h, int lane) {
+    const Effect before = lane_before<RIGHT>(e, 1);
+    return lane == (RIGHT ? 31 : 0) ? h : after(before, h);
+}
+// From what enters the block's steps what enters this warp's (returned) and what leaves the block's. `totals`: (2, WARPS),
+// used in turn, so that one barrier is enough: what is overwritten next was read before the previous one.
+template <bool RIGHT> DEVICE float2 entering_warp(const Effect& e, float2 h, float2& out, Effect* totals, int turn, const Place& q) {
+    const int last = RIGHT ? 0 : 31;
 #if TIMES > 1
     Effect* mine = totals + turn % 2 * WARPS + q.pair;
-    if (q.lane == 31) mine[q.time * PAIRS] = e;
-    __syncthreads();  // one is enough: what is overwritten next was read before the previous one
+    if (q.lane == last) mine[q.time * PAIRS] = e;
+    __syncthreads();
     float2 all = h;
 #pragma unroll
-    for (int w = 0; w < TIMES; w++) {
+    for (int k = 0; k < TIMES; k++) {
+        const int w = RIGHT ? TIMES - 1 - k : k;
         if (w == q.time) h = all;
         all = after(mine[w * PAIRS], all);
     }
     out = all;
 #else
-    const Effect all = {make_float2(lane_last(e.d.x), lane_last(e.d.y)), make_float2(lane_last(e.h.x), lane_last(e.h.y))};
+    const Effect all = {make_float2(lane_from(e.d.x, last), lane_from(e.d.y, last)),
+                        make_float2(lane_from(e.h.x, last), lane_from(e.h.y, last))};
     out = after(all, h);
 #endif
-    return q.lane == 0 ? h : after(before, h);
+    return h;
+}
+
+// What a warp keeps of every state: log2(e) A and what enters the round, at first `from` (b d n) or 0.
+DEVICE void first_states(float4* state, const Params& p, const float* from, const Place& q) {
+    for (int n = q.lane; n < STATES; n += 32) {
+        const float* a = p.A + q.cc * p.A_c + n * p.A_n;
+        float4 s = make_float4(LOG2E * a[0], LOG2E * a[q.second * p.A_c], 0.f, 0.f);
+        if (from != 0) {
+            const float* at = from + (q.b * p.channels + q.cc) * p.all_states + n;
+            s.z = at[0], s.w = at[q.second * p.all_states];
+        }
+        state[n] = s;
+    }
+}
+DEVICE void last_states(const float4* state, const Params& p, float* to, const Place& q) {
+    if (to == 0 || q.time != 0) return;
+    for (int n = q.lane; n < STATES; n += 32) {
+        float* at = to + (q.b * p.channels + q.c) * p.all_states + n;
+        if (q.ok0) at[0] = state[n].z;
+        if (q.ok1) at[p.all_states] = state[n].w;
+    }
 }
 
 KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
@@ -205,15 +251,7 @@ KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
     float4* state = states + threadIdx.x / 32 * STATES;
     const float2 none = make_float2(0.f, 0.f);
     const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
-    for (int n = q.lane; n < STATES; n += 32) {
-        const float* a = p.A + q.cc * p.A_c + n * p.A_n;
-        float4 s = make_float4(LOG2E * a[0], LOG2E * a[q.second * p.A_c], 0.f, 0.f);
-        if (p.initial != 0) {
-            const float* at = p.initial + (q.b * p.channels + q.cc) * p.all_states + n;
-            s.z = at[0], s.w = at[q.second * p.all_states];
-        }
-        state[n] = s;
-    }
+    first_states(state, p, p.initial, q);
     for (i64 begin = 0; begin < p.length; begin += TIMES * SPAN) {
         const i64 i0 = begin + q.time * SPAN + q.lane * TILE;
         const u32 live = live_steps(p, q.b, i0);
@@ -249,8 +287,9 @@ KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
                 h.y = e[j].y * h.y + x[j].y;
             }
             Effect effect = {make_float2(exp2_fast(s.x * total.x), exp2_fast(s.y * total.y)), h};
-            combine_lanes(effect, q.lane);
-            h = entering(effect, make_float2(s.z, s.w), leaves, totals, n, q);
+            combine_lanes<false>(effect, q.lane);
+            h = entering_warp<false>(effect, make_float2(s.z, s.w), leaves, totals, n, q);
+            h = entering_lane<false>(effect, h, q.lane);
             if (keeps) write2(out + n * p.channels, q, h);
             float c[TILE];
             read_steps(c, tile + ROW(q.time, 1, n), q.lane);
@@ -274,10 +313,212 @@ KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
         store_tile(p.y, p, i0, sum, live, q);
     }
     __syncthreads();
-    if (p.final != 0 && q.time == 0)
-        for (int n = q.lane; n < STATES; n += 32) {
-            float* at = p.final + (q.b * p.channels + q.c) * p.all_states + n;
-            if (q.ok0) at[0] = state[n].z;
-            if (q.ok1) at[p.all_states] = state[n].w;
+    last_states(state, p, p.final, q);
+}
+
+// ----------------------------------------------------------------------------------------------------- gradients
+// What a thread has of dC and dB of one state, two times TILE steps: over the block's pairs of channels and out. `sums`:
+// (2, TIMES, PAIRS, 2, 2, 32, 4), used in turn.
+#define SUMS (2 * SPAN)
+DEVICE float* sums_of(float* sums, int turn, int pair, const Place& q) { return sums + ((turn % 2 * TIMES + q.time) * PAIRS + pair) * SUMS; }
+DEVICE void give_sums(float* sums, int turn, const float (&dC)[TILE], const float (&dB)[TILE], const Place& q) {
+    float* to = sums_of(sums, turn, q.pair, q) + 4 * q.lane;
+    *(float4*)to = make_float4(dC[0], dC[1], dC[2], dC[3]);
+    *(float4*)(to + SPAN / 2) = make_float4(dC[4], dC[5], dC[6], dC[7]);
+    *(float4*)(to + SPAN) = make_float4(dB[0], dB[1], dB[2], dB[3]);
+    *(float4*)(to + SPAN + SPAN / 2) = make_float4(dB[4], dB[5], dB[6], dB[7]);
+}
+DEVICE void take_sums(float* sums, int turn, const Params& p, int n, i64 span, const Place& q) {
+    const i64 row = blockIdx.x % p.channel_blocks * p.batch + q.b;
+    for (int e = q.pair * 32 + q.lane; e < SUMS; e += 32 * PAIRS) {
+        float total = 0.f;
+#pragma unroll
+        for (int k = 0; k < PAIRS; k++) total += sums_of(sums, turn, k, q)[e];
+        const int which = e / SPAN, t = e % 128 / 4 * TILE + e % SPAN / 128 * 4 + e % 4;
+        if (span + t < p.length) p.blocks[((row * 2 + which) * STATES + n) * p.length + span + t] = total;
+    }
+}
+
+KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
+    SHARED_FLOATS(shared);
+    elem* tile = (elem*)shared;                                    // (TIMES, 2, STATES, SPAN)
+    float4* states = (float4*)(tile + TIMES * 2 * STATES * SPAN);  // (WARPS, STATES): log2(e) A, dL/dh entering the round
+    Effect* totals = (Effect*)(states + WARPS * STATES);           // (2, WARPS)
+    float* sums = (float*)(totals + 2 * WARPS);
+    float2* gathered = (float2*)(sums + 2 * WARPS * SUMS);         // (WARPS, STATES, 32): dA of a lane's steps
+    float2* starts = gathered + WARPS * STATES * 32;               // (WARPS, STATES): state entering the warp's steps
+    const Place q = place(p);
+    const int warp = threadIdx.x / 32;
+    float4* state = states + warp * STATES;
+    float2 *mine = gathered + warp * STATES * 32 + q.lane, *start = starts + warp * STATES;
+    const float2 none = make_float2(0.f, 0.f);
+    const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
+    float2 dD = none, dbias = none;
+    first_states(state, p, p.dfinal, q);
+    for (int n = 0; n < STATES; n++) mine[n * 32] = none;
+    for (i64 begin = (p.length - 1) / (TIMES * SPAN) * (TIMES * SPAN); begin >= 0; begin -= TIMES * SPAN) {
+        const i64 span = begin + q.time * SPAN, i0 = span + q.lane * TILE;
+        const u32 live = live_steps(p, q.b, i0);
+        float2 dt[TILE], v[TILE], dout[TILE], sumY[TILE], sumA[TILE], sumB[TILE], total = none;
+        pair delta[TILE], u[TILE], z[TILE], dy[TILE];
+        load_tile(delta, p, p.delta, p.delta_b, p.delta_t, i0, live, q);
+        load_tile(u, p, p.u, p.u_b, p.u_t, i0, live, q);
+        load_tile(dy, p, p.dy, p.dy_b, p.dy_t, i0, live, q);
+        if (p.z != 0) load_tile(z, p, p.z, p.z_b, p.z_t, i0, live, q);
+        __syncthreads();
+        const float* kept = p.segments + (q.b * p.all_segments + (span < p.length ? span / p.segment : 0)) * p.all_states * p.channels;
+        for (int n = q.lane; n < STATES; n += 32) start[n] = read2(kept + n * p.channels, q);
+        stage_rows(tile, p, q.b, begin);
+        step_sizes(dt, delta, bias, p.softplus, live);
+#pragma unroll
+        for (int j = 0; j < TILE; j++) {
+            const float2 x = unpack(u[j]);
+            dout[j] = unpack(dy[j]);
+            if (p.z != 0) {
+                const float2 g = unpack(z[j]);
+                dout[j].x *= g.x * sigmoid(g.x);
+                dout[j].y *= g.y * sigmoid(g.y);
+            }
+            sumY[j] = make_float2(skip.x * x.x, skip.y * x.y);
+            sumA[j] = none;
+            sumB[j] = none;
+            v[j] = make_float2(dt[j].x * x.x, dt[j].y * x.y);
+            total.x += dt[j].x, total.y += dt[j].y;
         }
+        __syncthreads();
+#pragma unroll 1
+        for (int n = 0; n < STATES; n++) {
+            const float4 s = state[n];
+            float2 h = none, r = none, e[TILE], leaves;
+            float b[TILE], c[TILE], part[TILE], part_too[TILE];
+            read_steps(b, tile + ROW(q.time, 0, n), q.lane);
+            read_steps(c, tile + ROW(q.time, 1, n), q.lane);
+#pragma unroll
+            for (int j = 0; j < TILE; j++) {
+                e[j] = make_float2(exp2_fast(s.x * dt[j].x), exp2_fast(s.y * dt[j].y));
+                h.x = e[j].x * h.x + v[j].x * b[j];
+                h.y = e[j].y * h.y + v[j].y * b[j];
+            }
+#pragma unroll
+            for (int j = TILE - 1; j >= 0; j--) {
+                r.x = e[j].x * (r.x + c[j] * dout[j].x);
+                r.y = e[j].y * (r.y + c[j] * dout[j].y);
+            }
+            const float2 d = make_float2(exp2_fast(s.x * total.x), exp2_fast(s.y * total.y));
+            Effect forth = {d, h}, back = {d, r};
+            combine_lanes<false>(forth, q.lane);
+            combine_lanes<true>(back, q.lane);
+            r = entering_warp<true>(back, make_float2(s.z, s.w), leaves, totals, n, q);
+#if TIMES == 1
+            if (PAIRS > 1) __syncthreads();
+#endif
+            if (PAIRS > 1 && n > 0) take_sums(sums, n - 1, p, n - 1, span, q);
+            h = entering_lane<false>(forth, start[n], q.lane);
+            r = entering_lane<true>(back, r, q.lane);
+            float2 passed[TILE];
+#pragma unroll
+            for (int j = 0; j < TILE; j++) {
+                passed[j] = make_float2(e[j].x * h.x, e[j].y * h.y);
+                h.x = passed[j].x + v[j].x * b[j];
+                h.y = passed[j].y + v[j].y * b[j];
+                sumY[j].x += c[j] * h.x;
+                sumY[j].y += c[j] * h.y;
+                part[j] = dout[j].x * h.x + dout[j].y * h.y;
+            }
+            float2 dA = none;
+#pragma unroll
+            for (int j = TILE - 1; j >= 0; j--) {
+                const float2 g = make_float2(r.x + c[j] * dout[j].x, r.y + c[j] * dout[j].y);  // dL/dh
+                const float2 w = make_float2(g.x * passed[j].x, g.y * passed[j].y);
+                sumB[j].x += g.x * b[j];
+                sumB[j].y += g.y * b[j];
+                sumA[j].x += s.x * w.x;
+                sumA[j].y += s.y * w.y;
+                dA.x += dt[j].x * w.x;
+                dA.y += dt[j].y * w.y;
+                part_too[j] = g.x * v[j].x + g.y * v[j].y;
+                r.x = e[j].x * g.x;
+                r.y = e[j].y * g.y;
+            }
+            mine[n * 32].x += dA.x;
+            mine[n * 32].y += dA.y;
+            if (q.lane == 0) *(float2*)&state[n].z = leaves;
+            give_sums(sums, n, part, part_too, q);
+            if (PAIRS == 1) {
+                __syncwarp();
+                take_sums(sums, n, p, n, span, q);
+            }
+        }
+        if (PAIRS > 1) {
+            __syncthreads();
+            take_sums(sums, STATES - 1, p, STATES - 1, span, q);
+        }
+#pragma unroll
+        for (int j = 0; j < TILE; j++) {
+            const float2 x = unpack(u[j]);
+            if (p.z != 0) {
+                const float2 g = unpack(z[j]), d = unpack(dy[j]);
+                const float s0 = sigmoid(g.x), s1 = sigmoid(g.y);
+                sumY[j].x *= d.x * (s0 + g.x * s0 * (1.f - s0));
+                sumY[j].y *= d.y * (s1 + g.y * s1 * (1.f - s1));
+            }
+            dD.x += dout[j].x * x.x;
+            dD.y += dout[j].y * x.y;
+            sumA[j].x = LN2 * sumA[j].x + x.x * sumB[j].x;
+            sumA[j].y = LN2 * sumA[j].y + x.y * sumB[j].y;
+            if (p.softplus) {
+                const float2 raw = unpack(delta[j]);
+                sumA[j].x *= sigmoid(raw.x + bias.x);
+                sumA[j].y *= sigmoid(raw.y + bias.y);
+            }
+            if (!((live >> j) & 1u)) sumA[j] = none;
+            dbias.x += sumA[j].x;
+            dbias.y += sumA[j].y;
+            sumB[j].x = skip.x * dout[j].x + dt[j].x * sumB[j].x;
+            sumB[j].y = skip.y * dout[j].y + dt[j].y * sumB[j].y;
+        }
+        store_tile(p.du, p, i0, sumB, live, q);
+        store_tile(p.ddelta, p, i0, sumA, live, q);
+        if (p.z != 0) store_tile(p.dz, p, i0, sumY, live, q);
+    }
+    __syncthreads();
+    last_states(state, p, p.dinitial, q);
+    // dA, dD and dbias over lanes, then over the spans side by side.
+    float2* over_lanes = (float2*)sums;  // (STATES + 2, WARPS)
+    for (int n = 0; n < STATES + 2; n++) {
+        float2 t = n < STATES ? mine[n * 32] : n == STATES ? dD : dbias;
+#pragma unroll
+        for (int by = 16; by > 0; by /= 2) t = make_float2(t.x + lane_xor(t.x, by), t.y + lane_xor(t.y, by));
+        if (q.lane == 0) over_lanes[n * WARPS + warp] = t;
+    }
+    __syncthreads();
+    if (q.time == 0)
+        for (int n = q.lane; n < STATES + 2; n += 32) {
+            float2 t = none;
+            for (int w = 0; w < TIMES; w++) {
+                const float2 one = over_lanes[n * WARPS + w * PAIRS + q.pair];
+                t = make_float2(t.x + one.x, t.y + one.y);
+            }
+            write2(p.partial + (q.b * (STATES + 2) + n) * p.channels, q, t);
+        }
+}
+
+// The sums over blocks of channels, to dC and dB, and over rows of the batch, to dA, dD and dbias: one thread each.
+KERNEL short_reduce(const Params p) {
+    const i64 row = STATES * p.length, size = p.batch * 2 * row, id = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (id < size) {
+        float total = 0.f;
+#pragma unroll 8
+        for (i64 k = 0; k < p.channel_blocks; k++) total += __ldg(p.blocks + k * size + id);
+        const i64 b = id / (2 * row), rest = id % row, at = (b * p.length + position(p, rest % p.length)) * p.all_states + rest / p.length;
+        (id / row % 2 ? p.into_B : p.into_C)[at] = from_float(total);
+    } else if (id - size < (STATES + 2) * p.channels) {
+        const i64 e = id - size, n = e / p.channels, c = e % p.channels;
+        float total = 0.f;
+#pragma unroll 8
+        for (i64 b = 0; b < p.batch; b++) total += __ldg(p.partial + b * (STATES + 2) * p.channels + e);
+        if (n < STATES) p.dA[c * p.all_states + n] = total;
+        else if (n == STATES) { if (p.dD != 0) p.dD[c] = total; }
+        else if (p.dbias != 0) p.dbias[c] = total;
+    }
 }
