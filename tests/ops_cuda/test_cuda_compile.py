@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 
 ARCHITECTURES = (80, 90, 100)
 SCAN = ((16, 4, 1, 1, 1), (5, 1, 0, 0, 0), (16, 3, 0, 1, 1))  # states, warps, bf16, paired, wide
+SHORT = ((16, 4, 2, 1, 1, 1), (5, 1, 4, 0, 0, 0), (32, 2, 1, 0, 1, 1))  # states, pairs, times, bf16, paired, wide
 CONV = ((4, 4, 1, 0, 1, 0), (8, 1, 0, 0, 0, 1))  # width, vector, bf16, paired, silu, masked
 NORM = ((256, 4, 1, 1, 0), (7, 1, 0, 1, 0))  # channels, vector, bf16, wide, paired
 
@@ -28,6 +29,16 @@ def test_scan_compiles(arch, values):
     image = nvrtc.compile_source(nvrtc.source(scan.SOURCE), nvrtc.options(defines, arch), scan.SOURCE)
     assert image[:4] == b"\x7fELF"
     for kernel in scan.KERNELS:
+        assert kernel.encode() in image
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("values", SHORT)
+def test_short_scan_compiles(arch, values):
+    defines = tuple(zip(("STATES", "PAIRS", "TIMES", "BF16", "PAIRED", "WIDE"), values, strict=True))
+    image = nvrtc.compile_source(nvrtc.source(scan.SHORT_SOURCE), nvrtc.options(defines, arch), scan.SHORT_SOURCE)
+    assert image[:4] == b"\x7fELF"
+    for kernel in scan.SHORT_KERNELS:
         assert kernel.encode() in image
 
 

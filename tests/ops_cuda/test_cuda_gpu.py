@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from seqlab.ops import causal_conv1d, selective_scan
+from seqlab.ops.selective_scan import cuda as native
 from seqlab.ops.selective_scan.ends import piece_ends, torch_piece_ends
 
 pytestmark = [
@@ -57,37 +58,50 @@ def check_scan(inputs, tolerance, **kwargs):
     assert all(error < limit for error, limit in zip(errors, limits)), errors
 
 
+@pytest.fixture(params=("in chunks", "in one launch"))
+def kernels(request, monkeypatch):
+    """Both ways of running a scan (scan.cu, scan_short.cu), whichever is chosen for its size."""
+    monkeypatch.setattr(native, "SHORT", 0 if request.param == "in chunks" else 1 << 62)
+    for memory in (native._recipes, selective_scan.__globals__["_known"]):
+        memory.clear()
+    native.short.cache_clear()
+    yield request.param
+    for memory in (native._recipes, selective_scan.__globals__["_known"]):
+        memory.clear()
+    native.short.cache_clear()
+
+
 @pytest.mark.parametrize("length", (1, 2, 3, 7, 64, 65, 1000))
 @pytest.mark.parametrize("reverse,masked,options", itertools.product((False, True), repeat=3))
 @pytest.mark.parametrize("dtype", (FLOAT, HALF))
-def test_scan(length, reverse, masked, options, dtype):
+def test_scan(length, reverse, masked, options, dtype, kernels):
     mask = torch.rand(2, length, device="cuda") > 0.3 if masked else None
     check_scan(scan_inputs(2, length, 70, 5, dtype, options), TOLERANCE[dtype], reverse=reverse, mask=mask)
 
 
-@pytest.mark.parametrize("states", (1, 16, 64, 100, 256))
-def test_numbers_of_states(states):
+@pytest.mark.parametrize("states", (1, 16, 20, 32, 64, 100, 256))
+def test_numbers_of_states(states, kernels):
     check_scan(scan_inputs(1, 130, 40, states, FLOAT), TOLERANCE[FLOAT])
 
 
 @pytest.mark.parametrize("decay", (1e-3, 0.03, 30.0, 3000.0))
-def test_slow_and_fast_decay(decay):
+def test_slow_and_fast_decay(decay, kernels):
     check_scan(scan_inputs(1, 2000, 64, 16, FLOAT, decay=decay), TOLERANCE[FLOAT])
 
 
 @pytest.mark.parametrize("channels", (1, 2, 63, 64, 65, 96, 128, 300, 512))
-def test_numbers_of_channels(channels):
+def test_numbers_of_channels(channels, kernels):
     check_scan(scan_inputs(1, 100, channels, 16, FLOAT), TOLERANCE[FLOAT])
     check_scan(scan_inputs(1, 100, channels, 16, HALF), TOLERANCE[HALF])
 
 
 @pytest.mark.parametrize("batch,length,channels", ((1, 20001, 128), (3, 3000, 200), (1, 3000, 1024)))
 @pytest.mark.parametrize("reverse", (False, True))
-def test_many_chunks_and_channel_blocks(batch, length, channels, reverse):
+def test_many_chunks_and_channel_blocks(batch, length, channels, reverse, kernels):
     check_scan(scan_inputs(batch, length, channels, 16, HALF), TOLERANCE[HALF], reverse=reverse)
 
 
-def test_scan_of_slices_of_a_projection():
+def test_scan_of_slices_of_a_projection(kernels):
     inputs = scan_inputs(2, 100, 64, 16, HALF)
     both = torch.cat((inputs[0], inputs[6]), -1)
     inputs[0], inputs[6] = both[..., :64], both[..., 64:]
@@ -106,7 +120,7 @@ def test_launch_from_a_thread_that_has_not_touched_the_gpu():
     assert torch.equal(found, expected)
 
 
-def test_same_bits_on_ten_runs():
+def test_same_bits_on_ten_runs(kernels):
     inputs = [x.requires_grad_() for x in scan_inputs(1, 4000, 200, 16, HALF)]
     results = []
     for _ in range(10):
@@ -117,7 +131,7 @@ def test_same_bits_on_ten_runs():
 
 
 @pytest.mark.parametrize("reverse", (False, True))
-def test_pieces_equal_whole(reverse):
+def test_pieces_equal_whole(reverse, kernels):
     u, delta, A, B, C, D, z, bias, initial = scan_inputs(1, 3000, 64, 16, FLOAT)
     whole, final = call([u, delta, A, B, C, D, z, bias, initial], "cuda", reverse=reverse)
     cuts = [slice(0, 700), slice(700, 701), slice(701, 3000)]
@@ -129,7 +143,7 @@ def test_pieces_equal_whole(reverse):
     assert relative(state, final) < 1e-6
 
 
-def test_scan_in_a_compiled_graph():
+def test_scan_in_a_compiled_graph(kernels):
     inputs = [x.requires_grad_() for x in scan_inputs(1, 300, 64, 16, FLOAT)]
 
     def step(*x):
@@ -140,7 +154,7 @@ def test_scan_in_a_compiled_graph():
     assert max(relative(a, r) for a, r in zip(found, expected, strict=True)) < 1e-5
 
 
-def test_scan_and_convolution_in_a_cuda_graph():
+def test_scan_and_convolution_in_a_cuda_graph(kernels):
     inputs = [x.requires_grad_() for x in scan_inputs(1, 300, 64, 16, FLOAT)]
     weight = torch.randn(64, 4, device="cuda", requires_grad=True)
 
