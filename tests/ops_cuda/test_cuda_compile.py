@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 
 ARCHITECTURES = (80, 90, 100)
 SCAN = ((16, 4, 1, 1, 1), (5, 1, 0, 0, 0), (16, 3, 0, 1, 1))  # states, warps, bf16, paired, wide
-SHORT = ((16, 4, 2, 1, 1, 1), (5, 1, 4, 0, 0, 0), (32, 2, 1, 0, 1, 1))  # states, pairs, times, bf16, paired, wide
+SHORT = ((16, 4, 1, 8, 1, 1, 1), (5, 1, 1, 4, 0, 0, 0), (32, 2, 2, 1, 0, 1, 1))  # states, across, down, times, bf16, paired, wide
 CONV = ((4, 4, 1, 0, 1, 0), (8, 1, 0, 0, 0, 1))  # width, vector, bf16, paired, silu, masked
 NORM = ((256, 4, 1, 1, 0), (7, 1, 0, 1, 0))  # channels, vector, bf16, wide, paired
 
@@ -35,7 +35,7 @@ def test_scan_compiles(arch, values):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("values", SHORT)
 def test_short_scan_compiles(arch, values):
-    defines = tuple(zip(("STATES", "PAIRS", "TIMES", "BF16", "PAIRED", "WIDE"), values, strict=True))
+    defines = tuple(zip(("STATES", "ACROSS", "DOWN", "TIMES", "BF16", "PAIRED", "WIDE"), values, strict=True))
     image = nvrtc.compile_source(nvrtc.source(scan.SHORT_SOURCE), nvrtc.options(defines, arch), scan.SHORT_SOURCE)
     assert image[:4] == b"\x7fELF"
     for kernel in scan.SHORT_KERNELS:

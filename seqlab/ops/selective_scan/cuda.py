@@ -112,28 +112,42 @@ def _plan_and_cost(batch: int, length: int, channels: int, resident: int, warps:
 
 SHORT = 0
 """Elements (batch x channels x length) below which the forward pass is one launch (scan_short.cu)."""
-SPAN = 256
-"""Steps of a warp there."""
+class Sides(NamedTuple):
+    """A block of scan_short.cu."""
 
+    across: int  # pairs of channels a warp
+    down: int  # warps side by side in channels
+    times: int  # warps side by side in time
 
-def _short_bytes(pairs: int, times: int, n: int, size: int, backward: bool = False) -> int:
-    warps = pairs * times
-    forward = times * 2 * n * SPAN * size + 16 * warps * n + 2 * 16 * warps
-    return forward + backward * warps * (4 * 4 * SPAN + 8 * n * 33)
+    @property
+    def pairs(self) -> int:
+        return self.across * self.down
+
+    @property
+    def warps(self) -> int:
+        return self.down * self.times
+
+    @property
+    def span(self) -> int:
+        """Steps of a warp."""
+        return 32 // self.across * TILE
+
+    def shared(self, n: int, size: int, backward: bool = False) -> int:
+        """Bytes of shared memory; size: of an element of the data."""
+        rows = self.times * self.pairs
+        forward = self.times * 2 * n * self.span * size + 16 * rows * n + 2 * 16 * rows
+        return forward + backward * (8 * rows * (2 * self.span + 8) + 8 * n * (32 * self.warps + rows))
 
 
 @functools.lru_cache(maxsize=1024)
-def short(device, batch: int, length: int, channels: int, n: int, size: int) -> tuple[int, int] | None:
-    """Pairs of channels and spans of time of a block of scan_short.cu; None where scan.cu is faster."""
+def short(device, batch: int, length: int, channels: int, n: int, size: int) -> Sides | None:
+    """The block of scan_short.cu for a problem; None where scan.cu is faster."""
     if batch * length * channels >= SHORT or n > 32:
         return None
-    times = 1
-    while times < 8 and times * SPAN < length and _short_bytes(4 // times, 2 * times, n, size, True) <= device.shared_limit:
-        times *= 2
-    pairs = 8 // times
-    while pairs > 1 and batch * math.ceil(channels / (2 * pairs)) < device.multiprocessors:
-        pairs //= 2
-    return pairs, times
+    sides = Sides(4, 1, 8)
+    while sides.times > 1 and (sides.shared(n, size, True) > device.shared_limit or sides.times // 2 * sides.span >= length):
+        sides = sides._replace(times=sides.times // 2)
+    return sides
 
 
 # --------------------------------------------------------------------------------------------------------- device
@@ -325,9 +339,10 @@ def _outputs(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _short_recipe(device, sides, paired: int, wide: int, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int):
     """Module, plan and parameters of scan_short.cu."""
-    n, (pairs, times) = A.shape[1], sides
-    defines = (("STATES", n), ("PAIRS", pairs), ("TIMES", times), *_defines(u, n, 0, paired, wide)[2:])
-    cut = Plan(u.shape[1], 1, segment, pairs * times, math.ceil(u.shape[2] / (2 * pairs)))
+    n = A.shape[1]
+    named = (("STATES", n), ("ACROSS", sides.across), ("DOWN", sides.down), ("TIMES", sides.times))
+    defines = (*named, *_defines(u, n, 0, paired, wide)[2:])
+    cut = Plan(u.shape[1], 1, segment, sides.warps, math.ceil(u.shape[2] / (2 * sides.pairs)))
     params = _template(u, delta, A, B, C, z, softplus, reverse, cut, SHORT_SOURCE)
     return device.module(defines, SHORT_SOURCE), cut, params
 
@@ -338,10 +353,9 @@ def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse:
     paired, wide, size = _paired(u, delta, z), _wide(n, u, delta, z, B, C), u.element_size()
     grain = segment or segment_length(batch, length, channels)
     if (sides := short(device, batch, length, channels, n, size)) is not None:
-        pairs, times = sides
         module, cut, p = _short_recipe(device, sides, paired, wide, u, delta, A, B, C, z, softplus, reverse, grain)
         blocks = cut.channel_blocks
-        launches = (("short_forward", batch * blocks, cut.threads, _short_bytes(pairs, times, n, size)),)
+        launches = (("short_forward", batch * blocks, cut.threads, sides.shared(n, size)),)
         return _remember(kind, _Recipe(module, p, cut, segment > 0, 0, 0, launches, (batch, p.all_segments, n, channels)))
     warps = _most_warps("scan_forward", n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit, size, wide)
     first = plan(1, 1, channels, 1, warps, 1)
@@ -419,13 +433,14 @@ def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: 
     batch, length, channels = u.shape
     size = u.element_size()
     paired, wide = _paired(u, delta, z, dy), _wide(n, u, delta, z, dy, B, C)
-    if not grouped and (sides := short(device, batch, length, channels, n, size)) is not None:
+    sides = None if grouped else short(device, batch, length, channels, n, size)
+    if sides is not None and sides.span % segment == 0:  # a span starts where a state was kept
         module, cut, p = _short_recipe(device, sides, paired, wide, u, delta, A, B, C, z, softplus, reverse, segment)
         p.dy_b, p.dy_t = dy.stride(0), dy.stride(1)
         rows = cut.channel_blocks * batch * 2 * n * length
         outputs = batch * 2 * n * length + (n + 2) * channels
         launches = (
-            ("short_backward", batch * cut.channel_blocks, cut.threads, _short_bytes(*sides, n, size, True)),
+            ("short_backward", batch * cut.channel_blocks, cut.threads, sides.shared(n, size, True)),
             ("short_reduce", math.ceil(outputs / 256), 256, 0),
         )
         parts, work = _workspace(blocks=rows, partial=batch * (n + 2) * channels)

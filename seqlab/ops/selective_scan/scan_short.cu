@@ -4,23 +4,24 @@
 //     short_backward  the gradients; those of B and C block by block, those of A, D and the bias row by row of the batch
 //     short_reduce    the sums of these, in a fixed order
 //
-// Time runs over lanes. A thread owns TILE neighbouring steps of two neighbouring channels, a warp 32 of those (SPAN steps),
-// a block PAIRS pairs of channels and, side by side, TIMES spans of time; it goes through the sequence in rounds of TIMES
-// spans. For each state in turn a thread runs over its steps from 0, the threads of a warp combine what their steps do to a
+// Time runs over lanes. A thread owns TILE neighbouring steps of two neighbouring channels (a pair). In a warp ACROSS lanes
+// own neighbouring pairs, and 32 / ACROSS lanes follow each other in time (SPAN steps); a block has DOWN such warps side by side
+// in channels and TIMES in time, and goes through the sequence in rounds of TIMES spans. For each state in turn a thread runs over its steps from 0, the threads of a warp combine what their steps do to a
 // state by exchanges, the warps through shared memory, and the thread runs again from the state that really enters. Backward
 // the rounds go from right to left, and the same is done for the gradients dL/dh, from the right; the states that enter a span
 // were kept by the forward pass.
 //
 // Logical time i runs in scan order; position = i, or length-1-i when reversed.
 //
-// Set from outside: STATES, PAIRS, TIMES, BF16, PAIRED, WIDE (as in scan.cu).
+// Set from outside: STATES, ACROSS, DOWN, TIMES, BF16, PAIRED, WIDE (as in scan.cu).
 
 #ifndef WIDE
 #define WIDE 0
 #endif
 #define TILE 8
-#define SPAN (32 * TILE)
-#define WARPS (PAIRS * TIMES)
+#define SPAN (32 / ACROSS * TILE)
+#define PAIRS (ACROSS * DOWN)
+#define WARPS (DOWN * TIMES)
 #define THREADS (WARPS * 32)
 #if WIDE
 #define PER (BF16 ? 8 : 4)  // values of B or C fetched at a time
@@ -59,17 +60,19 @@ struct Params {
 
 struct Place {
     i64 b, c, cc;  // c: first channel, cc: the same inside the array
-    int pair, time, lane, second;
+    int lane, step, across, down, time, second;  // step: of the lanes that follow each other, across: of the neighbouring ones
     bool ok0, ok1;
 };
 DEVICE Place place(const Params& p) {
     Place q;
     const int warp = threadIdx.x / 32;
     q.lane = threadIdx.x % 32;
-    q.pair = warp % PAIRS;
-    q.time = warp / PAIRS;
+    q.step = q.lane / ACROSS;
+    q.across = q.lane % ACROSS;
+    q.down = warp % DOWN;
+    q.time = warp / DOWN;
     q.b = blockIdx.x / p.channel_blocks;
-    q.c = blockIdx.x % p.channel_blocks * (2 * PAIRS) + 2 * q.pair;
+    q.c = blockIdx.x % p.channel_blocks * (2 * PAIRS) + 2 * (q.down * ACROSS + q.across);
     q.ok0 = q.c < p.channels;
     q.ok1 = q.c + 1 < p.channels;
 #if PAIRED
@@ -130,7 +133,7 @@ DEVICE void write2(float* row, const Place& q, float2 v) {
 }
 
 // B and C of a round in shared memory, transposed: (span, B or C, state, SPAN), a thread's TILE steps in 16-byte pieces that
-// neighbouring lanes have side by side. Zeros at dead steps.
+// the lanes that follow each other have side by side. Zeros at dead steps.
 #define ROW(span, which, n) ((((span) * 2 + (which)) * STATES + (n)) * SPAN)
 DEVICE int column(int t) { return BF16 ? t : t % TILE / 4 * (SPAN / 2) + t / TILE * 4 + t % 4; }
 DEVICE void stage_rows(elem* tile, const Params& p, i64 b, i64 i0) {
@@ -157,13 +160,13 @@ DEVICE void stage_rows(elem* tile, const Params& p, i64 b, i64 i0) {
         for (int m = 0; m < PER; m++) tile[ROW(span, which, n + m) + column(t)] = v.each[m];
     }
 }
-DEVICE void read_steps(float (&v)[TILE], const elem* row, int lane) {
+DEVICE void read_steps(float (&v)[TILE], const elem* row, int step) {
 #if BF16
-    const uint4 f = *(const uint4*)(row + TILE * lane);
+    const uint4 f = *(const uint4*)(row + TILE * step);
     v[0] = bf16_low(f.x), v[1] = bf16_high(f.x), v[2] = bf16_low(f.y), v[3] = bf16_high(f.y);
     v[4] = bf16_low(f.z), v[5] = bf16_high(f.z), v[6] = bf16_low(f.w), v[7] = bf16_high(f.w);
 #else
-    const float4 f = *(const float4*)(row + 4 * lane), g = *(const float4*)(row + SPAN / 2 + 4 * lane);
+    const float4 f = *(const float4*)(row + 4 * step), g = *(const float4*)(row + SPAN / 2 + 4 * step);
     v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w, v[4] = g.x, v[5] = g.y, v[6] = g.z, v[7] = g.w;
 #endif
 }
@@ -175,35 +178,37 @@ struct Effect {
 // Where the state is 0 it stays 0, also against an infinite growth.
 DEVICE float decayed(float d, float h) { return h == 0.f ? 0.f : d * h; }
 DEVICE float2 after(const Effect& e, float2 h) { return make_float2(decayed(e.d.x, h.x) + e.h.x, decayed(e.d.y, h.y) + e.h.y); }
-// The effect of the lane `by` before, which is a lower one, or for what comes from the RIGHT a higher one.
+// The effect of the lane `by` steps before, on the left or for what comes from the RIGHT on the right.
 template <bool RIGHT> DEVICE Effect lane_before(const Effect& e, int by) {
+    by *= ACROSS;
     if (RIGHT)
         return {make_float2(lane_down(e.d.x, by), lane_down(e.d.y, by)), make_float2(lane_down(e.h.x, by), lane_down(e.h.y, by))};
     return {make_float2(lane_up(e.d.x, by), lane_up(e.d.y, by)), make_float2(lane_up(e.h.x, by), lane_up(e.h.y, by))};
 }
 // The effect of this lane's steps and of all before them.
-template <bool RIGHT> DEVICE void combine_lanes(Effect& e, int lane) {
+#define STEPS (32 / ACROSS)
+template <bool RIGHT> DEVICE void combine_lanes(Effect& e, const Place& q) {
 #pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
+    for (int by = 1; by < STEPS; by *= 2) {
         const Effect before = lane_before<RIGHT>(e, by);
-        if (RIGHT ? lane + by < 32 : lane >= by) {
+        if (RIGHT ? q.step + by < STEPS : q.step >= by) {
             e.h = after(e, before.h);
             e.d = make_float2(e.d.x * before.d.x, e.d.y * before.d.y);
         }
     }
 }
 // What enters a lane's steps, given the combined effects and what enters the warp's.
-template <bool RIGHT> DEVICE float2 entering_lane(const Effect& e, float2 h, int lane) {
+template <bool RIGHT> DEVICE float2 entering_lane(const Effect& e, float2 h, const Place& q) {
     const Effect before = lane_before<RIGHT>(e, 1);
-    return lane == (RIGHT ? 31 : 0) ? h : after(before, h);
+    return q.step == (RIGHT ? STEPS - 1 : 0) ? h : after(before, h);
 }
-// From what enters the block's steps what enters this warp's (returned) and what leaves the block's. `totals`: (2, WARPS),
-// used in turn, so that one barrier is enough: what is overwritten next was read before the previous one.
+// From what enters the block's steps what enters this warp's (returned) and what leaves the block's. `totals`:
+// (2, TIMES, PAIRS), used in turn, so that one barrier is enough: what is overwritten next was read before the previous one.
 template <bool RIGHT> DEVICE float2 entering_warp(const Effect& e, float2 h, float2& out, Effect* totals, int turn, const Place& q) {
-    const int last = RIGHT ? 0 : 31;
+    const int last = RIGHT ? 0 : STEPS - 1;
 #if TIMES > 1
-    Effect* mine = totals + turn % 2 * WARPS + q.pair;
-    if (q.lane == last) mine[q.time * PAIRS] = e;
+    Effect* mine = totals + turn % 2 * TIMES * PAIRS + q.down * ACROSS + q.across;
+    if (q.step == last) mine[q.time * PAIRS] = e;
     __syncthreads();
     float2 all = h;
 #pragma unroll
@@ -214,46 +219,47 @@ template <bool RIGHT> DEVICE float2 entering_warp(const Effect& e, float2 h, flo
     }
     out = all;
 #else
-    const Effect all = {make_float2(lane_from(e.d.x, last), lane_from(e.d.y, last)),
-                        make_float2(lane_from(e.h.x, last), lane_from(e.h.y, last))};
+    const int from = last * ACROSS + q.across;
+    const Effect all = {make_float2(lane_from(e.d.x, from), lane_from(e.d.y, from)),
+                        make_float2(lane_from(e.h.x, from), lane_from(e.h.y, from))};
     out = after(all, h);
 #endif
     return h;
 }
 
-// What a warp keeps of every state: log2(e) A and what enters the round, at first `from` (b d n) or 0.
+// What a warp keeps of every state and pair, (STATES, ACROSS): log2(e) A and what enters the round, at first `from` (b d n) or 0.
 DEVICE void first_states(float4* state, const Params& p, const float* from, const Place& q) {
-    for (int n = q.lane; n < STATES; n += 32) {
+    for (int n = q.step; n < STATES; n += STEPS) {
         const float* a = p.A + q.cc * p.A_c + n * p.A_n;
         float4 s = make_float4(LOG2E * a[0], LOG2E * a[q.second * p.A_c], 0.f, 0.f);
         if (from != 0) {
             const float* at = from + (q.b * p.channels + q.cc) * p.all_states + n;
             s.z = at[0], s.w = at[q.second * p.all_states];
         }
-        state[n] = s;
+        state[n * ACROSS + q.across] = s;
     }
 }
 DEVICE void last_states(const float4* state, const Params& p, float* to, const Place& q) {
     if (to == 0 || q.time != 0) return;
-    for (int n = q.lane; n < STATES; n += 32) {
+    for (int n = q.step; n < STATES; n += STEPS) {
         float* at = to + (q.b * p.channels + q.c) * p.all_states + n;
-        if (q.ok0) at[0] = state[n].z;
-        if (q.ok1) at[p.all_states] = state[n].w;
+        if (q.ok0) at[0] = state[n * ACROSS + q.across].z;
+        if (q.ok1) at[p.all_states] = state[n * ACROSS + q.across].w;
     }
 }
 
 KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
     SHARED_FLOATS(shared);
     elem* tile = (elem*)shared;                                                  // (TIMES, 2, STATES, SPAN)
-    float4* states = (float4*)(tile + TIMES * 2 * STATES * SPAN);                // (WARPS, STATES): log2(e) A, state entering the round
-    Effect* totals = (Effect*)(states + WARPS * STATES);                         // (2, WARPS)
+    float4* states = (float4*)(tile + TIMES * 2 * STATES * SPAN);                // (WARPS, STATES, ACROSS)
+    Effect* totals = (Effect*)(states + WARPS * STATES * ACROSS);                // (2, TIMES, PAIRS)
     const Place q = place(p);
-    float4* state = states + threadIdx.x / 32 * STATES;
+    float4* state = states + threadIdx.x / 32 * STATES * ACROSS;
     const float2 none = make_float2(0.f, 0.f);
     const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
     first_states(state, p, p.initial, q);
     for (i64 begin = 0; begin < p.length; begin += TIMES * SPAN) {
-        const i64 i0 = begin + q.time * SPAN + q.lane * TILE;
+        const i64 i0 = begin + q.time * SPAN + q.step * TILE;
         const u32 live = live_steps(p, q.b, i0);
         float2 dt[TILE], v[TILE], sum[TILE], total = none;
         pair delta[TILE], u[TILE], z[TILE];
@@ -275,10 +281,10 @@ KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
         float* out = p.segments + (q.b * p.all_segments + (keeps ? i0 / p.segment : 0)) * p.all_states * p.channels;
 #pragma unroll UNROLL
         for (int n = 0; n < STATES; n++) {
-            const float4 s = state[n];
+            const float4 s = state[n * ACROSS + q.across];
             float2 h = none, e[TILE], x[TILE], leaves;
             float b[TILE];
-            read_steps(b, tile + ROW(q.time, 0, n), q.lane);
+            read_steps(b, tile + ROW(q.time, 0, n), q.step);
 #pragma unroll
             for (int j = 0; j < TILE; j++) {
                 e[j] = make_float2(exp2_fast(s.x * dt[j].x), exp2_fast(s.y * dt[j].y));
@@ -287,12 +293,12 @@ KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
                 h.y = e[j].y * h.y + x[j].y;
             }
             Effect effect = {make_float2(exp2_fast(s.x * total.x), exp2_fast(s.y * total.y)), h};
-            combine_lanes<false>(effect, q.lane);
+            combine_lanes<false>(effect, q);
             h = entering_warp<false>(effect, make_float2(s.z, s.w), leaves, totals, n, q);
-            h = entering_lane<false>(effect, h, q.lane);
+            h = entering_lane<false>(effect, h, q);
             if (keeps) write2(out + n * p.channels, q, h);
             float c[TILE];
-            read_steps(c, tile + ROW(q.time, 1, n), q.lane);
+            read_steps(c, tile + ROW(q.time, 1, n), q.step);
 #pragma unroll
             for (int j = 0; j < TILE; j++) {
                 h.x = e[j].x * h.x + x[j].x;
@@ -300,7 +306,7 @@ KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
                 sum[j].x += c[j] * h.x;
                 sum[j].y += c[j] * h.y;
             }
-            if (q.lane == 0) *(float2*)&state[n].z = leaves;
+            if (q.step == 0) *(float2*)&state[n * ACROSS + q.across].z = leaves;
         }
         if (p.z != 0) {
 #pragma unroll
@@ -318,11 +324,11 @@ KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
 
 // ----------------------------------------------------------------------------------------------------- gradients
 // What a thread has of dC and dB of one state, two times TILE steps: over the block's pairs of channels and out. `sums`:
-// (2, TIMES, PAIRS, 2, 2, 32, 4), used in turn.
-#define SUMS (2 * SPAN)
+// (2, TIMES, PAIRS, SUMS), used in turn; a row holds C or B, first or second half of the tile, 32 / ACROSS lanes, 4 steps.
+#define SUMS (2 * SPAN + 8)  // with padding for the banks
 DEVICE float* sums_of(float* sums, int turn, int pair, const Place& q) { return sums + ((turn % 2 * TIMES + q.time) * PAIRS + pair) * SUMS; }
 DEVICE void give_sums(float* sums, int turn, const float (&dC)[TILE], const float (&dB)[TILE], const Place& q) {
-    float* to = sums_of(sums, turn, q.pair, q) + 4 * q.lane;
+    float* to = sums_of(sums, turn, q.down * ACROSS + q.across, q) + 4 * q.step;
     *(float4*)to = make_float4(dC[0], dC[1], dC[2], dC[3]);
     *(float4*)(to + SPAN / 2) = make_float4(dC[4], dC[5], dC[6], dC[7]);
     *(float4*)(to + SPAN) = make_float4(dB[0], dB[1], dB[2], dB[3]);
@@ -330,11 +336,11 @@ DEVICE void give_sums(float* sums, int turn, const float (&dC)[TILE], const floa
 }
 DEVICE void take_sums(float* sums, int turn, const Params& p, int n, i64 span, const Place& q) {
     const i64 row = blockIdx.x % p.channel_blocks * p.batch + q.b;
-    for (int e = q.pair * 32 + q.lane; e < SUMS; e += 32 * PAIRS) {
+    for (int e = q.down * 32 + q.lane; e < 2 * SPAN; e += 32 * DOWN) {
         float total = 0.f;
 #pragma unroll
         for (int k = 0; k < PAIRS; k++) total += sums_of(sums, turn, k, q)[e];
-        const int which = e / SPAN, t = e % 128 / 4 * TILE + e % SPAN / 128 * 4 + e % 4;
+        const int which = e / SPAN, half = e % SPAN / (SPAN / 2), t = e % (SPAN / 2) / 4 * TILE + half * 4 + e % 4;
         if (span + t < p.length) p.blocks[((row * 2 + which) * STATES + n) * p.length + span + t] = total;
     }
 }
@@ -342,22 +348,22 @@ DEVICE void take_sums(float* sums, int turn, const Params& p, int n, i64 span, c
 KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
     SHARED_FLOATS(shared);
     elem* tile = (elem*)shared;                                    // (TIMES, 2, STATES, SPAN)
-    float4* states = (float4*)(tile + TIMES * 2 * STATES * SPAN);  // (WARPS, STATES): log2(e) A, dL/dh entering the round
-    Effect* totals = (Effect*)(states + WARPS * STATES);           // (2, WARPS)
-    float* sums = (float*)(totals + 2 * WARPS);
-    float2* gathered = (float2*)(sums + 2 * WARPS * SUMS);         // (WARPS, STATES, 32): dA of a lane's steps
-    float2* starts = gathered + WARPS * STATES * 32;               // (WARPS, STATES): state entering the warp's steps
+    float4* states = (float4*)(tile + TIMES * 2 * STATES * SPAN);  // (WARPS, STATES, ACROSS), of dL/dh
+    Effect* totals = (Effect*)(states + WARPS * STATES * ACROSS);  // (2, TIMES, PAIRS)
+    float* sums = (float*)(totals + 2 * TIMES * PAIRS);
+    float2* gathered = (float2*)(sums + 2 * TIMES * PAIRS * SUMS);  // (WARPS, STATES, 32): dA of a lane's steps
+    float2* starts = gathered + WARPS * STATES * 32;  // (WARPS, STATES, ACROSS): state entering the warp's steps
     const Place q = place(p);
     const int warp = threadIdx.x / 32;
-    float4* state = states + warp * STATES;
-    float2 *mine = gathered + warp * STATES * 32 + q.lane, *start = starts + warp * STATES;
+    float4* state = states + warp * STATES * ACROSS;
+    float2 *mine = gathered + warp * STATES * 32 + q.lane, *start = starts + warp * STATES * ACROSS + q.across;
     const float2 none = make_float2(0.f, 0.f);
     const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
     float2 dD = none, dbias = none;
     first_states(state, p, p.dfinal, q);
     for (int n = 0; n < STATES; n++) mine[n * 32] = none;
     for (i64 begin = (p.length - 1) / (TIMES * SPAN) * (TIMES * SPAN); begin >= 0; begin -= TIMES * SPAN) {
-        const i64 span = begin + q.time * SPAN, i0 = span + q.lane * TILE;
+        const i64 span = begin + q.time * SPAN, i0 = span + q.step * TILE;
         const u32 live = live_steps(p, q.b, i0);
         float2 dt[TILE], v[TILE], dout[TILE], sumY[TILE], sumA[TILE], sumB[TILE], total = none;
         pair delta[TILE], u[TILE], z[TILE], dy[TILE];
@@ -367,7 +373,7 @@ KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
         if (p.z != 0) load_tile(z, p, p.z, p.z_b, p.z_t, i0, live, q);
         __syncthreads();
         const float* kept = p.segments + (q.b * p.all_segments + (span < p.length ? span / p.segment : 0)) * p.all_states * p.channels;
-        for (int n = q.lane; n < STATES; n += 32) start[n] = read2(kept + n * p.channels, q);
+        for (int n = q.step; n < STATES; n += STEPS) start[n * ACROSS] = read2(kept + n * p.channels, q);
         stage_rows(tile, p, q.b, begin);
         step_sizes(dt, delta, bias, p.softplus, live);
 #pragma unroll
@@ -388,11 +394,11 @@ KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
         __syncthreads();
 #pragma unroll 1
         for (int n = 0; n < STATES; n++) {
-            const float4 s = state[n];
+            const float4 s = state[n * ACROSS + q.across];
             float2 h = none, r = none, e[TILE], leaves;
             float b[TILE], c[TILE], part[TILE], part_too[TILE];
-            read_steps(b, tile + ROW(q.time, 0, n), q.lane);
-            read_steps(c, tile + ROW(q.time, 1, n), q.lane);
+            read_steps(b, tile + ROW(q.time, 0, n), q.step);
+            read_steps(c, tile + ROW(q.time, 1, n), q.step);
 #pragma unroll
             for (int j = 0; j < TILE; j++) {
                 e[j] = make_float2(exp2_fast(s.x * dt[j].x), exp2_fast(s.y * dt[j].y));
@@ -406,15 +412,16 @@ KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
             }
             const float2 d = make_float2(exp2_fast(s.x * total.x), exp2_fast(s.y * total.y));
             Effect forth = {d, h}, back = {d, r};
-            combine_lanes<false>(forth, q.lane);
-            combine_lanes<true>(back, q.lane);
+            combine_lanes<false>(forth, q);
+            combine_lanes<true>(back, q);
             r = entering_warp<true>(back, make_float2(s.z, s.w), leaves, totals, n, q);
 #if TIMES == 1
-            if (PAIRS > 1) __syncthreads();
+            if (DOWN > 1) __syncthreads();
+            else __syncwarp();
 #endif
-            if (PAIRS > 1 && n > 0) take_sums(sums, n - 1, p, n - 1, span, q);
-            h = entering_lane<false>(forth, start[n], q.lane);
-            r = entering_lane<true>(back, r, q.lane);
+            if (n > 0) take_sums(sums, n - 1, p, n - 1, span, q);
+            h = entering_lane<false>(forth, start[n * ACROSS], q);
+            r = entering_lane<true>(back, r, q);
             float2 passed[TILE];
 #pragma unroll
             for (int j = 0; j < TILE; j++) {
@@ -442,17 +449,11 @@ KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
             }
             mine[n * 32].x += dA.x;
             mine[n * 32].y += dA.y;
-            if (q.lane == 0) *(float2*)&state[n].z = leaves;
+            if (q.step == 0) *(float2*)&state[n * ACROSS + q.across].z = leaves;
             give_sums(sums, n, part, part_too, q);
-            if (PAIRS == 1) {
-                __syncwarp();
-                take_sums(sums, n, p, n, span, q);
-            }
         }
-        if (PAIRS > 1) {
-            __syncthreads();
-            take_sums(sums, STATES - 1, p, STATES - 1, span, q);
-        }
+        __syncthreads();
+        take_sums(sums, STATES - 1, p, STATES - 1, span, q);
 #pragma unroll
         for (int j = 0; j < TILE; j++) {
             const float2 x = unpack(u[j]);
@@ -484,19 +485,20 @@ KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
     __syncthreads();
     last_states(state, p, p.dinitial, q);
     // dA, dD and dbias over lanes, then over the spans side by side.
-    float2* over_lanes = (float2*)sums;  // (STATES + 2, WARPS)
+    float2* over_lanes = (float2*)sums;  // (STATES + 2, TIMES, PAIRS)
+    const int pair = q.down * ACROSS + q.across;
     for (int n = 0; n < STATES + 2; n++) {
         float2 t = n < STATES ? mine[n * 32] : n == STATES ? dD : dbias;
 #pragma unroll
-        for (int by = 16; by > 0; by /= 2) t = make_float2(t.x + lane_xor(t.x, by), t.y + lane_xor(t.y, by));
-        if (q.lane == 0) over_lanes[n * WARPS + warp] = t;
+        for (int by = 16; by >= ACROSS; by /= 2) t = make_float2(t.x + lane_xor(t.x, by), t.y + lane_xor(t.y, by));
+        if (q.step == 0) over_lanes[(n * TIMES + q.time) * PAIRS + pair] = t;
     }
     __syncthreads();
     if (q.time == 0)
-        for (int n = q.lane; n < STATES + 2; n += 32) {
+        for (int n = q.step; n < STATES + 2; n += STEPS) {
             float2 t = none;
             for (int w = 0; w < TIMES; w++) {
-                const float2 one = over_lanes[n * WARPS + w * PAIRS + q.pair];
+                const float2 one = over_lanes[(n * TIMES + w) * PAIRS + pair];
                 t = make_float2(t.x + one.x, t.y + one.y);
             }
             write2(p.partial + (q.b * (STATES + 2) + n) * p.channels, q, t);
