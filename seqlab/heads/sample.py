@@ -10,13 +10,11 @@ recent past (backward-adaptive linear predictive coding, the autocorrelation met
 
 `PredictionHead` adds to the logits, from the features y of a position,
 
-    m     = p + sum_k (basis^T W y)_k x_{t+1-k}            the network moves the prediction,
-    s     = w exp(.),  a = exp(.)                          its width and its tail
+    m     = p + w (.),  s = w exp(.),  a = exp(.)          (.): linear maps of y
     logit = -a log(1 + ((levels - m) / s)^2) + bias per code
 
 that is, up to a constant, a Student t distribution around m of 2 a - 1 degrees of freedom, times whatever the language head
-says. `basis` makes the directions in which the network moves coefficients equally strong: with the training split's
-correlations R = L L^T, basis = L^-1, so W y acts on signals of variance one. The newest error, w and p go into the network too.
+says. The newest error, w and p go into the network too.
 
 The predictor computes in float64, the head in float32: a prediction 30 dB better than its signal leaves little for rounding.
 """
@@ -34,6 +32,7 @@ WIDTH_MEMORY = 0.95  # mu
 NOISE = 1e-6  # share of r[0] that is added to it, for the recursion's sake
 PIECE = 1 << 17  # positions that are worked on at a time
 INPUTS = 3  # numbers that the network is told at every position
+ROWS = 3  # numbers that the network says about the sample that follows
 
 
 class SampleState(NamedTuple):
@@ -46,7 +45,6 @@ class SampleState(NamedTuple):
 class Prediction(NamedTuple):
     """What `LinearPredictor` says at every position (b l), about the sample that follows."""
 
-    past: Tensor  # (b K+l-1), amplitudes: those of position t and the K-1 before it are past[:, t : t+K]
     p: Tensor
     width: Tensor  # w, above 0
     inputs: Tensor  # (b l INPUTS)
@@ -94,10 +92,7 @@ class LinearPredictor(nn.Module):
             for piece in ids.split(max(1, PIECE // len(ids)), 1):
                 part, heard = self._piece(piece, heard)
                 parts.append(part)
-        if len(parts) == 1:
-            return parts[0], heard
-        past = torch.cat([parts[0].past, *(part.past[:, self.order - 1 :] for part in parts[1:])], 1)
-        return Prediction(past, *(torch.cat(same, 1) for same in list(zip(*parts))[1:])), heard
+        return Prediction(*(torch.cat(same, 1) for same in zip(*parts))), heard
 
     def start(self, rows: int) -> Tensor:
         """`heard` before the first sample."""
@@ -125,7 +120,7 @@ class LinearPredictor(nn.Module):
         earlier = torch.cat([width, widths[:, :-1]], 1) + floor
         inputs = [torch.tanh(errors / earlier), 0.5 * wide.log() + 2, torch.asinh(255 * p) / math.asinh(255)]
         new = torch.cat([x[:, -K:], R[:, -1], p[:, -1:], widths[:, -1:]], 1)
-        return Prediction(x[:, 1:].float(), p.float(), wide.float(), torch.stack(inputs, -1).float()), new
+        return Prediction(p.float(), wide.float(), torch.stack(inputs, -1).float()), new
 
 
 class PredictionHead(nn.Module):
@@ -133,37 +128,24 @@ class PredictionHead(nn.Module):
 
     def __init__(self, d_model: int, vocab_size: int, order: int):
         super().__init__()
-        self.order = order
         self.predictor = LinearPredictor(vocab_size, order)
         self.input = nn.Parameter(torch.zeros(INPUTS, d_model))  # what the network is told
-        self.weight = nn.Parameter(torch.zeros(order + 2, d_model))  # K rows of coefficients, oldest sample first; log s, log a
-        self.shape = nn.Parameter(torch.tensor([0.0, 0.7]))  # log s / w and log a to begin with
+        self.weight = nn.Parameter(torch.zeros(ROWS, d_model))
+        self.shape = nn.Parameter(torch.tensor([0.0, 0.0, 0.7]))  # (m - p) / w, log s / w and log a to begin with
         self.bias = nn.Parameter(torch.zeros(vocab_size))
-        self.register_buffer("basis", torch.eye(order))
 
     @torch.no_grad()
     def fit(self, levels: np.ndarray, correlations: np.ndarray) -> None:
         """Take over the amplitude of every code (vocab), and the training split's mean products (K + 1) of samples 0, 1, ... K
         apart."""
-        lags = np.abs(np.arange(self.order)[:, None] - np.arange(self.order))
-        correlations = np.asarray(correlations, np.float64) + 1e-9 * (np.arange(self.order + 1) == 0)
-        R = correlations[lags] + 1e-6 * correlations[0] * np.eye(self.order)
-        error = max(correlations[0] - correlations[1:] @ np.linalg.solve(R, correlations[1:]), 1e-9)
-        # W y of one moves the prediction as far as a fixed prediction would err
-        self.basis.copy_(torch.from_numpy(np.linalg.inv(np.linalg.cholesky(R)) * np.sqrt(error)))
-        self.predictor.prior.copy_(torch.from_numpy(correlations))
+        silence = 1e-9 * (np.arange(self.predictor.order + 1) == 0)
+        self.predictor.prior.copy_(torch.from_numpy(correlations + silence))
         self.predictor.levels.copy_(torch.from_numpy(levels))
         self.bias.copy_(torch.from_numpy(np.log(np.gradient(levels.astype(np.float64)))))
 
-    def rows(self) -> Tensor:
-        """(K + 2, d_model): the linear map from y to what is added to coefficients, log s and log a."""
-        return torch.cat([self.basis.T @ self.weight[: self.order], self.weight[self.order :]])
-
     def forward(self, y: Tensor, prediction: Prediction) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
-            rows = self.rows()
-            change, log_s, log_a = F.linear(y.to(rows.dtype), rows).split([self.order, 1, 1], dim=-1)
-            x = prediction.past.unfold(1, self.order, 1)  # (b l K)
-            m = prediction.p[..., None] + (change * x).sum(-1, keepdim=True)
-            z = (self.predictor.levels - m) * torch.exp(-log_s - self.shape[0]) / prediction.width[..., None]
-            return self.bias - torch.exp(log_a + self.shape[1]) * torch.log1p(z * z)
+            move, log_s, log_a = F.linear(y.to(self.weight.dtype), self.weight, self.shape).split(1, dim=-1)
+            p, width = prediction.p[..., None], prediction.width[..., None]
+            z = ((self.predictor.levels - p) / width - move) * torch.exp(-log_s)
+            return self.bias - torch.exp(log_a) * torch.log1p(z * z)

@@ -274,14 +274,12 @@ def _hear(heard, table, fit, order, x, floor, told):
 
 @helper
 def _predict(work, logits, rows, heard, order, floor, levels, vocab):
-    """logits += the density around the linear prediction, of which `rows` are the changes, log s and log a."""
-    mean = np.float32(heard[2 * order + 1])
-    for k in range(order):
-        mean += peek(work, rows + 4 * k) * np.float32(heard[k])
-    scale = np.float32(math.exp(-peek(work, rows + 4 * order))) / np.float32(heard[2 * order + 2] + floor)
-    tail = np.float32(math.exp(peek(work, rows + 4 * order + 4)))
+    """logits += the density around the linear prediction; rows: (m - p) / w, log s / w and log a."""
+    p, per = np.float32(heard[2 * order + 1]), np.float32(1.0 / (heard[2 * order + 2] + floor))
+    move, scale = peek(work, rows), np.float32(math.exp(-peek(work, rows + 4)))
+    tail = np.float32(math.exp(peek(work, rows + 8)))
     for v in range(vocab):
-        z = (peek(work, levels + 4 * v) - mean) * scale
+        z = ((peek(work, levels + 4 * v) - p) * per - move) * scale
         poke(work, logits + 4 * v, peek(work, logits + 4 * v) - tail * np.float32(math.log(np.float32(1.0) + z * z)))
 
 

@@ -591,17 +591,14 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
     __syncwarp();
 }
 
-// The density around the linear prediction, added to the logits of one stream by one warp; behind the logits are the changes of
-// the coefficients, log s and log a.
+// The density around the linear prediction, added to the logits of one stream by one warp; behind the logits are (m - p) / w,
+// log s / w and log a.
 DEVICE void predict(const Params& p, float* logits, const double* heard, double floor) {
-    int vocab = p.vocab, order = p.order, lane = threadIdx.x % 32;
-    const float* rows = logits + vocab;
-    float mean = 0.f;
-    for (int k = lane; k < order; k += 32) mean += rows[k] * (float)heard[k];
-    mean = warp_sum(mean) + (float)heard[2 * order + 1];
-    float scale = exp2_fast(-LOG2E * rows[order]) / (float)(heard[2 * order + 2] + floor), tail = LN2 * exp2_fast(LOG2E * rows[order + 1]);
-    for (int v = lane; v < vocab; v += 32) {
-        float z = (__ldg(p.levels + v) - mean) * scale;
+    int vocab = p.vocab, order = p.order;
+    float centre = (float)heard[2 * order + 1], per = 1.f / (float)(heard[2 * order + 2] + floor);
+    float move = logits[vocab], scale = exp2_fast(-LOG2E * logits[vocab + 1]), tail = LN2 * exp2_fast(LOG2E * logits[vocab + 2]);
+    for (int v = threadIdx.x % 32; v < vocab; v += 32) {
+        float z = ((__ldg(p.levels + v) - centre) * per - move) * scale;
         logits[v] -= tail * log2_fast(1.f + z * z);
     }
     __syncwarp();

@@ -115,7 +115,7 @@ def matrices(program: Program, shape: Shape) -> list[tuple[int, int]]:
 
 def head_rows(program: Program) -> int:
     """Logits, and what a linear prediction needs."""
-    return program.vocab_size + (program.order + 2 if program.order else 0)
+    return program.vocab_size + (0 if program.prediction is None else len(program.prediction.rows))
 
 
 def sizes(program: Program, shape: Shape) -> dict[str, int]:

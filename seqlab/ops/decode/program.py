@@ -61,8 +61,8 @@ class Operation:
 class LinearPrediction(NamedTuple):
     """A PredictionHead (heads/sample.py) as decoders use it; float32 but for `table`."""
 
-    rows: Tensor  # (K+2 d_model), the head's further rows: changes of the coefficients, oldest sample first; log s, log a
-    biases: Tensor  # (K+2)
+    rows: Tensor  # (3 d_model), the head's further rows: (m - p) / w, log s / w, log a
+    biases: Tensor  # (3)
     levels: Tensor  # (vocab)
     bias: Tensor  # (vocab)
     inputs: Tensor  # (3 d_model): what is added to a token's embedding, times the three numbers of the predictor
@@ -72,12 +72,11 @@ class LinearPrediction(NamedTuple):
     @classmethod
     def of(cls, head: PredictionHead, gain: Tensor) -> "LinearPrediction":
         own = head.predictor
-        biases = torch.cat([torch.zeros_like(head.shape[:1]).expand(own.order), head.shape])
         k = torch.arange(own.order + 1, device=gain.device, dtype=torch.float64)
         table = torch.stack([MEMORY ** (0.5 * k), own.prior.double()])
         table[:, 0] *= 1 + NOISE
         floor = own.floor.item()
-        return cls(_copy(head.rows()) * gain, _copy(biases), _copy(own.levels), _copy(head.bias), _copy(head.input), table, floor)
+        return cls(_copy(head.weight) * gain, _copy(head.shape), _copy(own.levels), _copy(head.bias), _copy(head.input), table, floor)
 
 
 class Program:
