@@ -65,7 +65,8 @@ def test_the_predictor_is_the_one_described(monkeypatch):
     got, heard = predictor(codes)
     p = w = 0.0
     for t in range(n):
-        window = sample.MEMORY ** ((t - np.arange(t + 1)) / 2) * x[: t + 1]
+        age = t - np.arange(t + 1)
+        window = (sample.MEMORY**age - sample.ONSET**age) * x[: t + 1]
         r = np.array([window[k:] @ window[: t + 1 - k] if k <= t else 0.0 for k in range(order + 1)]) + predictor.prior.numpy()
         r[0] *= 1 + sample.NOISE
         c = np.linalg.solve(r[np.abs(np.arange(order)[:, None] - np.arange(order))], r[1:])

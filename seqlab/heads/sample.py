@@ -1,12 +1,17 @@
 """Linear prediction inside a model of sampled signals: what the network is told about it, and the head that follows it.
 
 A code stands for an amplitude, `levels[code]`. `LinearPredictor` has no weights: at every sample it fits K coefficients to the
-recent past (backward-adaptive linear predictive coding, the autocorrelation method with an exponential window):
+recent past (backward-adaptive linear predictive coding, the autocorrelation method with a recursive window):
 
-    R_t[k] = lambda R_{t-1}[k] + x_t x_{t-k}               k = 0 ... K, x: amplitudes, zero before the beginning
-    r_t[k] = lambda^(k/2) R_t[k] + prior[k]                the correlations of the windowed past, and of the training split
+    v_t[n] = (lambda^n - mu^n) x_{t-n}                     the windowed past; x: amplitudes, zero before the beginning
+    r_t[k] = sum_n v_t[n] v_t[n+k] + prior[k]              k = 0 ... K, its correlations, and the training split's
     c_t    = Levinson(r_t);  p_t = sum_k c_t[k] x_{t+1-k}   the prediction of x_{t+1}
-    w_t    = mu w_{t-1} + (1 - mu) |x_t - p_{t-1}|          how wrong it has been lately
+    w_t    = nu w_{t-1} + (1 - nu) |x_t - p_{t-1}|          how wrong it has been lately
+
+A window that ended at its highest would fit coefficients to the silence behind its end. Its product with itself k samples on is
+three exponentials, so three sums that decay at lambda^2, lambda mu and mu^2 hold all that r needs:
+
+    S_j,t[k] = decay_j S_j,t-1[k] + x_t x_{t-k};  r[k] = lambda^k S_0[k] - (lambda^k + mu^k) S_1[k] + mu^k S_2[k] + prior[k]
 
 `PredictionHead` adds to the logits, from the features y of a position,
 
@@ -27,8 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MEMORY = 0.998  # lambda
-WIDTH_MEMORY = 0.95  # mu
+MEMORY = 0.995**0.5  # lambda
+ONSET = 0.95  # mu
+DECAYS = (MEMORY * MEMORY, MEMORY * ONSET, ONSET * ONSET)
+WIDTH_MEMORY = 0.95  # nu
 NOISE = 1e-6  # share of r[0] that is added to it, for the recursion's sake
 PIECE = 1 << 17  # positions that are worked on at a time
 INPUTS = 3  # numbers that the network is told at every position
@@ -39,7 +46,7 @@ class SampleState(NamedTuple):
     """State of a language model with a linear prediction between two pieces of a sequence."""
 
     backbone: Any
-    heard: Tensor  # (b 2K+3) float64: the last K amplitudes, oldest first; R; p; w
+    heard: Tensor  # (b 4K+5) float64: the last K amplitudes, oldest first; S_0, S_1, S_2; p; w
 
 
 class Prediction(NamedTuple):
@@ -60,6 +67,13 @@ def levinson(r: Tensor) -> Tensor:
         c[i] = reflection
         error *= 1 - reflection * reflection
     return c
+
+
+def window_weights(order: int, device: torch.device) -> Tensor:
+    """(3 K+1) float64: what S_0, S_1 and S_2 weigh in r."""
+    k = torch.arange(order + 1, device=device, dtype=torch.float64)
+    slow, fast = MEMORY**k, ONSET**k
+    return torch.stack([slow, -slow - fast, fast])
 
 
 def decaying_sum(x: Tensor, decay: float) -> Tensor:
@@ -96,19 +110,21 @@ class LinearPredictor(nn.Module):
 
     def start(self, rows: int) -> Tensor:
         """`heard` before the first sample."""
-        return torch.zeros(rows, 2 * self.order + 3, dtype=torch.float64, device=self.levels.device)
+        return torch.zeros(rows, 4 * self.order + 5, dtype=torch.float64, device=self.levels.device)
 
     def _piece(self, ids: Tensor, heard: Tensor | None) -> tuple[Prediction, Tensor]:
         K, floor = self.order, self.floor.double()
         heard = self.start(len(ids)) if heard is None else heard
-        before, R, last, width = heard.split([K, K + 1, 1, 1], 1)
+        before, *sums, last, width = heard.split([K, K + 1, K + 1, K + 1, 1, 1], 1)
         x = torch.cat([before, self.levels[ids.long()].double()], 1)  # (b K+l)
         windows = x.unfold(1, K + 1, 1)  # (b l K+1), newest last
         products = windows[..., -1:] * windows.flip(-1)
-        products[:, 0] += MEMORY * R
-        R = decaying_sum(products, MEMORY)
-        lags = torch.arange(K + 1, device=x.device)
-        r = (R * MEMORY ** (0.5 * lags) + self.prior).permute(2, 0, 1).flatten(1)  # (K+1 b l)
+        r, ends = self.prior.double(), []
+        for weight, decay, S in zip(window_weights(K, x.device), DECAYS, sums, strict=True):
+            S = decaying_sum(torch.cat([products[:, :1] + decay * S[:, None], products[:, 1:]], 1), decay)
+            r = r + weight * S
+            ends.append(S[:, -1])
+        r = r.permute(2, 0, 1).flatten(1)  # (K+1 b l)
         r[0] *= 1 + NOISE
         c = levinson(r).unflatten(1, ids.shape)  # (K b l)
         p = (c * windows[..., 1:].flip(-1).permute(2, 0, 1)).sum(0)
@@ -119,7 +135,7 @@ class LinearPredictor(nn.Module):
         wide = widths + floor
         earlier = torch.cat([width, widths[:, :-1]], 1) + floor
         inputs = [torch.tanh(errors / earlier), 0.5 * wide.log() + 2, torch.asinh(255 * p) / math.asinh(255)]
-        new = torch.cat([x[:, -K:], R[:, -1], p[:, -1:], widths[:, -1:]], 1)
+        new = torch.cat([x[:, -K:], *ends, p[:, -1:], widths[:, -1:]], 1)
         return Prediction(p.float(), wide.float(), torch.stack(inputs, -1).float()), new
 
 

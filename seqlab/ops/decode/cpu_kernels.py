@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numba import int64, uint64
 
-from seqlab.heads.sample import MEMORY, WIDTH_MEMORY
+from seqlab.heads.sample import DECAYS, WIDTH_MEMORY
 from seqlab.ops.decode.program import BLOCK, DOWN
 from seqlab.ops.lanes import (
     compile_kernel,
@@ -239,19 +239,21 @@ def _mixer(work, op, p, at, scratch, first, streams, epsilon):
 
 @helper
 def _hear(heard, table, fit, order, x, floor, told):
-    """A step of the linear predictor of one stream (heads/sample.py): the newest sample x moves in. `heard` (2K+3) is its state,
+    """A step of the linear predictor of one stream (heads/sample.py): the newest sample x moves in. `heard` (4K+5) is its state,
     told (3) what the network is told, fit (2K+1) room."""
-    e, earlier = x - heard[2 * order + 1], heard[2 * order + 2] + floor
-    width = WIDTH_MEMORY * heard[2 * order + 2] + (1.0 - WIDTH_MEMORY) * abs(e)
-    heard[order] = MEMORY * heard[order] + x * x
-    for k in range(1, order + 1):
-        heard[order + k] = MEMORY * heard[order + k] + x * heard[order - k]
+    e, earlier = x - heard[4 * order + 3], heard[4 * order + 4] + floor
+    width = WIDTH_MEMORY * heard[4 * order + 4] + (1.0 - WIDTH_MEMORY) * abs(e)
+    r, c = fit[: order + 1], fit[order + 1 :]
+    s0, s1, s2 = heard[order:], heard[2 * order + 1 :], heard[3 * order + 2 :]
+    for k in range(order + 1):
+        product = x * (heard[order - k] if k else x)
+        s0[k] = DECAYS[0] * s0[k] + product
+        s1[k] = DECAYS[1] * s1[k] + product
+        s2[k] = DECAYS[2] * s2[k] + product
+        r[k] = s0[k] * table[0, k] + s1[k] * table[1, k] + s2[k] * table[2, k] + table[3, k]
     for k in range(order - 1):
         heard[k] = heard[k + 1]
     heard[order - 1] = x
-    r, c = fit[: order + 1], fit[order + 1 :]
-    for k in range(order + 1):
-        r[k] = heard[order + k] * table[0, k] + table[1, k]
     error = r[0]
     for i in range(order):
         total = r[i + 1]
@@ -266,7 +268,7 @@ def _hear(heard, table, fit, order, x, floor, told):
     p = 0.0
     for k in range(order):
         p += c[k] * heard[order - 1 - k]
-    heard[2 * order + 1], heard[2 * order + 2] = p, width
+    heard[4 * order + 3], heard[4 * order + 4] = p, width
     told[0] = math.tanh(e / earlier)
     told[1] = 0.5 * math.log(width + floor) + 2.0
     told[2] = math.asinh(255.0 * p) / math.asinh(255.0)
@@ -275,7 +277,7 @@ def _hear(heard, table, fit, order, x, floor, told):
 @helper
 def _predict(work, logits, rows, heard, order, floor, levels, vocab):
     """logits += the density around the linear prediction; rows: (m - p) / w, log s / w and log a."""
-    p, per = np.float32(heard[2 * order + 1]), np.float32(1.0 / (heard[2 * order + 2] + floor))
+    p, per = np.float32(heard[4 * order + 3]), np.float32(1.0 / (heard[4 * order + 4] + floor))
     move, scale = peek(work, rows), np.float32(math.exp(-peek(work, rows + 4)))
     tail = np.float32(math.exp(peek(work, rows + 8)))
     for v in range(vocab):
@@ -396,7 +398,7 @@ def decode(p, ops, rows, at, settings, heard, table, first, last):
     """COUNT tokens of the streams [first, last). rows (batch 3): address of the stream's base vector, its key, its token.
 
     at: offsets of the scratch areas, then those of the skip slots; settings: temperature, top_p, epsilon, guidance and the floor
-    of the linear prediction (float32), of which heard (batch 2K+3) is the state and table (2 K+1) what program.py says.
+    of the linear prediction (float32), of which heard (batch 4K+5) is the state and table (4 K+1) what program.py says.
     """
     work = F
     streams, vocab, d = last - first, p[VOCAB], p[D_MODEL]

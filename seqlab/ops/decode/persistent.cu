@@ -37,8 +37,8 @@ struct Params {
     // if there is a linear prediction of `order` K (heads/sample.py):
     const float* levels;     // (vocab), amplitudes of the tokens
     const float* inputs;     // (TOLD d_model), added to the embedding times what the predictor tells
-    const double* table;     // (2 K+1): what R is multiplied by, what is added
-    double* heard;           // (b 2K+3), the predictor's state: the last K amplitudes, oldest first, then R, p, w
+    const double* table;     // (4 K+1): what the sums S weigh, and what is added
+    double* heard;           // (b 4K+5), the predictor's state: the last K amplitudes, oldest first, then S_0, S_1, S_2, p, w
     i64 operations, batch, count, position, d_model, vocab, head_rows, order, top_k;
     i64 arena_stride, resident;  // bytes; so many of them are kept in shared memory
     i64 head, head_bias, head_shares;  // places in the arena; the bias is -inf for what may not be drawn
@@ -64,7 +64,8 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 #endif
 #define BATCH (STREAMS >= 4 ? 4 : 1)  // states that a thread of the scan has on their way at a time
 #define TOLD 3                             // numbers that a linear predictor tells the network
-#define MEMORY 0.998                       // of its correlations and of its width: as in heads/sample.py
+#define MEMORY 0.99749686716300011         // of its window and of its width: as in heads/sample.py
+#define ONSET 0.95
 #define WIDTH_MEMORY 0.95
 #define LANES 4                            // threads that share the states of a channel
 #define EACH ((STATES + LANES - 1) / LANES)
@@ -551,10 +552,16 @@ DEVICE double warp_sum(double v) {
 // A step of the linear predictor of one stream by one warp (heads/sample.py): the newest sample x moves in. `fit` (2K+1) is room.
 DEVICE void hear(const Params& p, double* heard, double* fit, float* told, double x, double floor) {
     int K = p.order, lane = threadIdx.x % 32;
-    double *R = heard + K, *r = fit, *c = fit + K + 1, e = x - heard[2 * K + 1], before = heard[2 * K + 2];
+    double *r = fit, *c = fit + K + 1, e = x - heard[4 * K + 3], before = heard[4 * K + 4];
+    const double decays[3] = {MEMORY * MEMORY, MEMORY * ONSET, ONSET * ONSET};
     for (int k = lane; k <= K; k += 32) {
-        R[k] = MEMORY * R[k] + x * (k ? heard[K - k] : x);
-        r[k] = R[k] * p.table[k] + p.table[K + 1 + k];
+        double product = x * (k ? heard[K - k] : x), sum = p.table[3 * (K + 1) + k];
+        for (int j = 0; j < 3; j++) {
+            double* S = heard + K + j * (K + 1) + k;
+            *S = decays[j] * *S + product;
+            sum += *S * p.table[j * (K + 1) + k];
+        }
+        r[k] = sum;
     }
     __syncwarp();
     for (int k = lane; k - lane < K; k += 32) {
@@ -582,8 +589,8 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
     sum = warp_sum(sum);
     if (lane == 0) {
         double width = WIDTH_MEMORY * before + (1. - WIDTH_MEMORY) * (e < 0. ? -e : e);
-        heard[2 * K + 1] = sum;
-        heard[2 * K + 2] = width;
+        heard[4 * K + 3] = sum;
+        heard[4 * K + 4] = width;
         told[0] = tanhf((float)(e / (before + floor)));
         told[1] = .5f * logf((float)(width + floor)) + 2.f;
         told[2] = asinhf(255.f * (float)sum) * .16039998f;  // 1 / asinh(255)
@@ -595,7 +602,7 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
 // log s / w and log a.
 DEVICE void predict(const Params& p, float* logits, const double* heard, double floor) {
     int vocab = p.vocab, order = p.order;
-    float centre = (float)heard[2 * order + 1], per = 1.f / (float)(heard[2 * order + 2] + floor);
+    float centre = (float)heard[4 * order + 3], per = 1.f / (float)(heard[4 * order + 4] + floor);
     float move = logits[vocab], scale = exp2_fast(-LOG2E * logits[vocab + 1]), tail = LN2 * exp2_fast(LOG2E * logits[vocab + 2]);
     for (int v = threadIdx.x % 32; v < vocab; v += 32) {
         float z = ((__ldg(p.levels + v) - centre) * per - move) * scale;
@@ -708,7 +715,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     m.settings = next; next += 8;
     m.token = (int*)next; next += round_up(STREAMS, 4);
     m.phase = (int*)next; next += round_up((int)p.operations, 4);
-    int order = p.order, state = 2 * order + 3, room = 2 * order + 1;
+    int order = p.order, state = 4 * order + 5, room = 2 * order + 1;
     m.heard = (double*)next; next += order ? round_up(2 * STREAMS * state, 4) : 0;
     m.fit = (double*)next; next += order ? round_up(2 * (STREAMS < WARPS ? STREAMS : WARPS) * room, 4) : 0;
 

@@ -142,7 +142,7 @@ def sizes(program: Program, shape: Shape) -> dict[str, int]:
     floats += s * out["slots"] + out["part_floats"] + (2 * c * s * out["exchange_rows"] if c > 1 else 0)
     floats += _up(s * out["rows_max"], 4) + 2 * s * _up(head_rows(program), 4) + 4 * s + 4 + 2 * _up(s, 4) + 4 + _up(len(operations), 4)
     if program.order:  # float64
-        floats += _up(2 * s * (2 * program.order + 3), 4) + _up(2 * min(s, shape.warps) * (2 * program.order + 1), 4)
+        floats += _up(2 * s * (4 * program.order + 5), 4) + _up(2 * min(s, shape.warps) * (2 * program.order + 1), 4)
     return {**out, "shared": 4 * floats}
 
 

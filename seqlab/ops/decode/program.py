@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from seqlab.backbones.mamba import MambaMixer, MixerState
 from seqlab.backbones.s4d import S4DMixer
 from seqlab.backbones.unet import PoolState, UNet, UNetState
-from seqlab.heads.sample import MEMORY, NOISE, PredictionHead, SampleState
+from seqlab.heads.sample import NOISE, PredictionHead, SampleState, window_weights
 
 BLOCK, DOWN, UP = 0, 1, 2
 PARAMETERS = re.compile(
@@ -66,14 +66,13 @@ class LinearPrediction(NamedTuple):
     levels: Tensor  # (vocab)
     bias: Tensor  # (vocab)
     inputs: Tensor  # (3 d_model): what is added to a token's embedding, times the three numbers of the predictor
-    table: Tensor  # (2 K+1) float64: lambda^(k/2), and 1 + NOISE times that for k = 0; prior, likewise
+    table: Tensor  # (4 K+1) float64: the weights of the sums S_0, S_1, S_2 and the prior, with 1 + NOISE at k = 0
     floor: float
 
     @classmethod
     def of(cls, head: PredictionHead, gain: Tensor) -> "LinearPrediction":
         own = head.predictor
-        k = torch.arange(own.order + 1, device=gain.device, dtype=torch.float64)
-        table = torch.stack([MEMORY ** (0.5 * k), own.prior.double()])
+        table = torch.cat([window_weights(own.order, gain.device), own.prior.double()[None]])
         table[:, 0] *= 1 + NOISE
         floor = own.floor.item()
         return cls(_copy(head.weight) * gain, _copy(head.shape), _copy(own.levels), _copy(head.bias), _copy(head.input), table, floor)
@@ -215,7 +214,7 @@ def reason(model: nn.Module) -> str | None:
 class Carried:
     """The state of a program, one tensor a block and pool, float32, written in place by the back ends.
 
-    conv[i] (b d_conv-1 d_inner), ssm[i] (b d_inner states), pending[l] (b p-1 d), held[l] (b p d), phase[l] int; heard (b 2K+3) float64.
+    conv[i] (b d_conv-1 d_inner), ssm[i] (b d_inner states), pending[l] (b p-1 d), held[l] (b p d), phase[l] int; heard (b 4K+5) float64.
     """
 
     def __init__(self, program: Program, batch: int, device: torch.device):
@@ -231,7 +230,7 @@ class Carried:
         self.held = [zeros(o.pool, o.d_model) for o in down]
         self.phase = [0] * len(down)
         self.pools, self.order = program.pools, program.order
-        self.heard = zeros(2 * program.order + 3).double()
+        self.heard = zeros(4 * program.order + 5).double()
 
     def load(self, state) -> None:
         """Take over a model's state (None: the start of a sequence)."""
