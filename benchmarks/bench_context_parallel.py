@@ -1,9 +1,8 @@
 """A training step on sequences that several GPUs share, against one GPU alone.
 
 Parity gate first: a sequence of odd length cut into pieces, loss and every parameter's gradient against the first rank
-alone, in float32 and bfloat16. Then forward + backward + gradient all-reduce for each length, alone on one GPU and
-shared by all: with the separate operators and blocks recomputed in the backward pass, and with the fused block. A table, and
-one JSON line.
+alone with separate operators, in float32 and bfloat16. Then forward + backward + gradient all-reduce for each length, alone
+on one GPU and shared by all, activations kept and blocks recomputed in the backward pass. A table, and one JSON line.
 
     torchrun --nproc-per-node 2 benchmarks/bench_context_parallel.py
     torchrun --nproc-per-node 2 benchmarks/bench_context_parallel.py --device cpu --d-model 32 --n-layer 2 --lengths 2048
@@ -36,9 +35,8 @@ class Bench:
         self.model = LanguageModel(config).to(self.device)
         self.ranks = share_mixers(self.model, dist.group.WORLD)
 
-    def share(self, on: bool, fuse: bool) -> None:
-        Block.fuse = Block.fuse_shared = fuse
-        self.model.backbone.checkpoint_blocks = not fuse
+    def share(self, on: bool, recompute: bool) -> None:
+        self.model.backbone.checkpoint_blocks = recompute
         for module in self.model.modules():
             if isinstance(module, MambaMixer):
                 module.ranks = self.ranks if on else None
@@ -66,15 +64,17 @@ class Bench:
     def ids(self, length: int):
         return torch.randint(7, 11, (1, length), generator=torch.Generator().manual_seed(length)).to(self.device)
 
-    def parity(self, length: int, bf16: bool, fuse: bool) -> dict[str, float]:
+    def parity(self, length: int, bf16: bool, recompute: bool) -> dict[str, float]:
         """Relative error of the loss and the largest one of any parameter's gradient; rank 0 has the answer."""
         ids = self.ids(length)
-        self.share(True, fuse)
+        self.share(True, recompute)
         loss = self.step(ids, bf16, True)
         grads = [p.grad.clone() for p in self.model.parameters()]
         if self.rank == 0:
-            self.share(False, False)
+            self.share(False, True)
+            fused, Block.fuse = Block.fuse, False
             alone = self.step(ids, bf16, False)
+            Block.fuse = fused
             pairs = [(g, p.grad) for g, p in zip(grads, self.model.parameters())]
             worst = max(((g - e).norm() / e.norm().clamp(min=1e-12)).item() for g, e in pairs)
             result = {"loss": abs((loss - alone) / alone).item(), "gradients": worst}
@@ -87,10 +87,10 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def time(self, length: int, shared: bool, fuse: bool) -> dict | None:
+    def time(self, length: int, shared: bool, recompute: bool) -> dict | None:
         """Median seconds of a step and peak GiB; None where it does not fit."""
         ids, bf16 = self.ids(length), self.device.type == "cuda"
-        self.share(shared, fuse)
+        self.share(shared, recompute)
         seconds, fits = [], True
         self.ranks.traffic.collectives = self.ranks.traffic.bytes = 0
         if self.device.type == "cuda":
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1 << 18, 1 << 20, 1 << 21, 1 << 22])
     parser.add_argument("--parity-length", type=int, default=200_001)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--recomputed", action="store_true", help="time recomputed blocks alone: what does not fit otherwise")
     options = parser.parse_args()
     if options.device == "cuda":
         import os
@@ -138,21 +139,19 @@ def main() -> None:
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     say(f"{bench.size} x {name}; {options.direction}, {options.n_layer} layers, d_model {options.d_model}, torch {torch.__version__}")
     result = {"benchmark": "context_parallel", "ranks": bench.size, "device": name, **vars(options), "rows": []}
-    checks = [(bf16, fuse) for bf16 in (False, True) for fuse in ((False, True) if options.device == "cuda" else (False,))]
-    for bf16, fuse in checks:
-        errors, limit = bench.parity(options.parity_length, bf16, fuse), 5e-2 if bf16 else 1e-4
-        kind = ("bfloat16" if bf16 else "float32") + (", fused" if fuse else "")
+    for bf16, recompute in ((False, False), (False, True), (True, False), (True, True)):
+        errors, limit = bench.parity(options.parity_length, bf16, recompute), 5e-2 if bf16 else 1e-4
+        kind = ("bfloat16" if bf16 else "float32") + (", recomputed" if recompute else "")
         result[f"parity_{kind}"] = errors
         if bench.rank == 0:
             say(f"parity {kind}, 1 x {options.parity_length}: loss {errors['loss']:.1e}, gradients {errors['gradients']:.1e}", flush=True)
             assert errors["gradients"] < limit, "no timing of a wrong answer"
     say(f"{'length':>10} {'':<22} {'ms':>9} {'tokens/s':>12} {'GiB':>6}   sent a rank and step")
-    modes = [("alone, recomputed", False, False), ("shared, recomputed", True, False)]
-    if options.device == "cuda":
-        modes += [("alone, fused", False, True), ("shared, fused", True, True)]
+    ways = (", recomputed",) if options.recomputed else ("", ", recomputed")
+    modes = [(f"{who}{way}", who == "shared", bool(way)) for way in ways for who in ("alone", "shared")]
     for length in options.lengths:
-        for label, shared, fuse in modes:
-            row = bench.time(length, shared, fuse)
+        for label, shared, recompute in modes:
+            row = bench.time(length, shared, recompute)
             if row is None:
                 say(f"{length:>10} {label:<22} does not fit")
                 continue

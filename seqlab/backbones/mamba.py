@@ -250,8 +250,6 @@ class Block(nn.Module):
     """
 
     fuse = True
-    fuse_shared = False
-    """The same for a sequence that several devices share: off until its parity has run on several GPUs."""
 
     def __init__(self, config: BackboneConfig, mixer: nn.Module):
         super().__init__()
@@ -283,8 +281,6 @@ class Block(nn.Module):
     def _fusible(self, x: Tensor) -> bool:
         config, mixers = self.mixer.config, getattr(self.mixer, "directions", tuple)()
         if not mixers or block.unavailable(x, config.d_inner, config.d_state) is not None:
-            return False
-        if not self.fuse_shared and any(mixer.ranks is not None for mixer in mixers):
             return False
         first = mixers[0]  # an adapter in the place of a projection must be called
         return all(type(m) is nn.Linear for m in (first.in_proj, first.out_proj, first.x_proj, first.dt_proj))

@@ -125,7 +125,6 @@ def fused_blocks():
             device = emulate.Device(module.SOURCE, module.KERNELS, 2, 2)
             patches.enter_context(mock.patch.object(module, "_device", lambda x, device=device: device))
         patches.enter_context(mock.patch.object(mamba.block, "unavailable", lambda *arguments: None))
-        patches.enter_context(mock.patch.object(mamba.Block, "fuse_shared", True))
         taken = patches.enter_context(mock.patch.object(cuda, "_forward", wraps=cuda._forward))
         yield
         assert taken.called
