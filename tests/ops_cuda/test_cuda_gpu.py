@@ -89,6 +89,15 @@ def test_slow_and_fast_decay(decay, kernels):
     check_scan(scan_inputs(1, 2000, 64, 16, FLOAT, decay=decay), TOLERANCE[FLOAT])
 
 
+def test_slow_states_do_not_drift():
+    """Thousands of decays just below 1 are multiplied: an error of each that has a sign adds up to 7e-6."""
+    g = torch.Generator("cuda").manual_seed(0)
+    delta = 0.5 * torch.randn(1, 4000, 64, device="cuda", generator=g) - 7
+    ones = torch.ones_like(delta)
+    A, B = -torch.ones(64, 1, device="cuda"), torch.ones(1, 4000, 1, device="cuda")
+    check_scan([ones, delta, A, B, B, *(None,) * 4], 2e-6)
+
+
 @pytest.mark.parametrize("channels", (1, 2, 63, 64, 65, 96, 128, 300, 512))
 def test_numbers_of_channels(channels, kernels):
     check_scan(scan_inputs(1, 100, channels, 16, FLOAT), TOLERANCE[FLOAT])
