@@ -7,6 +7,7 @@ import logging
 import platform
 import signal
 import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import seqlab
 from seqlab.config import dump_yaml
 from seqlab.errors import UserError
-from seqlab.processes import launched
+from seqlab.processes import end_with_parent, launched
 from seqlab.training.callbacks import Clock, History, MemoryChoice, ProgressBar, Validation
 from seqlab.training.checkpoint import AtomicCheckpointIO, load_model, write_json
 from seqlab.training.memory import MODES, unavailable
@@ -90,8 +91,9 @@ def fit(
     )
     checkpoint = run_dir / "checkpoints" / "last" / "trainer.pt"
     interrupted = False
+    end_with_parent()
     try:
-        with interrupts_shared(module) if trainer.world_size > 1 else contextlib.nullcontext():
+        with shared(module, run_dir) if trainer.world_size > 1 else contextlib.nullcontext():
             trainer.fit(module, ckpt_path=checkpoint if resume else None)
         interrupted = trainer.interrupted
     except KeyboardInterrupt:
@@ -103,10 +105,7 @@ def fit(
             raise UserError(out_of_memory_advice(module, checkpoint, trainer.global_step)) from None
         if not lost_contact(error):
             raise
-        raise UserError(
-            f"lost contact with the other processes of this run at step {trainer.global_step}: one of them has ended, and "
-            f"says why if it could; the last checkpoint is kept, go on with --resume --out {run_dir}"
-        ) from error
+        raise UserError(lost_contact_advice(run_dir, f" at step {trainer.global_step}")) from error
     finally:
         bar.stop()
     interrupted = interrupted or module.stopping
@@ -122,6 +121,38 @@ def fit(
         tokens_per_second=history.tokens / max(clock.elapsed, 1e-9),
         ended=ended,
     )
+
+
+@contextlib.contextmanager
+def shared(module: TrainingModule, run_dir: Path) -> Iterator[None]:
+    """What a run of several processes needs around it: Ctrl-C for all of them, a last word when one dies."""
+    logger, last_word = logging.getLogger(LAUNCHER), LastWord(run_dir)
+    logger.addHandler(last_word)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        with interrupts_shared(module):
+            yield
+    finally:
+        logger.removeHandler(last_word)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
+
+
+LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
+"""Whose thread in the first process watches those that it started, and kills all, itself too, when one has ended badly."""
+
+
+class LastWord(logging.Handler):
+    """Says in our words what that thread logs before it kills: a process waiting in NCCL never gets to say anything."""
+
+    def __init__(self, run_dir: Path):
+        super().__init__(logging.INFO)
+        self.run_dir = run_dir
+        self.addFilter(lambda record: "terminated with code" in record.getMessage())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"error: {lost_contact_advice(self.run_dir)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -147,6 +178,13 @@ def interrupts_shared(module: TrainingModule) -> Iterator[None]:
 def lost_contact(error: RuntimeError) -> bool:
     """Whether a collective failed, which is how a process learns that another one is gone."""
     return isinstance(error, torch.distributed.DistError) or any(name in str(error) for name in ("gloo", "Gloo", "NCCL"))
+
+
+def lost_contact_advice(run_dir: Path, where: str = "") -> str:
+    return (
+        f"lost contact with the other processes of this run{where}: one of them has ended, and says why if it could; the last "
+        f"checkpoint is kept, go on with --resume --out {run_dir}"
+    )
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

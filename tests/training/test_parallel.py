@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from seqlab.errors import UserError
 from seqlab.model import LanguageModel, ModelConfig
 from seqlab.training.callbacks import read_history
+from seqlab.training.fit import shared
 from seqlab.training.module import TrainConfig
 from seqlab.training.parallel import share_mixers, share_sequences
 from seqlab.training.place import Place
@@ -204,6 +205,34 @@ def test_a_batch_is_cut_along_its_positions():
     assert Place(0, 2).piece(batch) is batch
     with pytest.raises(UserError, match="a sequence of 10 positions cannot be shared by 11 devices"):
         Place(0, 11, 11).piece(batch)
+
+
+def test_what_the_first_process_says_before_it_is_killed(tmp_path, monkeypatch, capsys):
+    """A rank that waits in NCCL cannot say that another one is gone; Lightning's thread, which kills it, can."""
+    from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda *arguments: killed.append(arguments))
+    child = subprocess.Popen([sys.executable, "-c", "import os; os._exit(7)"])
+    child.wait()
+    with shared(torch.nn.Module(), tmp_path):
+        _ChildProcessObserver(os.getpid(), [child])._run()
+    assert killed == [(os.getpid(), signal.SIGKILL)]
+    line = capsys.readouterr().err
+    assert line.startswith("error: lost contact with the other processes") and f"go on with --resume --out {tmp_path}" in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process that its parent has ended")
+def test_a_process_ends_with_the_one_that_started_it():
+    child = "from seqlab.processes import end_with_parent; end_with_parent(); print('there', flush=True); import time; time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("RANK", "TORCHELASTIC_RUN_ID")} | {"LOCAL_RANK": "1"}
+    process = subprocess.Popen([sys.executable, "-c", parent], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "there\n"
+    process.kill()
+    started = time.monotonic()
+    assert process.stdout.read() == ""  # ends when nobody holds the pipe any more
+    assert time.monotonic() - started < 20
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
