@@ -1472,6 +1472,9 @@ def plan(
     config: Annotated[str, typer.Argument(help="Preset or YAML file.")],
     context: Annotated[Optional[str], typer.Option("--context", help="Window length; default: the config's.")] = None,
     devices: Annotated[int, typer.Option("--devices", min=1, help="GPUs like this machine's that the run would have.")] = 1,
+    context_parallel: Annotated[
+        Optional[int], typer.Option("--context-parallel", help="How many of them would share a window.")
+    ] = None,
     set_: Set = None,
     json_out: Json = None,
 ) -> None:
@@ -1486,9 +1489,10 @@ def plan(
     from tasks import planning, runs
 
     module = runs.task_module(str(load_yaml(find_config(config)).get("task", "dna")))
-    settings = load_config(module.Config, config, set_ or [], train_options(context=context))
+    options = train_options(context=context, devices=devices, context_parallel=context_parallel)
+    settings = load_config(module.Config, config, set_ or [], options)
     with progress_bar("measuring", "")[0]:
-        found = planning.plan_run(settings, devices)
+        found = planning.plan_run(settings)
     result = found.plan
     per_step = found.tokens_per_step
 

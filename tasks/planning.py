@@ -4,6 +4,7 @@ A task can be planned if its module has `example(config, rows, length) -> (task,
 model and scores a batch, and a batch of that shape with made-up contents.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,8 @@ class RunPlan:
         return None if self.seconds is None else self.seconds * self.devices / 3600
 
 
-def plan_run(config: Any, devices: int = 1) -> RunPlan:
-    """Measure short steps on this machine, predict those of a run of `config` on `devices` devices like its own.
+def plan_run(config: Any) -> RunPlan:
+    """Measure short steps on one device of this machine, predict those of a run of `config` on as many like it as it asks for.
 
     Raises UserError for a task that cannot be planned, or a device that is not there.
     """
@@ -43,11 +44,12 @@ def plan_run(config: Any, devices: int = 1) -> RunPlan:
         raise UserError(f"task: {config.task}: cannot be planned without data; `seqlab train {config.task}` plans as it starts")
     if not isinstance(context, int):
         raise UserError(f"data.context: {context}: give the length to plan for, --context N")
-    sharing = train.context_parallel
+    devices, sharing = train.devices, train.context_parallel
     length = -(-context // sharing)
     windows = max(1, train.tokens_per_step // context * sharing // devices)  # of a step on one device
     rows = min(windows, max(1, (train.micro_batch_tokens or windows * context) // context))
-    device = torch.device("cuda" if resolve_accelerator(train) == "gpu" else "cpu")
+    alone = dataclasses.replace(train, devices=1, context_parallel=1)
+    device = torch.device("cuda" if resolve_accelerator(alone) == "gpu" else "cpu")
     task, batch = example(config, 1, min(length, 1024))
     model = task.build_model().to(device)
     batch = {key: value.to(device) for key, value in batch.items()}
@@ -55,6 +57,7 @@ def plan_run(config: Any, devices: int = 1) -> RunPlan:
     probe = planner.Probe(model, task, batch, rows, length, bf16)
     load = planner.load_of(model, batch, -(-windows // rows), train.ema_decay > 0, rows, length)
     result = planner.plan(probe, load, train, everything=True)
+    result = dataclasses.replace(result, length=context)
     seconds = None if result.chosen is None else result.chosen.step_seconds * train.max_steps
     if seconds is not None and train.max_minutes is not None:
         seconds = min(seconds, 60 * train.max_minutes)

@@ -54,7 +54,7 @@ class Plan:
 
     device: str
     rows: int  # of a micro-batch on one device
-    length: int
+    length: int  # of the whole sequence, also where devices share it
     capacity: int
     host_capacity: int
     estimates: tuple[Estimate, ...]
@@ -406,12 +406,13 @@ def plan(
             best = estimate(probe, load, memory, available, host_available)
             if best.fits:
                 break
+        best = dataclasses.replace(best, longest=best.longest * train.context_parallel)
         found.append(best)
         if chosen is None and best.fits and wanted in (None, mode):
             chosen = best
     found.sort(key=lambda e: MODES.index(e.memory.mode))
     return Plan(
-        device.type, load.rows, load.length, available, host_available, tuple(found), reasons, chosen
+        device.type, load.rows, load.length * train.context_parallel, available, host_available, tuple(found), reasons, chosen
     )
 
 

@@ -221,6 +221,13 @@ def test_plan_command(tmp_path):
     assert plan["plan"]["chosen"]["fits"] and plan["device_hours"] == pytest.approx(plan["seconds"] / 3600)
     shared = run_plan("dna_small", "--context", "4096", "--set", "train.tokens_per_step=32768", "--devices", "4", "--json", "-")
     assert json.loads(shared.stdout)["plan"]["rows"] == 2
+    pieces = ["dna_small", "--context", "4096", "--set", "train.tokens_per_step=8192", "--context-parallel", "4", "--json", "-"]
+    planned = json.loads(run_plan(*pieces, "--devices", "8").stdout)
+    assert planned["plan"]["length"] == 4096 and planned["plan"]["rows"] == 1 and planned["tokens_per_step"] == 8192
+    assert [e["memory"]["mode"] for e in planned["plan"]["modes"]] == ["plain", "block"]
+    block = planned["plan"]["modes"][1]  # of a piece of a quarter
+    assert block["longest"] > 2 * by_mode["block"]["longest"] and block["peak"] < by_mode["block"]["peak"] / 100
+    assert "does not divide devices 6" in " ".join(run_plan(*pieces, "--devices", "6").output.split())
     assert run_plan("nonsense").exit_code == 1
     sound = run_plan("audio_fsdd", "--context", "2000", "--set", "model.pool=[4, 4]", "--json", "-")
     assert json.loads(sound.stdout)["plan"]["modes"][-1]["memory"]["mode"] == "chunked", sound.output
