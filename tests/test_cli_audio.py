@@ -19,7 +19,7 @@ from cli import app
 
 TOY = ["--set", "model.d_model=16", "--set", "model.n_layer=1", "--set", "model.d_state=4", "--context", "256"]
 TOY += ["--set", "train.tokens_per_step=1000", "--set", "train.accelerator=cpu", "--set", "train.validate_every=10"]
-TOY += ["--set", "train.max_minutes=null"]
+TOY += ["--set", "train.max_minutes=null", "--set", "model.prediction_order=8"]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_raw_pcm_on_standard_output(trained, tmp_path):
 
 
 def test_ctrl_c_saves_and_resume_equals_uninterrupted(trained, tmp_path):
-    base = ["generate", "audio", trained / "run", "--num", 2, "--class", "low"]
+    base = ["generate", "audio", trained / "run", "--num", 2, "--class", "low", "--guidance", 1.5]
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", *map(str, base), "--seconds", "100000", "--out", str(tmp_path / "cut")],
         cwd=ROOT,
@@ -239,6 +239,8 @@ def test_ctrl_c_saves_and_resume_equals_uninterrupted(trained, tmp_path):
         (["--temperature", "-1"], "--temperature: must be 0"),
         (["--top-p", "0"], "--top-p: must lie in (0, 1]"),
         (["--top-k", "-3"], "--top-k: must be"),
+        (["--guidance", "2"], "--guidance: goes with --class"),
+        (["--guidance", "-1", "--class", "low"], "--guidance -1.0: must be 0"),
         (["--seconds", "0"], "--seconds 0.0: must be above 0"),
         (["--seconds", "1e9"], "a WAV file holds"),
         (["--num", "0"], "--num"),

@@ -36,6 +36,7 @@ def store(tmp_path_factory) -> TokenStore:
 def config(*sets: str) -> audio.AudioConfig:
     base = ["model.d_model=16", "model.n_layer=1", "model.d_state=4", "data.context=256", "train.tokens_per_step=1000"]
     base += ["train.max_steps=20", "train.accelerator=cpu", "train.max_minutes=null", "eval.max_samples=null"]
+    base += ["model.prediction_order=0", "train.micro_batch_tokens=null"]
     return load_config(audio.Config, "audio_fsdd", [*base, *sets], {})
 
 
