@@ -63,18 +63,20 @@ def test_the_predictor_is_the_one_described(monkeypatch):
     codes = torch.from_numpy(np.clip(wave(n) * 128 + 128, 0, 255).astype(np.int64))[None]
     x = predictor.levels[codes[0]].double().numpy()
     got, heard = predictor(codes)
-    p = w = 0.0
+    p = e = 0.0
+    f0, f1 = predictor.floors()
     for t in range(n):
         age = t - np.arange(t + 1)
         window = (sample.MEMORY**age - sample.ONSET**age) * x[: t + 1]
         r = np.array([window[k:] @ window[: t + 1 - k] if k <= t else 0.0 for k in range(order + 1)]) + predictor.prior.numpy()
         r[0] *= 1 + sample.NOISE
         c = np.linalg.solve(r[np.abs(np.arange(order)[:, None] - np.arange(order))], r[1:])
-        error, before = x[t] - p, w + predictor.floor.item()
-        w = 0.95 * w + 0.05 * abs(error)
-        p = sum(c[k] * x[t - k] for k in range(min(order, t + 1)))
-        told = [np.tanh(error / before), 0.5 * np.log(w + predictor.floor.item()) + 2, np.arcsinh(255 * p) / np.arcsinh(255)]
-        np.testing.assert_allclose([got.p[0, t], got.width[0, t]], [p, w + predictor.floor.item()], atol=1e-5)
+        error, before = x[t] - p, e + f0 + f1 * abs(p)
+        e = 0.99 * e + 0.01 * abs(error)
+        p = np.clip(sum(c[k] * x[t - k] for k in range(min(order, t + 1))), -1, 1)
+        w = e + f0 + f1 * abs(p)
+        told = [np.tanh(error / before), 0.5 * np.log(w) + 2, np.arcsinh(255 * p) / np.arcsinh(255)]
+        np.testing.assert_allclose([got.p[0, t], got.width[0, t]], [p, w], atol=1e-5)
         np.testing.assert_allclose(got.inputs[0, t], told, atol=1e-4)
     np.testing.assert_allclose(heard[0, :order], x[-order:])
     assert np.mean(np.square(x[80:] - got.p[0, 79:-1].numpy())) < 0.05 * np.mean(np.square(x[80:]))

@@ -5,8 +5,9 @@ recent past (backward-adaptive linear predictive coding, the autocorrelation met
 
     v_t[n] = (lambda^n - mu^n) x_{t-n}                     the windowed past; x: amplitudes, zero before the beginning
     r_t[k] = sum_n v_t[n] v_t[n+k] + prior[k]              k = 0 ... K, its correlations, and the training split's
-    c_t    = Levinson(r_t);  p_t = sum_k c_t[k] x_{t+1-k}   the prediction of x_{t+1}
-    w_t    = nu w_{t-1} + (1 - nu) |x_t - p_{t-1}|          how wrong it has been lately
+    c_t    = Levinson(r_t);  p_t = sum_k c_t[k] x_{t+1-k}   the prediction of x_{t+1}, held within [-1, 1]
+    e_t    = nu e_{t-1} + (1 - nu) |x_t - p_{t-1}|          how wrong it has been lately
+    w_t    = e_t + f0 + f1 |p_t|                           and no less than a quarter of a step between levels there
 
 A window that ended at its highest would fit coefficients to the silence behind its end. Its product with itself k samples on is
 three exponentials, so three sums that decay at lambda^2, lambda mu and mu^2 hold all that r needs:
@@ -35,8 +36,8 @@ from torch import Tensor, nn
 MEMORY = 0.995**0.5  # lambda
 ONSET = 0.95  # mu
 DECAYS = (MEMORY * MEMORY, MEMORY * ONSET, ONSET * ONSET)
-WIDTH_MEMORY = 0.95  # nu
-NOISE = 1e-6  # share of r[0] that is added to it, for the recursion's sake
+WIDTH_MEMORY = 0.99  # nu; less, and generated sound wanders off: its errors are as wide as the errors before them
+NOISE = 1e-4  # share of r[0] that is added to it: white noise 40 dB below, which keeps the fit from being too sure
 PIECE = 1 << 17  # positions that are worked on at a time
 INPUTS = 3  # numbers that the network is told at every position
 ROWS = 3  # numbers that the network says about the sample that follows
@@ -46,7 +47,7 @@ class SampleState(NamedTuple):
     """State of a language model with a linear prediction between two pieces of a sequence."""
 
     backbone: Any
-    heard: Tensor  # (b 4K+5) float64: the last K amplitudes, oldest first; S_0, S_1, S_2; p; w
+    heard: Tensor  # (b 4K+5) float64: the last K amplitudes, oldest first; S_0, S_1, S_2; p; e
 
 
 class Prediction(NamedTuple):
@@ -94,10 +95,10 @@ class LinearPredictor(nn.Module):
         self.register_buffer("levels", torch.linspace(-1, 1, vocab_size))
         self.register_buffer("prior", F.one_hot(torch.tensor(0), order + 1) * 1e-3)
 
-    @property
-    def floor(self) -> Tensor:
-        """Of the width: a quarter of the smallest step between levels."""
-        return self.levels.diff().min() / 4
+    def floors(self) -> tuple[float, float]:
+        """f0, f1: a quarter of the steps between levels, which for mu-law grow as the amplitude."""
+        steps = self.levels.double().diff() / 4
+        return steps.min().item(), (steps.max() - steps.min()).item()
 
     @torch.no_grad()
     def forward(self, ids: Tensor, heard: Tensor | None = None) -> tuple[Prediction, Tensor]:
@@ -113,7 +114,7 @@ class LinearPredictor(nn.Module):
         return torch.zeros(rows, 4 * self.order + 5, dtype=torch.float64, device=self.levels.device)
 
     def _piece(self, ids: Tensor, heard: Tensor | None) -> tuple[Prediction, Tensor]:
-        K, floor = self.order, self.floor.double()
+        K, (f0, f1) = self.order, self.floors()
         heard = self.start(len(ids)) if heard is None else heard
         before, *sums, last, width = heard.split([K, K + 1, K + 1, K + 1, 1, 1], 1)
         x = torch.cat([before, self.levels[ids.long()].double()], 1)  # (b K+l)
@@ -127,13 +128,13 @@ class LinearPredictor(nn.Module):
         r = r.permute(2, 0, 1).flatten(1)  # (K+1 b l)
         r[0] *= 1 + NOISE
         c = levinson(r).unflatten(1, ids.shape)  # (K b l)
-        p = (c * windows[..., 1:].flip(-1).permute(2, 0, 1)).sum(0)
+        p = (c * windows[..., 1:].flip(-1).permute(2, 0, 1)).sum(0).clamp(-1, 1)
         errors = x[:, K:] - torch.cat([last, p[:, :-1]], 1)
         widths = (1 - WIDTH_MEMORY) * errors.abs()
         widths[:, :1] += WIDTH_MEMORY * width
         widths = decaying_sum(widths, WIDTH_MEMORY)
-        wide = widths + floor
-        earlier = torch.cat([width, widths[:, :-1]], 1) + floor
+        wide = widths + f0 + f1 * p.abs()
+        earlier = torch.cat([width + f0 + f1 * last.abs(), wide[:, :-1]], 1)
         inputs = [torch.tanh(errors / earlier), 0.5 * wide.log() + 2, torch.asinh(255 * p) / math.asinh(255)]
         new = torch.cat([x[:, -K:], *ends, p[:, -1:], widths[:, -1:]], 1)
         return Prediction(p.float(), wide.float(), torch.stack(inputs, -1).float()), new

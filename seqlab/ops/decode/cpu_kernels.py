@@ -238,10 +238,10 @@ def _mixer(work, op, p, at, scratch, first, streams, epsilon):
 
 
 @helper
-def _hear(heard, table, fit, order, x, floor, told):
+def _hear(heard, table, fit, order, x, f0, f1, told):
     """A step of the linear predictor of one stream (heads/sample.py): the newest sample x moves in. `heard` (4K+5) is its state,
     told (3) what the network is told, fit (2K+1) room."""
-    e, earlier = x - heard[4 * order + 3], heard[4 * order + 4] + floor
+    e, earlier = x - heard[4 * order + 3], heard[4 * order + 4] + f0 + f1 * abs(heard[4 * order + 3])
     width = WIDTH_MEMORY * heard[4 * order + 4] + (1.0 - WIDTH_MEMORY) * abs(e)
     r, c = fit[: order + 1], fit[order + 1 :]
     s0, s1, s2 = heard[order:], heard[2 * order + 1 :], heard[3 * order + 2 :]
@@ -268,16 +268,18 @@ def _hear(heard, table, fit, order, x, floor, told):
     p = 0.0
     for k in range(order):
         p += c[k] * heard[order - 1 - k]
+    p = min(max(p, -1.0), 1.0)
     heard[4 * order + 3], heard[4 * order + 4] = p, width
     told[0] = math.tanh(e / earlier)
-    told[1] = 0.5 * math.log(width + floor) + 2.0
+    told[1] = 0.5 * math.log(width + f0 + f1 * abs(p)) + 2.0
     told[2] = math.asinh(255.0 * p) / math.asinh(255.0)
 
 
 @helper
-def _predict(work, logits, rows, heard, order, floor, levels, vocab):
+def _predict(work, logits, rows, heard, order, f0, f1, levels, vocab):
     """logits += the density around the linear prediction; rows: (m - p) / w, log s / w and log a."""
-    p, per = np.float32(heard[4 * order + 3]), np.float32(1.0 / (heard[4 * order + 4] + floor))
+    p = np.float32(heard[4 * order + 3])
+    per = np.float32(1.0 / (heard[4 * order + 4] + f0 + f1 * abs(heard[4 * order + 3])))
     move, scale = peek(work, rows), np.float32(math.exp(-peek(work, rows + 4)))
     tail = np.float32(math.exp(peek(work, rows + 8)))
     for v in range(vocab):
@@ -397,14 +399,15 @@ def _draw(work, logits, weights, order, vocab, r, temperature, top_k, top_p):
 def decode(p, ops, rows, at, settings, heard, table, first, last):
     """COUNT tokens of the streams [first, last). rows (batch 3): address of the stream's base vector, its key, its token.
 
-    at: offsets of the scratch areas, then those of the skip slots; settings: temperature, top_p, epsilon, guidance and the floor
+    at: offsets of the scratch areas, then those of the skip slots; settings: temperature, top_p, epsilon, guidance and the floors
     of the linear prediction (float32), of which heard (batch 4K+5) is the state and table (4 K+1) what program.py says.
     """
     work = F
     streams, vocab, d = last - first, p[VOCAB], p[D_MODEL]
     pitch = at[PITCH]
     scratch = p[SCRATCH] + first * pitch
-    temperature, top_p, epsilon, guidance, floor = settings[0], settings[1], settings[2], settings[3], settings[4]
+    temperature, top_p, epsilon, guidance = settings[0], settings[1], settings[2], settings[3]
+    f0, f1 = np.float64(settings[4]), np.float64(settings[5])
     fit, told = np.empty(2 * p[ORDER] + 1), np.empty(3)
     phases = np.empty(p[OPERATIONS], np.int64)
     for o in range(p[OPERATIONS]):
@@ -419,7 +422,7 @@ def decode(p, ops, rows, at, settings, heard, table, first, last):
                 store(work, mine + at[X] + 64 * t, v)
             if p[ORDER]:
                 x = np.float64(peek(work, p[LEVELS] + 4 * rows[first + s, 2]))
-                _hear(heard[first + s], table, fit, p[ORDER], x, np.float64(floor), told)
+                _hear(heard[first + s], table, fit, p[ORDER], x, f0, f1, told)
                 for t in range((d + 15) // 16):
                     v = load(work, mine + at[X] + 64 * t)
                     for k in range(3):
@@ -476,8 +479,8 @@ def decode(p, ops, rows, at, settings, heard, table, first, last):
         for s in range(streams):
             mine = scratch + s * pitch
             if p[ORDER]:
-                _predict(work, mine + at[LOGITS], mine + at[LOGITS] + 4 * _padded(vocab), heard[first + s], p[ORDER],
-                         np.float64(floor), p[LEVELS], vocab)  # fmt: skip
+                _predict(work, mine + at[LOGITS], mine + at[LOGITS] + 4 * _padded(vocab), heard[first + s], p[ORDER], f0,
+                         f1, p[LEVELS], vocab)  # fmt: skip
             if guidance and s % 2:
                 _guide(work, mine + at[LOGITS] - pitch, mine + at[LOGITS], guidance, vocab)
         for s in range(streams - 1, -1, -1):

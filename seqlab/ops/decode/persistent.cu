@@ -28,7 +28,7 @@ struct Params {
     const float* embedding;  // (vocab d_model)
     const float* base;       // (b d_model), added to the embedding, or 0
     const char* arena;       // (CLUSTER arena_stride) bytes: what each block of a cluster reads, most wanted first
-    const float* settings;   // epsilon, temperature, top_p, guidance, floor of the linear prediction's width
+    const float* settings;   // epsilon, temperature, top_p, guidance, f0 and f1 of the linear prediction
     const i64* keys;         // (b)
     const i64* forced;       // (b count), or 0
     const i64* tokens;       // (b)
@@ -38,7 +38,7 @@ struct Params {
     const float* levels;     // (vocab), amplitudes of the tokens
     const float* inputs;     // (TOLD d_model), added to the embedding times what the predictor tells
     const double* table;     // (4 K+1): what the sums S weigh, and what is added
-    double* heard;           // (b 4K+5), the predictor's state: the last K amplitudes, oldest first, then S_0, S_1, S_2, p, w
+    double* heard;           // (b 4K+5), the predictor's state: the last K amplitudes, oldest first, then S_0, S_1, S_2, p, e
     i64 operations, batch, count, position, d_model, vocab, head_rows, order, top_k;
     i64 arena_stride, resident;  // bytes; so many of them are kept in shared memory
     i64 head, head_bias, head_shares;  // places in the arena; the bias is -inf for what may not be drawn
@@ -66,7 +66,7 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 #define TOLD 3                             // numbers that a linear predictor tells the network
 #define MEMORY 0.99749686716300011         // of its window and of its width: as in heads/sample.py
 #define ONSET 0.95
-#define WIDTH_MEMORY 0.95
+#define WIDTH_MEMORY 0.99
 #define LANES 4                            // threads that share the states of a channel
 #define EACH ((STATES + LANES - 1) / LANES)
 
@@ -549,8 +549,10 @@ DEVICE double warp_sum(double v) {
     return v;
 }
 
+DEVICE double width_floor(double p, const float* floors) { return (double)floors[0] + (double)floors[1] * (p < 0. ? -p : p); }
+
 // A step of the linear predictor of one stream by one warp (heads/sample.py): the newest sample x moves in. `fit` (2K+1) is room.
-DEVICE void hear(const Params& p, double* heard, double* fit, float* told, double x, double floor) {
+DEVICE void hear(const Params& p, double* heard, double* fit, float* told, double x, const float* floors) {
     int K = p.order, lane = threadIdx.x % 32;
     double *r = fit, *c = fit + K + 1, e = x - heard[4 * K + 3], before = heard[4 * K + 4];
     const double decays[3] = {MEMORY * MEMORY, MEMORY * ONSET, ONSET * ONSET};
@@ -586,13 +588,13 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
     }
     double sum = 0.;
     for (int k = lane; k < K; k += 32) sum += c[k] * heard[K - 1 - k];
-    sum = warp_sum(sum);
+    sum = fmin(fmax(warp_sum(sum), -1.), 1.);
     if (lane == 0) {
-        double width = WIDTH_MEMORY * before + (1. - WIDTH_MEMORY) * (e < 0. ? -e : e);
+        double earlier = before + width_floor(heard[4 * K + 3], floors), width = WIDTH_MEMORY * before + (1. - WIDTH_MEMORY) * (e < 0. ? -e : e);
         heard[4 * K + 3] = sum;
         heard[4 * K + 4] = width;
-        told[0] = tanhf((float)(e / (before + floor)));
-        told[1] = .5f * logf((float)(width + floor)) + 2.f;
+        told[0] = tanhf((float)(e / earlier));
+        told[1] = .5f * logf((float)(width + width_floor(sum, floors))) + 2.f;
         told[2] = asinhf(255.f * (float)sum) * .16039998f;  // 1 / asinh(255)
     }
     __syncwarp();
@@ -600,9 +602,10 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
 
 // The density around the linear prediction, added to the logits of one stream by one warp; behind the logits are (m - p) / w,
 // log s / w and log a.
-DEVICE void predict(const Params& p, float* logits, const double* heard, double floor) {
+DEVICE void predict(const Params& p, float* logits, const double* heard, const float* floors) {
     int vocab = p.vocab, order = p.order;
-    float centre = (float)heard[4 * order + 3], per = 1.f / (float)(heard[4 * order + 4] + floor);
+    float centre = (float)heard[4 * order + 3];
+    float per = 1.f / (float)(heard[4 * order + 4] + width_floor(heard[4 * order + 3], floors));
     float move = logits[vocab], scale = exp2_fast(-LOG2E * logits[vocab + 1]), tail = LN2 * exp2_fast(LOG2E * logits[vocab + 2]);
     for (int v = threadIdx.x % 32; v < vocab; v += 32) {
         float z = ((__ldg(p.levels + v) - centre) * per - move) * scale;
@@ -728,7 +731,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     }
     const uint4* head = (const uint4*)PLACE(p.head);
     const float* head_bias = (const float*)PLACE(p.head_bias);
-    if (threadIdx.x < 5) m.settings[threadIdx.x] = p.settings[threadIdx.x];
+    if (threadIdx.x < 6) m.settings[threadIdx.x] = p.settings[threadIdx.x];
     for (float* q = m.x + threadIdx.x; q < zero_end; q += THREADS) *q = 0.f;
     for (int i = threadIdx.x; i < p.operations; i += THREADS) m.phase[i] = (int)p.phases[i];
     for (int s = threadIdx.x; s < STREAMS; s += THREADS) m.token[s] = s < streams ? (int)p.tokens[first + s] : 0;
@@ -747,7 +750,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
         if (order) {
             int warp = threadIdx.x / 32;
             for (int s = warp; s < streams; s += WARPS)
-                hear(p, m.heard + s * state, m.fit + warp * room, m.told + s * 4, __ldg(p.levels + m.token[s]), m.settings[4]);
+                hear(p, m.heard + s * state, m.fit + warp * room, m.told + s * 4, __ldg(p.levels + m.token[s]), m.settings + 4);
             __syncthreads();
         }
         for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
@@ -780,7 +783,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
         for (int pair = threadIdx.x / 32; pair * each < streams; pair += WARPS) {
             for (int s = pair * each; s < (pair + 1) * each; s++) {
                 float* logits = m.logits + s * v_pitch;
-                if (order) predict(p, logits, m.heard + s * state, m.settings[4]);
+                if (order) predict(p, logits, m.heard + s * state, m.settings + 4);
                 if (s % each) guide(logits - v_pitch, logits, guidance, vocab);
             }
             for (int s = (pair + 1) * each - 1; s >= pair * each; s--) {

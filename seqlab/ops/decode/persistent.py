@@ -242,7 +242,7 @@ class Runner:
 
     def __init__(self, request: Request, device: Device | None = None, shape: Shape | None = None):
         self.batch, self._torch_device = request.batch, request.device
-        self._classes, self._guidance, self._floor = request.classes, request.guidance, 0.0
+        self._classes, self._guidance, self._floors = request.classes, request.guidance, (0.0, 0.0)
         self._device = Device(request.device.index) if device is None else device
         program = self._program = Program(request.model)
         self.shape = shape or plan(program, request.batch, request.dtype == torch.bfloat16, self._device, bool(request.guidance))
@@ -255,7 +255,7 @@ class Runner:
         share, cell = _up(-(-program.d_model // self.shape.cluster), self.shape.unit), next(cells)
         head, bias = program.head, torch.zeros(program.vocab_size, device=request.device)
         if (own := program.prediction) is not None:
-            head, bias, self._floor = torch.cat([head, own.rows]), own.bias, own.floor
+            head, bias, self._floors = torch.cat([head, own.rows]), own.bias, own.floors
         if request.allowed is not None:
             bias = bias.masked_fill(~request.allowed, -torch.inf)
         bias = bias if own is None else torch.cat([bias, own.biases])
@@ -381,7 +381,7 @@ class Runner:
         device = self._torch_device
         tokens = torch.empty(self.batch, n, dtype=torch.int64, device=device)
         log_probs = torch.empty(self.batch, n, device=device)
-        settings = torch.tensor([self._program.epsilon, sampling.temperature, sampling.top_p, self._guidance, self._floor], device=device)
+        settings = torch.tensor([self._program.epsilon, sampling.temperature, sampling.top_p, self._guidance, *self._floors], device=device)
         phases = [0] * len(self._program.operations)
         phases[: len(self._carried.phase)] = self._carried.phase  # the kernel looks them up by pool
         phases = torch.tensor(phases, device=device)

@@ -67,15 +67,14 @@ class LinearPrediction(NamedTuple):
     bias: Tensor  # (vocab)
     inputs: Tensor  # (3 d_model): what is added to a token's embedding, times the three numbers of the predictor
     table: Tensor  # (4 K+1) float64: the weights of the sums S_0, S_1, S_2 and the prior, with 1 + NOISE at k = 0
-    floor: float
+    floors: tuple[float, float]
 
     @classmethod
     def of(cls, head: PredictionHead, gain: Tensor) -> "LinearPrediction":
         own = head.predictor
         table = torch.cat([window_weights(own.order, gain.device), own.prior.double()[None]])
         table[:, 0] *= 1 + NOISE
-        floor = own.floor.item()
-        return cls(_copy(head.weight) * gain, _copy(head.shape), _copy(own.levels), _copy(head.bias), _copy(head.input), table, floor)
+        return cls(_copy(head.weight) * gain, _copy(head.shape), _copy(own.levels), _copy(head.bias), _copy(head.input), table, own.floors())
 
 
 class Program:
