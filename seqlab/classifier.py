@@ -42,6 +42,7 @@ class ClassifierConfig(BackboneConfig):
     pooling: Literal["mean", "max", "last", "centre"] = "mean"
     length_scale: bool = False  # pooling: mean; learn how much surer to be of longer sequences
     kmer: int = 0  # DNA: beside each base, an embedding of the k-mer that ends there; 0: none
+    period: int = 0  # beside each base, an embedding of its position modulo this (3: reading frames); 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +52,8 @@ class ClassifierConfig(BackboneConfig):
             raise ValueError(f"length_scale: true needs pooling: mean, got pooling: {self.pooling}")
         if self.kmer and not 2 <= self.kmer <= 10:
             raise ValueError(f"kmer: must be 0 (none) or lie in 2 .. 10, got {self.kmer}")
+        if self.period and not 2 <= self.period <= 1024:
+            raise ValueError(f"period: must be 0 (none) or lie in 2 .. 1024, got {self.period}")
         if self.pooling == "centre" and self.direction == "causal":
             raise ValueError(
                 "pooling: centre needs direction: bidirectional (the middle of a causal model has seen half of the sequence); "
@@ -74,6 +77,7 @@ class StreamState(NamedTuple):
     backbone: list[MixerState] | None
     pooled: Pooled | None
     tail: Tensor | None = None  # (b k-1) the last ids, for the k-mers of the next piece
+    position: int = 0  # where the next piece begins
 
 
 class KmerEmbedding(nn.Module):
@@ -120,6 +124,10 @@ class SequenceClassifier(nn.Module):
         self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.kmer_embedding = KmerEmbedding(config.kmer, config.d_model) if config.kmer else None
+        # A scan whose states only decay cannot count modulo 3; told where it is, it can add up evidence for each frame.
+        self.clock = TokenEmbedding(config.period, config.d_model) if config.period else None
+        if self.clock is not None:
+            nn.init.normal_(self.clock.weight, std=0.02)
         self.dropout = nn.Dropout(config.dropout)
         self.backbone = build_backbone(config)
         self.head = ClassificationHead(config.d_model, n_outputs, config.pooling, config.length_scale)
@@ -147,11 +155,14 @@ class SequenceClassifier(nn.Module):
         state: list[MixerState] | None = None,
         return_state: bool = False,
         tail: Tensor | None = None,
+        position: int = 0,
     ) -> tuple[Tensor, list[MixerState] | None]:
-        """(b l) -> (b l d_model) of one strand, and the backbone's state if asked for. `tail`: see StreamState."""
+        """(b l) -> (b l d_model) of one strand, and the backbone's state if asked for. `tail`, `position`: see StreamState."""
         x = self.embedding(ids.long())
         if self.kmer_embedding is not None:
             x = x + self.kmer_embedding(ids, tail)
+        if self.clock is not None:
+            x = x + self.clock((position + torch.arange(ids.shape[1], device=ids.device)) % self.config.period)
         return self.backbone(self.dropout(x), state, mask, return_state=return_state)
 
     def feed(
@@ -160,12 +171,12 @@ class SequenceClassifier(nn.Module):
         """One piece of one strand, in order. `more`: further pieces follow, so the backbone's state is made."""
         before = StreamState(None, None) if state is None else state
         carried = more and self.backbone.is_causal
-        features, backbone = self.features(ids, mask, before.backbone, carried, before.tail)
+        features, backbone = self.features(ids, mask, before.backbone, carried, before.tail, before.position)
         tail = None
         if more and self.config.kmer:
             tail = ids if before.tail is None else torch.cat([before.tail, ids], 1)
             tail = F.pad(tail, (self.config.kmer, 0), value=nucleotide.PAD)[:, 1 - self.config.kmer :]
-        return StreamState(backbone, self.head.pool(features, mask, before.pooled), tail)
+        return StreamState(backbone, self.head.pool(features, mask, before.pooled), tail, before.position + ids.shape[1])
 
     def finish(self, state: StreamState) -> Tensor:
         """(b n_outputs) of everything that was fed."""
@@ -194,8 +205,8 @@ class SequenceClassifier(nn.Module):
 
 
 def load_pretrained(model: SequenceClassifier, checkpoint: Path, vocab: list[str] | None = None) -> None:
-    """Embedding, backbone and, where both have them, k-mer embedding of a language model's (or another classifier's) `model.safetensors` into `model`; the head
-    keeps its fresh weights.
+    """Embedding, backbone and, where both have them, the embeddings of k-mers and of positions of a language model's (or another
+    classifier's) `model.safetensors` into `model`; the head keeps its fresh weights.
 
     `vocab`: the symbols of the dataset that `model` will read; compared with those that the run was trained on, if its
     manifest lies beside it. Raises UserError when vocabularies, shapes or layers differ.
@@ -215,8 +226,9 @@ def load_pretrained(model: SequenceClassifier, checkpoint: Path, vocab: list[str
         ) from None
     weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}  # strand: equivariant wraps it
     parts = ("embedding.", "backbone.")
-    if model.kmer_embedding is not None and any(name.startswith("kmer_embedding.") for name in weights):
-        parts += ("kmer_embedding.",)
+    for optional in ("kmer_embedding.", "clock."):
+        if any(name.startswith(optional) for name in weights) and any(name.startswith(optional) for name in model.state_dict()):
+            parts += (optional,)
     own = {k: v for k, v in model.state_dict().items() if k.startswith(parts)}
     theirs = {k: v for k, v in weights.items() if k.startswith(parts)}
     for name, tensor in theirs.items():
@@ -246,7 +258,7 @@ def backbone_shape(checkpoint: Path) -> dict:
 
     path = Path(checkpoint).parent / "config.yaml"
     model = load_yaml(path).get("model", {})
-    theirs = {f.name for f in fields(BackboneConfig)} - {"dropout"} | {"vocab_size", "kmer"}
+    theirs = {f.name for f in fields(BackboneConfig)} - {"dropout"} | {"vocab_size", "kmer", "period"}
     return {key: value for key, value in model.items() if key in theirs} if isinstance(model, dict) else {}
 
 

@@ -101,7 +101,8 @@ class LossConfig:
     language_model: float = 0.0
     mask_rate: float = 0.1  # bidirectional with language_model: share of bases masked
     label_smoothing: float = 0.0
-    substitutions: float = 0.0  # share of bases replaced at random in training: long exact matches teach less
+    substitutions: float = 0.0  # training replaces bases at random, in each window a share between 0 and this: long exact
+    # matches teach less
 
     def __post_init__(self) -> None:
         if self.language_model < 0:
@@ -234,37 +235,33 @@ class SpeciesTask:
         rng = np.random.Generator(np.random.Philox(key=step_seed(config.train.seed, "windows", step)))
         drawn = self.windows.sample(rng, max(rows, world_size), length, random_strand=config.model.augments)
         share = len(drawn) // world_size
-        mine = drawn[rank * share : (rank + 1) * share]
+        mine = np.arange(rank * share, (rank + 1) * share)
         micro = max(1, (config.train.micro_batch_tokens or len(mine) * length) // length)
-        batches = []
-        for i in range(0, len(mine), micro):
-            part = mine[i : i + micro]
-            # the noise of a row depends on the row alone, not on how rows are dealt to ranks or micro-batches
-            numbers = rank * share + i + np.arange(len(part))
-            batches.append(self._batch(part, [step_seed(config.train.seed, "noise", step, int(n)) for n in numbers]))
-        return batches
+        parts = np.split(mine, range(micro, len(mine), micro))
+        if not (config.loss.substitutions or self._masks):
+            return [self._batch(drawn[part]) for part in parts]
+        # the noise of a step is drawn for all of its rows, so it does not depend on how they are dealt to ranks or micro-batches
+        whole = self._batch(drawn, np.random.Generator(np.random.Philox(key=step_seed(config.train.seed, "noise", step))))
+        return [{key: value[part] for key, value in whole.items()} for part in parts]
 
-    def _batch(self, windows: Windows, seeds: list[int] | None) -> Batch:
-        """ids (b l), label (b), start (b), and where rows are padded mask (b l). With `seeds`, one for each row, for
-        training: ids with some bases substituted or masked, and for masked language modelling target and scored (b l)."""
+    @property
+    def _masks(self) -> bool:
+        """Whether training masks bases, to be filled in."""
+        return bool(self.config.loss.language_model) and not self.is_causal
+
+    def _batch(self, windows: Windows, noise: np.random.Generator | None = None) -> Batch:
+        """ids (b l), label (b), start (b), and where rows are padded mask (b l). With `noise`, for training: ids with some
+        bases substituted or masked, and for masked language modelling target and scored (b l)."""
         ids, mask = windows.tokens(self.store)
         batch = {"label": windows.label, "start": windows.start}
         loss = self.config.loss
-        masks = bool(loss.language_model) and not self.is_causal
-        if seeds is not None and (loss.substitutions or masks):
-            scored = np.zeros(ids.shape, bool)
-            target = np.empty_like(ids)
-            for row, seed in enumerate(seeds):
-                rng = np.random.Generator(np.random.Philox(key=seed))
-                if loss.substitutions:
-                    chosen = (rng.random(ids.shape[1], dtype=np.float32) < loss.substitutions) & is_base(ids[row])
-                    other = rng.integers(FIRST_BASE, LAST_BASE + 1, ids.shape[1], dtype=np.uint8)
-                    ids[row] = np.where(chosen, other, ids[row])
-                target[row] = ids[row]
-                if masks:
-                    ids[row], scored[row] = mask_tokens(ids[row], MaskingConfig(rate=loss.mask_rate), rng)
-            if masks:
-                batch |= {"target": target, "scored": scored}
+        if noise is not None and loss.substitutions:
+            rate = noise.random((len(ids), 1), dtype=np.float32) * loss.substitutions
+            chosen = (noise.random(ids.shape, dtype=np.float32) < rate) & is_base(ids)
+            ids = np.where(chosen, noise.integers(FIRST_BASE, LAST_BASE + 1, ids.shape, dtype=np.uint8), ids)
+        if noise is not None and self._masks:
+            batch["target"] = ids
+            ids, batch["scored"] = mask_tokens(ids, MaskingConfig(rate=loss.mask_rate), noise)
         batch["ids"] = ids
         if mask is not None:
             batch["mask"] = mask
@@ -283,7 +280,7 @@ class SpeciesTask:
             windows = windows[np.arange(rank, len(windows), world_size)]
             rows = max(1, limit // length)
             for i in range(0, len(windows), rows):
-                yield self._batch(windows[i : i + rows], None)
+                yield self._batch(windows[i : i + rows])
 
     # -- loss ------------------------------------------------------------------------------------------------------
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ KINDS = [
     dict(pooling="last"),
     dict(pooling="max", strand="augment"),
     dict(kmer=3),
+    dict(kmer=3, period=3),
     dict(direction="bidirectional"),
     dict(direction="bidirectional", pooling="max", strand="equivariant"),
     dict(direction="bidirectional", pooling="centre", strand="equivariant"),
@@ -89,6 +90,15 @@ def test_kmers_are_those_that_end_at_each_position():
     acg, cgt = 0 * 16 + 1 * 4 + 2, 1 * 16 + 2 * 4 + 3
     assert codes == [0, 0, acg, cgt, 0, 0, 0, acg] and embedding(ids)[0, 4].abs().sum() == 0
     assert embedding(ids[:, 2:], ids[:, :2])[0, 0, 0] == acg
+
+
+def test_the_period_tells_positions_apart_and_comes_round():
+    model = classifier(period=3, strand="none", n_layer=1)
+    with torch.no_grad():
+        model.clock.weight.normal_()
+        features = [model.features(torch.full((1, 1), nucleotide.A), position=at)[0] for at in range(6)]
+    assert torch.equal(features[0], features[3]) and torch.equal(features[2], features[5])
+    assert not torch.allclose(features[0], features[1]) and not torch.allclose(features[1], features[2])
 
 
 def test_a_sequence_of_padding_alone_answers_with_the_bias():
@@ -171,6 +181,7 @@ def test_length_scale_changes_confidence_not_decisions():
     (dict(pooling="max", length_scale=True), "mean"),
     (dict(vocab_size=0), "vocab_size"),
     (dict(kmer=1), "kmer"),
+    (dict(period=1), "period"),
 ])
 def test_impossible_configurations(bad, word):
     with pytest.raises(ValueError, match=word):

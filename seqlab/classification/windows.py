@@ -8,6 +8,7 @@ sequence is long enough gives whole sequences, by length, padded on the right. W
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from seqlab.dataset import TokenStore
 from seqlab.errors import UserError
@@ -38,11 +39,13 @@ class Windows:
     def tokens(self, store: TokenStore, width: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """ids (n width) uint8, padded on the right with [PAD], and the mask (n width) bool, None if nothing is padded."""
         width = int(self.length.max(initial=1)) if width is None else width
+        if len(self) and (self.length == width).all():
+            ids = sliding_window_view(store.tokens, width)[self.start]
+            ids[self.reverse] = nucleotide.COMPLEMENT[ids[self.reverse, ::-1]]
+            return ids, None
         ids = np.full((len(self), width), nucleotide.PAD, np.uint8)
         for i in range(len(self)):
             ids[i, : self.length[i]] = self.sequence(store, i)
-        if (self.length == width).all():
-            return ids, None
         return ids, np.arange(width) < self.length[:, None]
 
 
@@ -109,11 +112,14 @@ class ClassWindows:
         return intervals[which, 0], sizes[which]
 
     def _is_known(self, start: np.ndarray, size: np.ndarray) -> np.ndarray:
-        tokens, known = self.store.tokens, np.empty(len(start), bool)
-        for i, (a, n) in enumerate(zip(start.tolist(), size.tolist())):
-            piece = tokens[a : a + n]
-            count = np.count_nonzero((piece >= nucleotide.A) & (piece <= nucleotide.T))
-            known[i] = count > 0 and count >= (1 - self.max_unknown) * n
+        known = np.empty(len(start), bool)
+        for n in np.unique(size):
+            windows = sliding_window_view(self.store.tokens, n)
+            rows = np.flatnonzero(size == n)
+            for part in np.split(rows, range(0, len(rows), max(1, (1 << 24) // int(n)))[1:]):  # 16 MB at a time
+                piece = windows[start[part]]
+                count = np.count_nonzero((piece >= nucleotide.A) & (piece <= nucleotide.T), axis=1)
+                known[part] = (count > 0) & (count >= (1 - self.max_unknown) * n)
         return known
 
     def fixed(self, length: int, per_class: int) -> tuple[Windows, list[int]]:

@@ -108,8 +108,10 @@ def test_ranks_and_micro_batches_see_the_rows_of_one_step(data):
     parts = species.SpeciesTask(micro, store).train_batches(3, 0, 1)
     assert len(parts) == 2 and torch.equal(whole["ids"], torch.cat([part["ids"] for part in parts]))
     (plain,) = species.SpeciesTask(toy_config(), store).train_batches(3, 0, 1)
-    changed = (plain["ids"] != whole["ids"]).float().mean().item()
-    assert changed == pytest.approx(0.3 * 0.75, abs=0.05)  # a quarter of the substitutes are the same base
+    changed = (plain["ids"] != whole["ids"]).float().mean(1)
+    assert changed.max() < 0.3 * 0.75 + 0.1 and changed.unique().numel() > 1
+    shares = [(species.SpeciesTask(config, store).train_batches(s, 0, 1)[0]["ids"] != species.SpeciesTask(toy_config(), store).train_batches(s, 0, 1)[0]["ids"]).float().mean().item() for s in range(20)]
+    assert np.mean(shares) == pytest.approx(0.15 * 0.75, abs=0.02)  # a quarter of the substitutes are the same base
 
 
 def test_the_loss_asks_every_segment(data):
