@@ -22,7 +22,7 @@ from seqlab.backbones import build_backbone
 from seqlab.backbones.mamba import BackboneConfig, MixerState
 from seqlab.embedding import TokenEmbedding
 from seqlab.errors import UserError
-from seqlab.heads.classification import ClassificationHead, Pooled
+from seqlab.heads.classification import ADDITIVE, ClassificationHead, Pooled, Pooling
 from seqlab.tokenizers import nucleotide
 
 
@@ -39,8 +39,8 @@ class ClassifierConfig(BackboneConfig):
 
     vocab_size: int = 16  # 12 symbols, padded to a multiple of 8
     strand: Literal["none", "augment", "average", "equivariant"] = "average"
-    pooling: Literal["mean", "max", "last", "centre"] = "mean"
-    length_scale: bool = False  # pooling: mean; learn how much surer to be of longer sequences
+    pooling: Pooling = "mean"  # see seqlab/heads/classification.py
+    length_scale: bool = False  # pooling: mean or evidence; learn how much surer to be of longer sequences
     kmer: int = 0  # DNA: beside each base, an embedding of the k-mer that ends there; 0: none
     period: int = 0  # beside each base, an embedding of its position modulo this (3: reading frames); 0: none
 
@@ -48,8 +48,13 @@ class ClassifierConfig(BackboneConfig):
         super().__post_init__()
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size: must be 1 or more, got {self.vocab_size}")
-        if self.length_scale and self.pooling != "mean":
-            raise ValueError(f"length_scale: true needs pooling: mean, got pooling: {self.pooling}")
+        if self.length_scale and self.pooling not in ADDITIVE:
+            raise ValueError(f"length_scale: true needs pooling: mean or evidence, got pooling: {self.pooling}")
+        if self.pooling == "evidence" and self.direction == "bidirectional":
+            raise ValueError(
+                "pooling: evidence needs direction: causal (a bidirectional model has seen the base that it would predict); use "
+                "pooling: mean"
+            )
         if self.kmer and not 2 <= self.kmer <= 10:
             raise ValueError(f"kmer: must be 0 (none) or lie in 2 .. 10, got {self.kmer}")
         if self.period and not 2 <= self.period <= 1024:
@@ -78,6 +83,7 @@ class StreamState(NamedTuple):
     pooled: Pooled | None
     tail: Tensor | None = None  # (b k-1) the last ids, for the k-mers of the next piece
     position: int = 0  # where the next piece begins
+    last: Tensor | None = None  # (b d_model) the features there, for the evidence of the next piece's first base
 
 
 class KmerEmbedding(nn.Module):
@@ -176,7 +182,13 @@ class SequenceClassifier(nn.Module):
         if more and self.config.kmer:
             tail = ids if before.tail is None else torch.cat([before.tail, ids], 1)
             tail = F.pad(tail, (self.config.kmer, 0), value=nucleotide.PAD)[:, 1 - self.config.kmer :]
-        return StreamState(backbone, self.head.pool(features, mask, before.pooled), tail, before.position + ids.shape[1])
+        pooled = self.head.pool(self.positions(features, ids, before.last), mask, before.pooled)
+        return StreamState(backbone, pooled, tail, before.position + ids.shape[1], features[:, -1] if carried else None)
+
+    def positions(self, features: Tensor, ids: Tensor, last: Tensor | None = None) -> Tensor:
+        """What the head adds up, of features (b l d_model) and the ids (b l) they belong to. `last`: see StreamState."""
+        base = ids.long() - nucleotide.A
+        return self.head.read(features, torch.where((base >= 0) & (base < 4), base, -1), last)
 
     def finish(self, state: StreamState) -> Tensor:
         """(b n_outputs) of everything that was fed."""
@@ -187,7 +199,7 @@ class SequenceClassifier(nn.Module):
         if not self.backbone.is_causal or self.config.strand == "equivariant":
             raise ValueError("outputs for prefixes need direction: causal and a strand other than equivariant")
         features, _ = self.features(ids, mask)
-        return self.head.prefixes(features, ends, mask)
+        return self.head.prefixes(self.positions(features, ids), ends, mask)
 
     def reverse_complement(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """(b l): the other strand of each row, padding still on the right."""

@@ -42,7 +42,7 @@ from seqlab.classifier import ClassifierConfig, SequenceClassifier, load_pretrai
 from seqlab.config import dump_yaml, from_dict, load_yaml
 from seqlab.dataset import TokenStore, nearest
 from seqlab.errors import UserError
-from seqlab.heads.classification import evenly_spread_ends
+from seqlab.heads.classification import ADDITIVE, evenly_spread_ends
 from seqlab.inference.classify import Predictor
 from seqlab.processes import is_main_process
 from seqlab.tokenizers import nucleotide
@@ -193,7 +193,7 @@ class SpeciesTask:
         self.ask = config.loss.ask
         if model.strand == "equivariant" or model.pooling in ("max", "centre"):
             self.ask = "whole"
-        if (self.ask == "prefixes" and not self.is_causal) or (self.ask == "segments" and model.pooling != "mean"):
+        if (self.ask == "prefixes" and not self.is_causal) or (self.ask == "segments" and model.pooling not in ADDITIVE):
             self.ask = "whole"
         longest = max(int((mine[:, 1] - mine[:, 0]).max()) for mine in self.windows.intervals)
         if config.data.context > longest:
@@ -290,21 +290,22 @@ class SpeciesTask:
         if not model.training:
             return F.cross_entropy(model(ids, mask), label, reduction="sum"), total
         loss = self.config.loss
-        features, shortest = None, min(ids.shape[1], self.config.data.min_context or ids.shape[1])
+        positions, shortest = None, min(ids.shape[1], self.config.data.min_context or ids.shape[1])
         if loss.language_model or self.ask != "whole":
             features, _ = model.features(ids, mask)
+            positions = model.positions(features, ids)
         if self.ask == "segments":
-            levels = model.head.segments(features, shortest, mask)
+            levels = model.head.segments(positions, shortest, mask)
         elif self.ask == "prefixes":
             ends = torch.tensor(evenly_spread_ends(ids.shape[1], shortest))
-            levels = [(model.head.prefixes(features, ends, mask), None)]
-        elif model.reads_both_strands or features is None:
+            levels = [(model.head.prefixes(positions, ends, mask), None)]
+        elif model.reads_both_strands or positions is None:
             levels = [(model(ids, mask)[:, None], None)]
         else:
-            levels = [(model.head(model.head.pool(features, mask))[:, None], None)]
+            levels = [(model.head(model.head.pool(positions, mask))[:, None], None)]
         result = sum(self._species_loss(outputs, label, used) for outputs, used in levels) / len(levels)
         if loss.language_model:
-            result = result + loss.language_model * len(label) * self._language_loss(model, features, batch)
+            result = result + loss.language_model * len(label) * self._language_loss(model, positions, batch)
         return result, total
 
     @property
@@ -338,7 +339,13 @@ class SpeciesTask:
         return (torch.where(used, nats, 0.0).sum(1) / used.sum(1).clamp(min=1)).sum()
 
     def _language_loss(self, model: nn.Module, features: Tensor, batch: Batch) -> Tensor:
-        """Mean nats a scored base, over A, C, G and T; the embedding is the output matrix too."""
+        """Mean nats a scored base, over A, C, G and T, of what the head reads at each position; the embedding is the output
+        matrix too, unless the head has the predictions of each class: then those of the right one."""
+        if self.config.model.pooling == "evidence":
+            of_class = features[..., model.head.d_model :]
+            nats = -of_class.gather(-1, batch["label"][:, None, None].expand(-1, features.shape[1], 1))[..., 0]
+            scored = (batch["ids"] >= FIRST_BASE) & (batch["ids"] <= LAST_BASE)
+            return nats.sum() / scored.sum().clamp(min=1)
         if self.is_causal:
             features, target = features[:, :-1], batch["ids"][:, 1:]
             scored = (target >= FIRST_BASE) & (target <= LAST_BASE)

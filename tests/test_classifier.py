@@ -19,6 +19,9 @@ def classifier(n_outputs=3, **options):
     with torch.no_grad():  # answers that differ visibly
         model.head.linear.weight.normal_(std=0.5)
         model.head.linear.bias.normal_()
+        if model.head.next_base is not None:
+            model.head.next_base.weight.normal_()
+            model.head.gain.fill_(1.0)
         if model.head.length_scale is not None:
             model.head.length_scale.copy_(torch.tensor([0.3, 0.5]))
     return model
@@ -35,6 +38,7 @@ KINDS = [
     dict(pooling="max", strand="augment"),
     dict(kmer=3),
     dict(kmer=3, period=3),
+    dict(pooling="evidence", length_scale=True),
     dict(direction="bidirectional"),
     dict(direction="bidirectional", pooling="max", strand="equivariant"),
     dict(direction="bidirectional", pooling="centre", strand="equivariant"),
@@ -125,9 +129,9 @@ def test_strands(strand, is_invariant):
         assert same == (strand == "equivariant")  # `average` trains on one strand at a time
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "last", "evidence"])
 def test_prefixes_equal_separate_sequences(pooling):
-    model = classifier(pooling=pooling, strand="none", length_scale=pooling == "mean")
+    model = classifier(pooling=pooling, strand="none", length_scale=pooling != "last")
     ids = sequence(100, rows=2)
     mask = torch.arange(100) < torch.tensor([[100], [60]])
     ends = torch.tensor([16, 32, 64, 100])
@@ -140,9 +144,10 @@ def test_prefixes_equal_separate_sequences(pooling):
         bidirectional.prefix_outputs(ids, ends)
 
 
-def test_segments_equal_separate_pooling():
-    head = classifier(length_scale=True).head
-    features = torch.randn(2, 100, 16)
+@pytest.mark.parametrize("pooling", ["mean", "evidence"])
+def test_segments_equal_separate_pooling(pooling):
+    head = classifier(length_scale=True, pooling=pooling).head
+    features = torch.randn(2, 100, 16 if pooling == "mean" else 19)
     mask = torch.arange(100) < torch.tensor([[100], [40]])
     with torch.no_grad():
         levels = head.segments(features, 32, mask)
@@ -155,6 +160,25 @@ def test_segments_equal_separate_pooling():
                 assert torch.allclose(outputs[used[:, j], j], expected[used[:, j]], atol=1e-5)
     with pytest.raises(ValueError, match="mean"):
         classifier(pooling="last").head.segments(features, 32)
+
+
+def test_evidence_is_the_mean_log_probability_each_class_gave_to_the_bases():
+    model = classifier(pooling="evidence", length_scale=True, strand="none")
+    ids = torch.cat([sequence(20), torch.tensor([[nucleotide.N]], dtype=torch.uint8), sequence(11, seed=3)], 1)
+    with torch.no_grad():
+        features, _ = model.features(ids)
+        head = model.head
+        before = torch.cat([torch.zeros(1, 1, 16), features[:, :-1]], 1)
+        p = (before @ head.next_base.weight.T + head.next_base.bias).view(32, 3, 4).softmax(-1)
+        given = [sum(p[i, c, int(t) - nucleotide.A].log() for i, t in enumerate(ids[0]) if t != nucleotide.N) / 32 for c in range(3)]
+        expected = head.linear(features.mean(1)) + head.gain.exp() * torch.stack(given)
+        expected = expected * torch.exp(head.length_scale[0] + head.length_scale[1] * torch.tensor(32 / 1024).log())
+        assert torch.allclose(model(ids), expected, atol=1e-4)
+        # what a base is, is not known where it is predicted
+        other = ids.clone()
+        other[0, 30] = nucleotide.A if ids[0, 30] != nucleotide.A else nucleotide.C
+        read = [model.positions(model.features(x)[0], x)[0, :, 16:] for x in (ids, other)]
+        assert torch.equal(read[0][:30], read[1][:30]) and not torch.allclose(read[0][30], read[1][30])
 
 
 def test_ends_double_up_to_the_whole():
@@ -179,6 +203,7 @@ def test_length_scale_changes_confidence_not_decisions():
     (dict(pooling="last", direction="bidirectional"), "causal"),
     (dict(pooling="centre"), "bidirectional"),
     (dict(pooling="max", length_scale=True), "mean"),
+    (dict(pooling="evidence", direction="bidirectional"), "causal"),
     (dict(vocab_size=0), "vocab_size"),
     (dict(kmer=1), "kmer"),
     (dict(period=1), "period"),

@@ -7,8 +7,12 @@
     centre  the features in the middle of the sequence (the mean of the two middle ones where its length is even), for
             sequences that were cut around what is to be judged: of a bidirectional backbone, which has seen everything
             there and from where it is. It needs the whole sequence at once.
+    evidence
+            (of a causal backbone) `mean`, and beside it Bayes' rule: each class predicts every next base, and the mean of the
+            log-probabilities that it gave to the bases that came speaks for it. Predictions of a class are a linear map
+            of the features, so all classes cost one pass.
 
-A head pools with `pool`, piece by piece, and answers with `forward`; padding (mask False) changes nothing.
+A head makes of features what it adds up with `read`, pools with `pool`, piece by piece, and answers with `forward`; padding (mask False) changes nothing.
 """
 
 import math
@@ -18,42 +22,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Pooling = Literal["mean", "max", "last", "centre"]
+Pooling = Literal["mean", "max", "last", "centre", "evidence"]
+ADDITIVE = ("mean", "evidence")  # pooled by adding positions up
 
 
 class Pooled(NamedTuple):
     """What a head remembers of the pieces so far."""
 
-    value: Tensor  # (b d_model) float64: sum, maximum, or the features of the last real position or the middle
+    # (b d_model) float64: sum, maximum, or the features of the last real position or the middle; evidence: (b d_model + n_outputs)
+    value: Tensor
     count: Tensor  # (b) float64: real positions
 
 
 class ClassificationHead(nn.Module):
     """(b l d_model) -> (b n_outputs), float32 whatever the autocast.
 
-    length_scale (mean only): multiply the outputs by exp(s0 + s1 log(length / 1024)), s learned: how much surer one may be
-    of a longer sequence. It changes no decision, only the probabilities.
+    length_scale (mean and evidence): multiply the outputs by exp(s0 + s1 log(length / 1024)), s learned: how much surer one may
+    be of a longer sequence. It changes no decision, only the probabilities. s1 begins at 0, for `evidence` at 1, where
+    log-probabilities add up as Bayes' rule says; below 1 means that bases are not independent witnesses.
     """
 
     def __init__(self, d_model: int, n_outputs: int, pooling: Pooling = "mean", length_scale: bool = False):
         super().__init__()
-        if length_scale and pooling != "mean":
-            raise ValueError(f"length_scale belongs to pooling: mean, not to {pooling}")
-        self.pooling = pooling
+        if length_scale and pooling not in ADDITIVE:
+            raise ValueError(f"length_scale belongs to pooling: mean or evidence, not to {pooling}")
+        self.pooling, self.d_model = pooling, d_model
         self.linear = nn.Linear(d_model, n_outputs)
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
-        self.length_scale = nn.Parameter(torch.zeros(2)) if length_scale else None
+        has_evidence = pooling == "evidence"
+        self.length_scale = nn.Parameter(torch.tensor([0.0, float(has_evidence)])) if length_scale else None
+        self.next_base = nn.Linear(d_model, 4 * n_outputs) if has_evidence else None
+        if has_evidence:
+            nn.init.normal_(self.next_base.weight, std=0.02)
+            nn.init.zeros_(self.next_base.bias)
+            # log of how much a nat a base counts beside the linear map; begins so that 400 bases are independent witnesses
+            self.gain = nn.Parameter(torch.tensor([6.0]))
+
+    def read(self, features: Tensor, base: Tensor, before: Tensor | None = None) -> Tensor:
+        """What `pool`, `prefixes` and `segments` add up: features (b l d_model) as they are; for `evidence` beside them, (b l
+        d_model + n_outputs), the log-probabilities (nats) that each class gave to each base, 0 where it is not known.
+
+        base (b l): 0 .. 3, or -1 for anything but A, C, G, T; before (b d_model): the features just left of these, if any
+        """
+        if self.next_base is None:
+            return features
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            first = torch.zeros_like(features[:, 0]) if before is None else before.float()
+            seen = torch.cat([first[:, None], features[:, :-1]], 1)
+            logits = F.linear(seen, self.next_base.weight.float(), self.next_base.bias.float()).unflatten(-1, (-1, 4))
+            chosen = base.clamp(min=0)[..., None, None].expand(*logits.shape[:-1], 1)
+            nats = logits.log_softmax(-1).gather(-1, chosen)[..., 0]  # (b l n_outputs)
+            return torch.cat([features, torch.where(base[..., None] >= 0, nats, 0.0)], -1)
 
     def pool(self, features: Tensor, mask: Tensor | None = None, before: Pooled | None = None) -> Pooled:
-        """Add a piece: features (b l d_model), mask (b l) True at real positions (None: all are)."""
+        """Add a piece of what `read` gave: features (b l d), mask (b l) True at real positions (None: all are)."""
         batch, length, _ = features.shape
         if mask is None:
             count = features.new_full((batch,), length, dtype=torch.float64)
         else:
             count = mask.sum(1, dtype=torch.float64)
         features = features.float()
-        if self.pooling == "mean":
+        if self.pooling in ADDITIVE:
             value = features if mask is None else torch.where(mask[..., None], features, 0.0)
             value = value.sum(1).double()
             if before is not None:
@@ -81,15 +112,15 @@ class ClassificationHead(nn.Module):
     def forward(self, pooled: Pooled) -> Tensor:
         """Outputs (b n_outputs) of what has been pooled. A sequence without any position answers with the bias."""
         count = pooled.count.clamp(min=1.0)
-        value = pooled.value / count[:, None] if self.pooling == "mean" else pooled.value
+        value = pooled.value / count[:, None] if self.pooling in ADDITIVE else pooled.value
         value = torch.where(pooled.count[:, None] > 0, value, 0.0).float()
         return self._outputs(value, count)
 
     def prefixes(self, features: Tensor, ends: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Outputs (b k n_outputs) for the first ends[j] positions of each row: features (b l d_model) of a causal
-        backbone, ends (k) in 1 .. l. A row with fewer real positions (padded on the right) answers for all it has."""
+        """Outputs (b k n_outputs) for the first ends[j] positions of each row: features (b l d) of a causal
+        backbone, as `read`, ends (k) in 1 .. l. A row with fewer real positions (padded on the right) answers for all it has."""
         if self.pooling in ("max", "centre"):
-            raise ValueError(f"pooling: {self.pooling} has no outputs for prefixes; use mean or last")
+            raise ValueError(f"pooling: {self.pooling} has no outputs for prefixes; use mean, evidence or last")
         features, ends = features.float(), ends.to(features.device)
         with torch.autocast(features.device.type, enabled=False):
             if self.pooling == "last":
@@ -108,10 +139,10 @@ class ClassificationHead(nn.Module):
         return self._outputs(sums / count[..., None], count)
 
     def segments(self, features: Tensor, size: int, mask: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Outputs for parts of each row (pooling: mean): of every stretch of `size` positions, of every two of them, of every
+        """Outputs for parts of each row (pooling: mean or evidence): of every stretch of `size` positions, of every two of them, of every
         four, ... up to the whole. A list of (outputs (b k n_outputs), whether there is anything in it (b k)), finest first."""
-        if self.pooling != "mean":
-            raise ValueError(f"segments need pooling: mean, not {self.pooling}")
+        if self.pooling not in ADDITIVE:
+            raise ValueError(f"segments need pooling: mean or evidence, not {self.pooling}")
         batch, length, width = features.shape
         features = features.float()
         real = features.new_ones(batch, length) if mask is None else mask.float()
@@ -136,7 +167,9 @@ class ClassificationHead(nn.Module):
 
     def _outputs(self, value: Tensor, count: Tensor) -> Tensor:
         with torch.autocast(value.device.type, enabled=False):
-            outputs = F.linear(value, self.linear.weight.float(), self.linear.bias.float())
+            outputs = F.linear(value[..., : self.d_model], self.linear.weight.float(), self.linear.bias.float())
+            if self.next_base is not None:
+                outputs = outputs + self.gain.float().exp() * value[..., self.d_model :]
             if self.length_scale is None:
                 return outputs
             s0, s1 = self.length_scale.float()

@@ -24,6 +24,7 @@ def sequences(lengths, seed=0):
 
 
 KINDS = [dict(), dict(pooling="last"), dict(direction="bidirectional"), dict(strand="none")]
+KINDS += [dict(pooling="evidence", length_scale=True, kmer=3, period=3)]
 CENTRE = dict(direction="bidirectional", pooling="centre")
 
 

@@ -191,7 +191,7 @@ def test_calibration_moves_biases_alone_and_for_the_better(trained, data, tmp_pa
     shutil.copytree(trained, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "best" / "model.safetensors"
     weights = load_file(path)
-    weights["head.linear.bias"] = weights["head.linear.bias"] + torch.tensor([3.0, 0.0, -3.0])  # spoilt
+    weights["head.linear.bias"] = weights["head.linear.bias"] + torch.tensor([150.0, 0.0, -150.0])  # spoilt
     save_file(weights, path)
     found = species.calibrate(tmp_path / "run", TokenStore.open(data))
     after = load_file(path)
