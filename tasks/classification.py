@@ -121,6 +121,8 @@ class Config:
             )
         if self.kind == "regression" and self.class_weights != "none":
             raise ValueError("class_weights: a regression has no classes; use none")
+        if self.kind in ("multi-label", "regression") and self.model.pooling == "evidence":
+            raise ValueError(f"model.pooling: evidence weighs classes that exclude each other, and this is {self.kind}; use mean")
 
     @property
     def n_outputs(self) -> int:
@@ -158,15 +160,18 @@ class ClassificationTask:
         steps = max(1, config.min_steps, math.ceil(config.epochs * len(self.train_rows) / config.data.batch_size))
         steps = min(config.train.max_steps, steps)
         an_epoch = math.ceil(len(self.train_rows) / config.data.batch_size)
-        self.config = replace(
-            config,
-            kind=store.kind,
-            classes=tuple(store.classes),
-            target_mean=mean,
-            target_scale=scale,
-            data=replace(config.data, max_length=limit),
-            train=replace(config.train, max_steps=steps, validate_every=max(1, an_epoch, math.ceil(steps / 40))),
-        )
+        try:
+            self.config = replace(
+                config,
+                kind=store.kind,
+                classes=tuple(store.classes),
+                target_mean=mean,
+                target_scale=scale,
+                data=replace(config.data, max_length=limit),
+                train=replace(config.train, max_steps=steps, validate_every=max(1, an_epoch, math.ceil(steps / 40))),
+            )
+        except ValueError as error:  # what does not go with this kind of labels
+            raise UserError(f"{store.directory}: {error}") from None
         self._order = (-1, np.empty(0, np.int64))  # of the epoch that is being dealt out: it and its shuffled rows
         self.class_weight = self._class_weight()
         by_error = config.select_by == "error" and store.kind != "regression"

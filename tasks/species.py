@@ -6,10 +6,14 @@ index of its species among the sorted names.
 Split rule: decided by `seqlab prep species` (blocks of each species, sequences, or files); windows never cross a border.
 
 One model for all lengths. Training mixes window lengths: context, context/2, ... down to min_context, one for each step,
-with the tokens of a step held constant. With mean pooling the answer is a mean of what all positions say, which a longer
+with the tokens of a step held constant. With pooling mean or evidence the answer is a mean of what all positions say, which a longer
 sequence can only make less noisy; so parts of a window can be asked too, and with `loss.ask: segments` every stretch of
 min_context bases, every two of them, every four, ... up to the whole is: a window of 4,096 that is easy as a whole still
 teaches at each of its positions.
+
+With pooling: evidence each species also predicts every next base, and how well it did counts (Bayes' rule, trained end to
+end): with `loss.language_model` the predictions are learnt as a language model's are, which is a target for every base
+instead of one for every window. `model.period: 3` lets the backbone keep reading frames apart.
 
 After training, the head's biases and its length scale (a dozen numbers) are fitted once more on validation windows of all
 lengths (`calibrate`). Among near-identical species the biases that training leaves are noise, but at great lengths that
@@ -93,10 +97,11 @@ class DataConfig:
 @dataclass(frozen=True)
 class LossConfig:
     """What is minimised: the cross-entropy of the species, and beside it, with weight `language_model`, that of the next
-    base (causal) or of masked bases (bidirectional), which tells the backbone what DNA looks like."""
+    base (causal; with pooling: evidence as the right species predicts it) or of masked bases (bidirectional), which tells
+    the backbone what DNA looks like."""
 
     # of which parts of a window the species is asked: the whole; its prefixes of min_context, twice that, ... (causal,
-    # pooling mean or last); all its segments of these lengths (pooling: mean). Elsewhere the whole is asked.
+    # pooling other than max); all its segments of these lengths (pooling: mean or evidence). Elsewhere the whole is asked.
     ask: Literal["whole", "prefixes", "segments"] = "segments"
     language_model: float = 0.0
     mask_rate: float = 0.1  # bidirectional with language_model: share of bases masked
@@ -162,7 +167,7 @@ class Config:
                 f"train.devices: {rows} windows a step cannot be shared evenly by {self.train.devices} devices; change "
                 "train.tokens_per_step"
             )
-        if self.loss.language_model and self.freeze == "backbone":
+        if self.loss.language_model and self.freeze == "backbone" and self.model.pooling != "evidence":
             raise ValueError("loss.language_model: trains the backbone, which freeze: backbone does not; set it to 0")
 
 

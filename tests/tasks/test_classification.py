@@ -329,9 +329,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(data, trained, tmp_path):
     assert "no such dataset" in error_of(*train, "--data", tmp_path / "none")
     assert "--freeze" in error_of(*train, "--data", data / "binary", "--freeze")
     assert "expected one of none, augment, average, equivariant" in error_of(*train, "--data", data / "binary", "--strand", "both")
-    assert "a regression has no classes" in error_of(
-        *train, "--data", data / "regression", "--set", "kind=regression", "--set", "class_weights=balanced"
-    )
+    for kind in ("auto", "regression"):
+        assert "a regression has no classes" in error_of(
+            *train, "--data", data / "regression", "--set", f"kind={kind}", "--set", "class_weights=balanced"
+        )
+    causal = ["--set", "model.direction=causal", "--set", "model.pooling=evidence"]
+    assert "evidence weighs classes that exclude each other" in error_of(*train, "--data", data / "regression", *causal)
     assert "kind: binary, but" in error_of(*train, "--data", data / "multi-class", "--set", "kind=binary")
     message = error_of("eval", trained, "--data", data / "multi-class")
     assert "holds multi-class labels (even, lean, rich), this run was trained on binary (lean, rich)" in message

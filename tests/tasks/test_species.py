@@ -154,7 +154,22 @@ def test_the_loss_is_the_mean_over_prefixes_and_adds_the_language_model(data):
     assert torch.allclose(outside, torch.nn.functional.cross_entropy(model(batch["ids"]), batch["label"], reduction="sum"))
 
 
-@pytest.mark.parametrize("model", [dict(direction="bidirectional"), dict(strand="equivariant"), dict(pooling="max"), dict(pooling="last")], ids=str)
+def test_the_language_model_of_evidence_is_the_right_species_own(data):
+    config = toy_config()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, pooling="evidence", length_scale=True))
+    plain = species.SpeciesTask(config, TokenStore.open(data))
+    both = species.SpeciesTask(dataclasses.replace(config, loss=species.LossConfig(language_model=2.0)), plain.store)
+    torch.manual_seed(0)
+    model, (batch,) = plain.build_model().train(), plain.train_batches(3, 0, 1)
+    rows, length = batch["ids"].shape
+    before = torch.cat([torch.zeros(rows, 1, 16), model.features(batch["ids"])[0][:, :-1]], 1)
+    logits = model.head.next_base(before).view(rows, length, 3, 4)[torch.arange(rows), :, batch["label"]]
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["ids"].flatten().long() - 7)
+    expected = plain.loss(model, batch)[0] + 2.0 * rows * nats
+    assert torch.allclose(both.loss(model, batch)[0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", [dict(direction="bidirectional"), dict(strand="equivariant"), dict(pooling="max"), dict(pooling="last"), dict(pooling="evidence", period=3)], ids=str)
 def test_every_kind_of_model_has_a_loss_and_gradients(data, model):
     config = toy_config()
     config = dataclasses.replace(
@@ -341,7 +356,7 @@ def test_a_dataset_by_files_trains(tmp_path):
     assert (tmp_path / "r" / "report.md").is_file()
 
 
-@pytest.mark.parametrize("strand, pooling", [("none", "last"), ("average", "mean"), ("equivariant", "max")])
+@pytest.mark.parametrize("strand, pooling", [("none", "last"), ("average", "mean"), ("equivariant", "max"), ("none", "evidence")])
 def test_windows_in_pieces_have_the_same_gradient(data, strand, pooling):
     from seqlab.training import memory
     from seqlab.training.memory import Memory
