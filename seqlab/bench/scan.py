@@ -336,5 +336,5 @@ def plot(result: Result, path: Path) -> Path:
     axes.set(xlabel="length", ylabel="forward + backward, ms")
     axes.set_title(f"batch {s['batch']}, d_inner {s['d_inner']}, d_state {s['d_state']}, {s['dtype']}, {result.machine}", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, loc="best")
     return save_figure(figure, path)

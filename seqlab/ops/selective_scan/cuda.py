@@ -134,9 +134,9 @@ class Sides(NamedTuple):
 
     def shared(self, n: int, size: int, backward: bool = False) -> int:
         """Bytes of shared memory; size: of an element of the data."""
-        rows = self.times * self.pairs
-        forward = self.times * 2 * n * self.span * size + 16 * rows * n + 2 * 16 * rows
-        return forward + backward * (8 * rows * (2 * self.span + 8) + 8 * n * (32 * self.warps + rows))
+        rows, threads = self.times * self.pairs, 32 * self.warps
+        forward = n * (2 * self.times * self.span * size + 2 * 16 * rows + 16 * threads)
+        return forward + backward * (8 * rows * (2 * self.span + 8) + n * 2 * 8 * threads)
 
 
 @functools.lru_cache(maxsize=1024)
