@@ -11,6 +11,8 @@ causal attention (SDPA, 8 heads of 64). A table, and one JSON line at the end.
 
 import argparse
 import json
+import math
+import statistics
 import sys
 import tempfile
 import time
@@ -103,8 +105,8 @@ def beyond(length, channels, states=2, piece=1 << 17):
     return row
 
 
-def median(f, repeats=5, warm=2):
-    """Milliseconds."""
+def timings(f, repeats=5, warm=2):
+    """Milliseconds from the call to the end of its last kernel."""
     for _ in range(warm):
         f()
     times = []
@@ -115,18 +117,47 @@ def median(f, repeats=5, warm=2):
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+    return times
+
+
+def median(f, repeats=5, warm=2):
+    return statistics.median(timings(f, repeats, warm))
+
+
+def passes(call, x):
+    """Forward alone, and forward + backward."""
+    x = [t.detach().requires_grad_() for t in x]
+    with torch.no_grad():
+        grad = torch.randn_like(call(x))
+
+    def forward():
+        with torch.no_grad():
+            return call(x)
+
+    return forward, lambda: torch.autograd.grad(call(x), x, grad)
 
 
 def both_passes(call, x):
     """Median milliseconds of forward alone and of forward + backward; peak GiB of the latter."""
-    x = [t.detach().requires_grad_() for t in x]
-    with torch.no_grad():
-        forward = median(lambda: call(x))
-        grad = torch.randn_like(call(x))
+    forward, both = passes(call, x)
+    row = {"forward_ms": median(forward)}
     torch.cuda.reset_peak_memory_stats()
-    total = median(lambda: torch.autograd.grad(call(x), x, grad))
-    return {"forward_ms": forward, "both_ms": total, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    row["both_ms"] = median(both)
+    return {**row, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def in_turn(contenders, rounds=6, repeats=10):
+    """The same of several contenders {name: (call, arguments)}, round by round, so that a machine that is busy now and then
+    is so for all of them."""
+    rows = {name: both_passes(*given) for name, given in contenders.items()}
+    for number, key in enumerate(("forward_ms", "both_ms")):
+        found = {name: [] for name in contenders}
+        for _ in range(rounds):
+            for name, given in contenders.items():
+                found[name] += timings(passes(*given)[number], repeats)
+        for name, times in found.items():
+            rows[name][key] = statistics.median(times)
+    return rows
 
 
 def relative(a, r):
@@ -169,12 +200,17 @@ def table(shapes, label):
     theirs, rows = peer(), []
     print(f"\n{label}: batch, d_inner, length, d_state | ours fwd, fwd+bwd ms (peak GiB) | mamba_ssm | ratio")
     for shape in shapes:
-        x = inputs(*shape)
-        row = {"shape": shape, "ours": both_passes(ours, x)}
+        x, turns = inputs(*shape), math.prod(shape[:3]) < 1 << 25
+        row = {"shape": shape}
+        if turns:
+            row |= in_turn({"ours": (ours, x)} | ({} if theirs is None else {"mamba_ssm": (theirs, channel_first(x))}))
+        else:
+            row["ours"] = both_passes(ours, x)
         text = f"{str(shape):<26} {row['ours']['forward_ms']:8.3f} {row['ours']['both_ms']:8.3f} ({row['ours']['peak_gib']:.2f})"
         if theirs is not None:
-            x = channel_first(x)
-            row["mamba_ssm"] = both_passes(theirs, x)
+            if not turns:
+                x = channel_first(x)
+                row["mamba_ssm"] = both_passes(theirs, x)
             f, t = (row["mamba_ssm"][k] / row["ours"][k] for k in ("forward_ms", "both_ms"))
             text += f" | {row['mamba_ssm']['forward_ms']:8.3f} {row['mamba_ssm']['both_ms']:8.3f} | {f:.2f}x {t:.2f}x"
         rows.append(row)
