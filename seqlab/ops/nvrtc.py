@@ -296,6 +296,16 @@ def on_device(function, x: torch.Tensor, *rest):
         return function(x, *rest)
 
 
+def once_differentiable(backward):
+    """torch's decorator of the same name, which is entered only where a graph of the gradients is asked for."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    def call(ctx, *grads):
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return call
+
+
 @functools.cache
 def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -383,3 +383,11 @@ def test_a_piece_with_several_groups_of_states_has_the_longest_walks_sum(monkeyp
     found = scan.piece_ends(x, vector, delta, A, None, None, True, False)
     exact = torch_piece_ends(x.double(), vector.double(), delta.double(), A.double(), None, None, True, False)
     assert worst(zip(found, exact)) < TOLERANCE[FLOAT]
+
+
+def test_second_gradients_are_refused_not_wrong(as_if_on_a_gpu):
+    leaves = [x.requires_grad_() for x in (torch.randn(1, 20, 4), torch.rand(1, 20, 4), -torch.rand(4, 2), *torch.randn(2, 1, 20, 2))]
+    y = selective_scan(*leaves, backend="cuda")
+    (grad,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()

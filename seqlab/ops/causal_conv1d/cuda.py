@@ -367,11 +367,11 @@ def _setup(ctx, inputs, output):
     ctx.silu, ctx.reverse = silu, reverse
 
 
-def _gradients(ctx, dy, call=_conv_backward):
+def _gradients(ctx, dy):
     tensors = ctx.saved_tensors
     x = tensors[0]
     dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
-    out = call(dy, *tensors, ctx.silu, ctx.reverse)
+    out = _conv_backward(dy, *tensors, ctx.silu, ctx.reverse)
     return (*(None if t is None else g for g, t in zip(out, tensors[:4], strict=True)), None, None, None, None)
 
 
@@ -403,9 +403,12 @@ class _Eager(torch.autograd.Function):
         return nvrtc.on_device(_execute, x, call, *rest)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @nvrtc.once_differentiable
     def backward(ctx, dy):
-        return None, *_gradients(ctx, dy, functools.partial(nvrtc.on_device, _backward))[:-2]
+        saved = ctx.saved_tensors  # once: under checkpointing every look recomputes
+        x = saved[0]
+        dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
+        return None, *nvrtc.on_device(_backward, dy, *saved, ctx.silu, ctx.reverse), None, None
 
 
 def execute(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -672,18 +672,19 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy, dfinal, _, call=_scan_backward):
+def _gradients(ctx, dy, dfinal, _):
     *tensors, states = ctx.saved_tensors
     if not ctx.options[2]:
         raise RuntimeError("selective_scan: the forward pass ran without gradients in sight; nothing was kept for them")
-    u = tensors[0]
-    if dy is None:
-        dy = torch.zeros(u.shape, dtype=u.dtype, device=u.device)
-    if dy.dtype != u.dtype:
-        dy = dy.to(u.dtype)
-    out = call(dy, dfinal, *tensors, states, *ctx.options)
+    out = _scan_backward(_incoming(dy, tensors[0]), dfinal, *tensors, states, *ctx.options)
     grads = [None if x is None else g for g, x in zip(out, tensors[:9], strict=True)]
     return (*grads, None, None, None, None)
+
+
+def _incoming(dy: Tensor | None, u: Tensor) -> Tensor:
+    if dy is None:
+        return torch.zeros(u.shape, dtype=u.dtype, device=u.device)
+    return dy if dy.dtype == u.dtype else dy.to(u.dtype)
 
 
 _scan.register_autograd(_gradients, setup_context=_setup)
@@ -718,9 +719,10 @@ class _Eager(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @nvrtc.once_differentiable
     def backward(ctx, dy, dfinal):
-        return None, *_gradients(ctx, dy, dfinal, None, functools.partial(nvrtc.on_device, backward))[:-3]
+        saved = ctx.saved_tensors  # once: under checkpointing every look recomputes
+        return None, *nvrtc.on_device(backward, _incoming(dy, saved[0]), dfinal, *saved, *ctx.options), None
 
 
 def execute(call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
