@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -50,13 +51,14 @@ class Module:
 
 
 class Device:
-    """Stands in for a back end's device: a GPU of `multiprocessors` that hold `resident` blocks each. `others`: further
-    sources and their kernels."""
+    """Stands in for a back end's device: a GPU of `multiprocessors` that hold `resident` blocks each."""
 
-    def __init__(self, name: str, kernels: tuple[str, ...], multiprocessors: int = 2, resident: int = 2, **others):
-        self._sources, self._name, self._resident = {name: kernels, **others}, name, resident
+    def __init__(self, name: str, kernels: tuple[str, ...], multiprocessors: int = 2, resident: int = 2):
+        self.name, self.kernels, self._resident = name, kernels, resident
         self.multiprocessors, self.shared_limit = multiprocessors, 227 * 1024
 
     def module(self, defines, name=None):
-        name = name or self._name
-        return Module(name, defines, self._sources[name], self._resident)
+        if name in (None, self.name):
+            return Module(self.name, defines, self.kernels, self._resident)
+        kernels = re.findall(r"^KERNEL(?: BOUNDS\(.*?\))? (\w+)\(", nvrtc.source(name), re.MULTILINE)
+        return Module(name, defines, tuple(kernels), self._resident)

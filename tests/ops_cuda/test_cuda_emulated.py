@@ -30,8 +30,10 @@ def test_worst_notices_wrong_and_missing_answers():
 
 
 def scan_errors(monkeypatch, batch, length, channels, states, dtype=FLOAT, *, softplus=True, reverse=False, masked=False,
-                options=True, decay=1.0, blocks=(2, 2), strided=False):  # fmt: skip
-    device = emulate.Device(scan.SOURCE, scan.KERNELS, *blocks, **{scan.SHORT_SOURCE: scan.SHORT_KERNELS})
+                options=True, decay=1.0, blocks=(2, 2), strided=False, sides=None):  # fmt: skip
+    """Of every result. `sides`: by scan_short.cu, with such blocks."""
+    monkeypatch.setattr(scan, "short", lambda *a: None if sides is None else scan.Sides(*sides))
+    device = emulate.Device(scan.SOURCE, scan.KERNELS, *blocks)
     monkeypatch.setattr(scan, "_device", lambda x: device)
     torch.manual_seed(length)
     rows = (lambda d: torch.randn(batch, length, 2 * d)[..., d:]) if strided else (lambda d: torch.randn(batch, length, d))
@@ -102,8 +104,7 @@ def test_scan_half_precision_over_several_channel_blocks(monkeypatch):
 )  # fmt: skip
 def test_short_scan(monkeypatch, length, channels, states, sides, case, dtype):
     """One launch: pairs of channels and spans of time side by side, several rounds, tails, odd channels."""
-    monkeypatch.setattr(scan, "short", lambda *a: scan.Sides(*sides))
-    assert scan_errors(monkeypatch, 2, length, channels, states, dtype, **case) < TOLERANCE[dtype]
+    assert scan_errors(monkeypatch, 2, length, channels, states, dtype, sides=sides, **case) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", (FLOAT, HALF))

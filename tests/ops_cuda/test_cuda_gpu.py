@@ -61,7 +61,8 @@ def check_scan(inputs, tolerance, **kwargs):
 @pytest.fixture(params=("in chunks", "in one launch"))
 def kernels(request, monkeypatch):
     """Both ways of running a scan (scan.cu, scan_short.cu), whichever is chosen for its size."""
-    monkeypatch.setattr(native, "SHORT", 0 if request.param == "in chunks" else 1 << 62)
+    for limit in ("SHORT_FORWARD", "SHORT_BACKWARD"):
+        monkeypatch.setattr(native, limit, 0 if request.param == "in chunks" else 1 << 62)
     for memory in (native._recipes, selective_scan.__globals__["_known"]):
         memory.clear()
     native.short.cache_clear()

@@ -28,7 +28,7 @@ GROUP = 64
 """States in one launch; more are run in groups, whose outputs are added."""
 BACKWARD_GROUP = 16
 """The same for the backward pass, which keeps more for every state; the groups' gradients are added in float32."""
-FEW = 16
+FEW = 4
 """Up to so many chunks every block sums up itself what the chunks before leave, which saves a launch."""
 FORWARD_WARPS = 4
 FORWARD_RESIDENT = (12, 16)
@@ -110,8 +110,10 @@ def _plan_and_cost(batch: int, length: int, channels: int, resident: int, warps:
     return Plan(best, math.ceil(length / best), segment, warps, blocks), best_cost
 
 
-SHORT = 0
-"""Elements (batch x channels x length) below which the forward pass is one launch (scan_short.cu)."""
+SHORT_FORWARD, SHORT_BACKWARD = 1 << 20, 1 << 19
+"""Elements (batch x channels x length) up to which scan_short.cu, fewer launches, is faster than scan.cu, fewer instructions."""
+
+
 class Sides(NamedTuple):
     """A block of scan_short.cu."""
 
@@ -134,18 +136,20 @@ class Sides(NamedTuple):
 
     def shared(self, n: int, size: int, backward: bool = False) -> int:
         """Bytes of shared memory; size: of an element of the data."""
-        rows, threads = self.times * self.pairs, 32 * self.warps
-        forward = n * (2 * self.times * self.span * size + 2 * 16 * rows + 16 * threads)
-        return forward + backward * (8 * rows * (2 * self.span + 8) + n * 2 * 8 * threads)
+        rows = self.times * self.pairs
+        forward = self.times * 2 * n * self.span * size + 16 * rows * n + 2 * 16 * rows
+        return forward + backward * (8 * rows * (2 * self.span + 8) + 8 * n * (32 * self.warps + rows))
 
 
 @functools.lru_cache(maxsize=1024)
-def short(device, batch: int, length: int, channels: int, n: int, size: int) -> Sides | None:
+def short(device, batch: int, length: int, channels: int, n: int, size: int, backward: bool = False) -> Sides | None:
     """The block of scan_short.cu for a problem; None where scan.cu is faster."""
-    if batch * length * channels >= SHORT or n > 32:
+    if batch * length * channels > (SHORT_BACKWARD if backward else SHORT_FORWARD) or n > 32:
         return None
-    sides = Sides(4, 1, 8)
-    while sides.times > 1 and (sides.shared(n, size, True) > device.shared_limit or sides.times // 2 * sides.span >= length):
+    sides = Sides(1 if length > 1024 else 2, 1, 8)
+    while sides.times > 1 and (
+        sides.times // 2 * sides.span >= length or sides.shared(n, size, backward) > device.shared_limit
+    ):
         sides = sides._replace(times=sides.times // 2)
     return sides
 
@@ -404,16 +408,16 @@ def _run_forward(recipe: _Recipe, u, delta, A, B, C, D, z, bias, initial, mask, 
     """y, the final state and what the backward pass needs (None where not wanted)."""
     p = type(recipe.params).from_buffer_copy(recipe.params)
     _fill(p, u, delta, A, B, C, D, z, bias, initial, mask)
-    y, states, last, where = _outputs(u, mask), None, None, u.device
+    y, states, last = _outputs(u, mask), None, None
     p.y = y.data_ptr()
     if final:
-        last = torch.empty((u.shape[0], *A.shape), dtype=torch.float32, device=where)
+        last = A.new_empty((u.shape[0], *A.shape))
         p.final = last.data_ptr()
     if recipe.keep:
-        states = torch.empty(recipe.kept, dtype=torch.float32, device=where)
+        states = A.new_empty(recipe.kept)
         p.segments = states.data_ptr()
     if recipe.work:
-        work = torch.empty(recipe.work, dtype=torch.float32, device=where)
+        work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
         p.ends = work.data_ptr()
         p.sums = p.ends + recipe.sums
     for launch in recipe.launches:
@@ -433,7 +437,7 @@ def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: 
     batch, length, channels = u.shape
     size = u.element_size()
     paired, wide = _paired(u, delta, z, dy), _wide(n, u, delta, z, dy, B, C)
-    sides = None if grouped else short(device, batch, length, channels, n, size)
+    sides = None if grouped else short(device, batch, length, channels, n, size, True)
     if sides is not None and sides.span % segment == 0:  # a span starts where a state was kept
         module, cut, p = _short_recipe(device, sides, paired, wide, u, delta, A, B, C, z, softplus, reverse, segment)
         p.dy_b, p.dy_t = dy.stride(0), dy.stride(1)
@@ -526,7 +530,7 @@ def backward(
         first = part * BACKWARD_GROUP
         p = type(recipe.params).from_buffer_copy(recipe.params)
         _fill(p, u, delta, A, B, C, D, z, bias, initial, mask)
-        work = torch.empty(recipe.work, dtype=torch.float32, device=where)
+        work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
         start = work.data_ptr()
         for name, offset in recipe.parts:
             setattr(p, name, start + offset)

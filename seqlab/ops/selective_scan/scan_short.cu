@@ -6,8 +6,8 @@
 //
 // Time runs over lanes. A thread owns TILE neighbouring steps of two neighbouring channels (a pair). In a warp ACROSS lanes
 // own neighbouring pairs, and 32 / ACROSS lanes follow each other in time (SPAN steps); a block has DOWN such warps side by side
-// in channels and TIMES in time, and goes through the sequence in rounds of TIMES spans. In a round a thread first runs over its steps from 0, state by state; the lanes of a warp combine what their steps
-// do to a state by exchanges, the warps through shared memory; and a thread runs again from the state that really enters. Backward
+// in channels and TIMES in time, and goes through the sequence in rounds of TIMES spans. For each state in turn a thread runs over its steps from 0, the threads of a warp combine what their steps do to a
+// state by exchanges, the warps through shared memory, and the thread runs again from the state that really enters. Backward
 // the rounds go from right to left, and the same is done for the gradients dL/dh, from the right; the states that enter a span
 // were kept by the forward pass.
 //
@@ -29,10 +29,10 @@
 #define PER 1
 #endif
 #ifndef UNROLL
-#define UNROLL 1
+#define UNROLL 2  // states at a time, short_forward
 #endif
 #ifndef RESIDENT
-#define RESIDENT 16  // of the forward pass: warps a multiprocessor, which sets the registers a thread may have
+#define RESIDENT 8  // of short_forward: warps a multiprocessor, which sets the registers a thread may have
 #endif
 #define ALL ((1u << TILE) - 1u)
 #ifndef SEQLAB_EMULATED
@@ -197,29 +197,34 @@ template <bool RIGHT> DEVICE void combine_lanes(Effect& e, const Place& q) {
         }
     }
 }
-// The effect of all lanes before this one; the warp's goes to `totals`, (TIMES, PAIRS).
-template <bool RIGHT> DEVICE Effect before_lane(Effect e, Effect* totals, const Place& q) {
-    combine_lanes<RIGHT>(e, q);
-    if (q.step == (RIGHT ? 0 : STEPS - 1)) totals[q.time * PAIRS + q.down * ACROSS + q.across] = e;
-    const Effect before = lane_before<RIGHT>(e, 1), none = {make_float2(1.f, 1.f), make_float2(0.f, 0.f)};
-    return q.step == (RIGHT ? STEPS - 1 : 0) ? none : before;
+// What enters a lane's steps, given the combined effects and what enters the warp's.
+template <bool RIGHT> DEVICE float2 entering_lane(const Effect& e, float2 h, const Place& q) {
+    const Effect before = lane_before<RIGHT>(e, 1);
+    return q.step == (RIGHT ? STEPS - 1 : 0) ? h : after(before, h);
 }
-// What is left of h after the first `count` spans of the block.
-template <bool RIGHT> DEVICE float2 through(float2 h, const Effect* totals, int count, const Place& q) {
-    const Effect* mine = totals + q.down * ACROSS + q.across;
+// From what enters the block's steps what enters this warp's (returned) and what leaves the block's. `totals`:
+// (2, TIMES, PAIRS), used in turn, so that one barrier is enough: what is overwritten next was read before the previous one.
+template <bool RIGHT> DEVICE float2 entering_warp(const Effect& e, float2 h, float2& out, Effect* totals, int turn, const Place& q) {
+    const int last = RIGHT ? 0 : STEPS - 1;
+#if TIMES > 1
+    Effect* mine = totals + turn % 2 * TIMES * PAIRS + q.down * ACROSS + q.across;
+    if (q.step == last) mine[q.time * PAIRS] = e;
+    __syncthreads();
+    float2 all = h;
 #pragma unroll
-    for (int k = 0; k < TIMES; k++)
-        if (k < count) h = after(mine[(RIGHT ? TIMES - 1 - k : k) * PAIRS], h);
-    return h;
-}
-// What enters the next round.
-template <bool RIGHT> DEVICE void next_round(float4* state, const Effect* totals, const Place& q) {
-    __syncwarp();
-    for (int n = q.step; n < STATES; n += STEPS) {
-        float4& s = state[n * ACROSS + q.across];
-        const float2 h = through<RIGHT>(make_float2(s.z, s.w), totals + n * TIMES * PAIRS, TIMES, q);
-        s.z = h.x, s.w = h.y;
+    for (int k = 0; k < TIMES; k++) {
+        const int w = RIGHT ? TIMES - 1 - k : k;
+        if (w == q.time) h = all;
+        all = after(mine[w * PAIRS], all);
     }
+    out = all;
+#else
+    const int from = last * ACROSS + q.across;
+    const Effect all = {make_float2(lane_from(e.d.x, from), lane_from(e.d.y, from)),
+                        make_float2(lane_from(e.h.x, from), lane_from(e.h.y, from))};
+    out = after(all, h);
+#endif
+    return h;
 }
 
 // What a warp keeps of every state and pair, (STATES, ACROSS): log2(e) A and what enters the round, at first `from` (b d n) or 0.
@@ -247,8 +252,7 @@ KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
     SHARED_FLOATS(shared);
     elem* tile = (elem*)shared;                                                  // (TIMES, 2, STATES, SPAN)
     float4* states = (float4*)(tile + TIMES * 2 * STATES * SPAN);                // (WARPS, STATES, ACROSS)
-    Effect* totals = (Effect*)(states + WARPS * STATES * ACROSS);                // (STATES, TIMES, PAIRS)
-    Effect* before = totals + STATES * TIMES * PAIRS + threadIdx.x;              // (STATES, THREADS)
+    Effect* totals = (Effect*)(states + WARPS * STATES * ACROSS);                // (2, TIMES, PAIRS)
     const Place q = place(p);
     float4* state = states + threadIdx.x / 32 * STATES * ACROSS;
     const float2 none = make_float2(0.f, 0.f);
@@ -278,36 +282,32 @@ KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
 #pragma unroll UNROLL
         for (int n = 0; n < STATES; n++) {
             const float4 s = state[n * ACROSS + q.across];
-            float2 h = none;
+            float2 h = none, e[TILE], x[TILE], leaves;
             float b[TILE];
             read_steps(b, tile + ROW(q.time, 0, n), q.step);
 #pragma unroll
             for (int j = 0; j < TILE; j++) {
-                h.x = exp2_fast(s.x * dt[j].x) * h.x + v[j].x * b[j];
-                h.y = exp2_fast(s.y * dt[j].y) * h.y + v[j].y * b[j];
+                e[j] = make_float2(exp2_fast(s.x * dt[j].x), exp2_fast(s.y * dt[j].y));
+                x[j] = make_float2(v[j].x * b[j], v[j].y * b[j]);
+                h.x = e[j].x * h.x + x[j].x;
+                h.y = e[j].y * h.y + x[j].y;
             }
-            const Effect effect = {make_float2(exp2_fast(s.x * total.x), exp2_fast(s.y * total.y)), h};
-            before[n * THREADS] = before_lane<false>(effect, totals + n * TIMES * PAIRS, q);
-        }
-        __syncthreads();
-#pragma unroll UNROLL
-        for (int n = 0; n < STATES; n++) {
-            const float4 s = state[n * ACROSS + q.across];
-            float2 h = through<false>(make_float2(s.z, s.w), totals + n * TIMES * PAIRS, q.time, q);
-            h = after(before[n * THREADS], h);
+            Effect effect = {make_float2(exp2_fast(s.x * total.x), exp2_fast(s.y * total.y)), h};
+            combine_lanes<false>(effect, q);
+            h = entering_warp<false>(effect, make_float2(s.z, s.w), leaves, totals, n, q);
+            h = entering_lane<false>(effect, h, q);
             if (keeps) write2(out + n * p.channels, q, h);
-            float b[TILE], c[TILE];
-            read_steps(b, tile + ROW(q.time, 0, n), q.step);
+            float c[TILE];
             read_steps(c, tile + ROW(q.time, 1, n), q.step);
 #pragma unroll
             for (int j = 0; j < TILE; j++) {
-                h.x = exp2_fast(s.x * dt[j].x) * h.x + v[j].x * b[j];
-                h.y = exp2_fast(s.y * dt[j].y) * h.y + v[j].y * b[j];
+                h.x = e[j].x * h.x + x[j].x;
+                h.y = e[j].y * h.y + x[j].y;
                 sum[j].x += c[j] * h.x;
                 sum[j].y += c[j] * h.y;
             }
+            if (q.step == 0) *(float2*)&state[n * ACROSS + q.across].z = leaves;
         }
-        next_round<false>(state, totals, q);
         if (p.z != 0) {
 #pragma unroll
             for (int j = 0; j < TILE; j++) {
@@ -349,15 +349,14 @@ KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
     SHARED_FLOATS(shared);
     elem* tile = (elem*)shared;                                    // (TIMES, 2, STATES, SPAN)
     float4* states = (float4*)(tile + TIMES * 2 * STATES * SPAN);  // (WARPS, STATES, ACROSS), of dL/dh
-    Effect* totals = (Effect*)(states + WARPS * STATES * ACROSS);  // (STATES, TIMES, PAIRS)
-    Effect* right = totals + STATES * TIMES * PAIRS + threadIdx.x;  // (STATES, THREADS): of the steps right of a lane's
-    float* sums = (float*)(right - threadIdx.x + STATES * THREADS);
+    Effect* totals = (Effect*)(states + WARPS * STATES * ACROSS);  // (2, TIMES, PAIRS)
+    float* sums = (float*)(totals + 2 * TIMES * PAIRS);
     float2* gathered = (float2*)(sums + 2 * TIMES * PAIRS * SUMS);  // (WARPS, STATES, 32): dA of a lane's steps
-    float2* enters = gathered + WARPS * STATES * 32 + threadIdx.x;  // (STATES, THREADS): state entering a lane's steps
+    float2* starts = gathered + WARPS * STATES * 32;  // (WARPS, STATES, ACROSS): state entering the warp's steps
     const Place q = place(p);
     const int warp = threadIdx.x / 32;
     float4* state = states + warp * STATES * ACROSS;
-    float2 *mine = gathered + warp * STATES * 32 + q.lane;
+    float2 *mine = gathered + warp * STATES * 32 + q.lane, *start = starts + warp * STATES * ACROSS + q.across;
     const float2 none = make_float2(0.f, 0.f);
     const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
     float2 dD = none, dbias = none;
@@ -374,6 +373,7 @@ KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
         if (p.z != 0) load_tile(z, p, p.z, p.z_b, p.z_t, i0, live, q);
         __syncthreads();
         const float* kept = p.segments + (q.b * p.all_segments + (span < p.length ? span / p.segment : 0)) * p.all_states * p.channels;
+        for (int n = q.step; n < STATES; n += STEPS) start[n * ACROSS] = read2(kept + n * p.channels, q);
         stage_rows(tile, p, q.b, begin);
         step_sizes(dt, delta, bias, p.softplus, live);
 #pragma unroll
@@ -392,12 +392,11 @@ KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
             total.x += dt[j].x, total.y += dt[j].y;
         }
         __syncthreads();
-#pragma unroll UNROLL
+#pragma unroll 1
         for (int n = 0; n < STATES; n++) {
             const float4 s = state[n * ACROSS + q.across];
-            float2 h = none, r = none, e[TILE];
-            float b[TILE], c[TILE];
-            const float2 first = read2(kept + n * p.channels, q);
+            float2 h = none, r = none, e[TILE], leaves;
+            float b[TILE], c[TILE], part[TILE], part_too[TILE];
             read_steps(b, tile + ROW(q.time, 0, n), q.step);
             read_steps(c, tile + ROW(q.time, 1, n), q.step);
 #pragma unroll
@@ -412,26 +411,20 @@ KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
                 r.y = e[j].y * (r.y + c[j] * dout[j].y);
             }
             const float2 d = make_float2(exp2_fast(s.x * total.x), exp2_fast(s.y * total.y));
-            Effect left = {d, h};
-            combine_lanes<false>(left, q);
-            const Effect before = lane_before<false>(left, 1);
-            enters[n * THREADS] = q.step == 0 ? first : after(before, first);
-            right[n * THREADS] = before_lane<true>({d, r}, totals + n * TIMES * PAIRS, q);
-        }
-        __syncthreads();
-#pragma unroll 1
-        for (int n = 0; n < STATES; n++) {
-            const float4 s = state[n * ACROSS + q.across];
-            float2 h = enters[n * THREADS], e[TILE];
-            float2 r = through<true>(make_float2(s.z, s.w), totals + n * TIMES * PAIRS, TIMES - 1 - q.time, q);
-            r = after(right[n * THREADS], r);
-            float b[TILE], c[TILE], part[TILE], part_too[TILE];
-            read_steps(b, tile + ROW(q.time, 0, n), q.step);
-            read_steps(c, tile + ROW(q.time, 1, n), q.step);
+            Effect forth = {d, h}, back = {d, r};
+            combine_lanes<false>(forth, q);
+            combine_lanes<true>(back, q);
+            r = entering_warp<true>(back, make_float2(s.z, s.w), leaves, totals, n, q);
+#if TIMES == 1
+            if (DOWN > 1) __syncthreads();
+            else __syncwarp();
+#endif
+            if (n > 0) take_sums(sums, n - 1, p, n - 1, span, q);
+            h = entering_lane<false>(forth, start[n * ACROSS], q);
+            r = entering_lane<true>(back, r, q);
             float2 passed[TILE];
 #pragma unroll
             for (int j = 0; j < TILE; j++) {
-                e[j] = make_float2(exp2_fast(s.x * dt[j].x), exp2_fast(s.y * dt[j].y));
                 passed[j] = make_float2(e[j].x * h.x, e[j].y * h.y);
                 h.x = passed[j].x + v[j].x * b[j];
                 h.y = passed[j].y + v[j].y * b[j];
@@ -456,12 +449,11 @@ KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
             }
             mine[n * 32].x += dA.x;
             mine[n * 32].y += dA.y;
+            if (q.step == 0) *(float2*)&state[n * ACROSS + q.across].z = leaves;
             give_sums(sums, n, part, part_too, q);
-            if (DOWN > 1) __syncthreads();  // one is enough: what is overwritten next was read before the previous one
-            else __syncwarp();
-            take_sums(sums, n, p, n, span, q);
         }
-        next_round<true>(state, totals, q);
+        __syncthreads();
+        take_sums(sums, STATES - 1, p, STATES - 1, span, q);
 #pragma unroll
         for (int j = 0; j < TILE; j++) {
             const float2 x = unpack(u[j]);
