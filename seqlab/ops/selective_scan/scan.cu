@@ -683,15 +683,13 @@ DEVICE float2 adjoint_entering(const Params& p, const Place& q, int n) {
 }
 
 #if BF16
-// Sums of 16 values a lane (of two channels) over the warp by matrix instructions: four values are A, B picks their columns
-// such that lane 4r+t ends up with values 4t to 4t+3 summed over lanes 4r to 4r+3. Two values' first channels and two others'
-// second ones go together, so that both instructions have the same B.
+// Sums of 16 values a lane over the warp by matrix instructions: four values are A, B picks their columns
+// such that lane 4r+t ends up with values 4t to 4t+3 summed over lanes 4r to 4r+3.
 // The unit drops the low 13 bits of what it multiplies: 3.4e-4 too small on average, put right at the end; what is left is
 // a fifth of the rounding of the bfloat16 result.
 #define TRUNCATED 1.00034f
-DEVICE void sum_four(float (&acc)[4], const float2 (&v)[4], const float2& pick) {
-    sum_lanes(acc, v[0].x, v[2].x, v[1].y, v[3].y, pick.x, pick.y);
-    sum_lanes(acc, v[0].y, v[2].y, v[1].x, v[3].x, pick.x, pick.y);
+DEVICE void sum_four(float (&acc)[4], const float (&v)[4], const float2& pick) {
+    sum_lanes(acc, v[0], v[2], v[1], v[3], pick.x, pick.y);
 }
 // The eight partial sums of four states' values; lane 8n+2t+half takes values 4t+2half and the next of state n.
 DEVICE float2 fold_states(const float* fold, int lane) {
@@ -831,6 +829,9 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     float2* mark = marks + (tile + 1) * STATES * 32;
                     float4* slot_of = hs;
                     const float* row_of = tileB + w * TILE;
+#if !GATED
+                    if (tile < last)  // the state that leaves the segment is not needed
+#endif
 #pragma unroll CHECKPOINT_UNROLL
                     for (int n = 0; n < STATES; n++) {
                         const float4 ha = *slot_of;
@@ -942,8 +943,8 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                         for (int m = 0; m < (STATES % 4 == 0 || first + 4 <= STATES ? 4 : STATES % 4); m++) {
                             const float4 ha = slot_of[0], ad = slot_of[PLANE / 4];
                             float2 h = make_float2(ha.x, ha.y), ag = make_float2(ad.x, ad.y), da = make_float2(ad.z, ad.w);
-                            float b[TILE], c[TILE], acc[4] = {0.f, 0.f, 0.f, 0.f};
-                            float2 e[TILE], kept[TILE], part[4];
+                            float b[TILE], c[TILE], acc[4] = {0.f, 0.f, 0.f, 0.f}, part[4];
+                            float2 e[TILE], kept[TILE];
                             read_row<BROW>(b, row_of, 0, 0);
                             read_row<BROW>(c, row_of + STATES * BROW, 0, 0);
 #pragma unroll
@@ -954,7 +955,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                                 kept[j].y = e[j].y * h.y;
                                 h.x = kept[j].x + v[j].x * b[j];
                                 h.y = kept[j].y + v[j].y * b[j];
-                                part[j % 4] = make_float2(dout[j].x * h.x, dout[j].y * h.y);
+                                part[j % 4] = dout[j].x * h.x + dout[j].y * h.y;
                                 if (j % 4 == 3) sum_four(acc, part, pick[j / 4]);
                             }
                             copy8(slot_of, coming);
@@ -968,7 +969,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                                 sumA[j].y += ha.w * r.y;
                                 da.x += dt[j].x * r.x;
                                 da.y += dt[j].y * r.y;
-                                part[j % 4] = make_float2(d.x * v[j].x, d.y * v[j].y);
+                                part[j % 4] = d.x * v[j].x + d.y * v[j].y;
                                 if (j % 4 == 0) sum_four(acc, part, pick[2 + j / 4]);
                                 ag.x = e[j].x * d.x;
                                 ag.y = e[j].y * d.y;
