@@ -88,6 +88,18 @@ def test_outputs_and_every_gradient_are_those_of_one_rank(outcomes, case, size):
     assert max(errors.values()) < (3e-6 if case.fused else 1e-10), errors
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two NVIDIA GPUs here")
+@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+def test_gradients_of_a_sequence_on_two_gpus(direction):
+    """The benchmark's gate: fused blocks and NCCL against one GPU's separate operators, kept and recomputed, both precisions."""
+    command = [*TORCHRUN, "2", "benchmarks/bench_context_parallel.py", "--direction", direction, "--n-layer", "4"]
+    command += ["--parity-length", "20001", "--lengths", "4096", "--repeats", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("parity") >= 4, done.stdout + done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_bytes_sent_do_not_depend_on_the_length(outcomes, size):
     layers, batch, channels, states, width, number = 2, 2, 12, 4, 4, 8  # float64; two sequences
