@@ -1615,7 +1615,7 @@ def bench_generate(
     on_gpu = device == "cuda"
     settings = generate.Settings(
         shapes=tuple(shape or generate.SHAPES),
-        batches=tuple(batch or ((1, 16, 512) if on_gpu else (1, 16))),
+        batches=tuple(batch or ((1, 64, 512) if on_gpu else (1, 16))),
         dtypes=(torch.float32, torch.bfloat16) if on_gpu else (torch.float32,),
         backends=tuple(backend or ("auto",)),
         prompt=0 if prompt == "0" else parse_context(prompt, "--prompt"),

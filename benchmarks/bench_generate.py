@@ -1,6 +1,6 @@
 """Generation beside mamba_ssm's, and back ends beside each other: parity gate, table, one JSON line.
 
-    python benchmarks/bench_generate.py                        # GPU: what auto takes, 1, 16 and 512 streams
+    python benchmarks/bench_generate.py                        # GPU: what auto takes, 1, 64 and 512 streams
     python benchmarks/bench_generate.py --backends persistent,graph --batch 1,8,64
     python benchmarks/bench_generate.py --device cpu --batch 1 --prompt 0
 """
@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", default=",".join(generate.SHAPES))
-    parser.add_argument("--batch", default="1,16,512")
+    parser.add_argument("--batch", default="1,64,512")
     parser.add_argument("--backends", default="auto")
     parser.add_argument("--prompt", type=int, default=160_000)
     parser.add_argument("--seconds", type=float, default=0.5)

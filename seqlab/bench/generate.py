@@ -5,8 +5,9 @@ every back end, shape and number type that will be timed. What fails is reported
 several numbers of streams, drawing included, untrained weights of an equal stack everywhere (speed does not depend on
 their values); and the time a prompt takes.
 
-The peer is mamba_ssm's own generation: its language model, bfloat16, CUDA graphs (`cg=True`), drawing at temperature 1. It
-has no U-Net, so it is only timed on isotropic stacks.
+The peer is mamba_ssm's own generation: its language model, bfloat16, CUDA graphs (`cg=True`), drawing at temperature 1. What is
+timed is the difference between a long and a short text once the graph is there, so neither making the graph nor reading
+the prompt counts against it. It has no U-Net, so it is only timed on isotropic stacks.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ SHAPES: dict[str, dict] = {
     "sc09_6m": {"architecture": "unet", "d_model": 64, "n_layer": 8, "pool": (4, 4)},
     "8 x 64": {"d_model": 64, "n_layer": 8},
     "8 x 256": {"d_model": 256, "n_layer": 8},
+    "16 x 512": {"d_model": 512, "n_layer": 16},
 }
 """n_layer x d_model of the isotropic stacks; the U-Nets are those of the Mamba paper's audio models."""
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.25}
@@ -36,7 +38,7 @@ PEER = "mamba_ssm"
 @dataclass(frozen=True)
 class Settings:
     shapes: tuple[str, ...] = tuple(SHAPES)
-    batches: tuple[int, ...] = (1, 16, 512)
+    batches: tuple[int, ...] = (1, 64, 512)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     backends: tuple[str, ...] = ("auto",)
     vocab_size: int = 256
@@ -130,16 +132,17 @@ def peer(shape: str, batch: int, settings: Settings) -> float:
     model = MambaLMHeadModel(config, device=settings.device, dtype=torch.bfloat16).eval()
     ids = torch.full((batch, 1), settings.vocab_size // 2, device=settings.device)
 
-    def step(n: int) -> None:
+    def took(n: int) -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
         model.generate(input_ids=ids, max_length=n + 1, cg=True, top_k=0, temperature=1.0)
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
 
-    n = 512  # a graph is made anew whenever max_length grows: warm up with the length that is timed
-    step(n)
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    step(n)
-    torch.cuda.synchronize()
-    return n / (time.perf_counter() - began)
+    short, long = 64, 1088
+    took(long)  # a graph is made anew whenever max_length grows, and then kept by the model
+    best = [min(took(n) for _ in range(4)) for n in (short, long)]
+    return (long - short) / (best[1] - best[0])
 
 
 def run(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Result:

@@ -150,19 +150,19 @@ DEVICE void sum_lanes(float (&c)[4], float a0, float a1, float a2, float a3, flo
 struct Copy { void* to; const void* from; int bytes; };
 static std::vector<std::vector<std::vector<Copy>>> batches;  // thread, batch, copy
 template <int BYTES> static inline void copy_bytes(void* to, const void* from) {
-    if (batches.size() < blockDim.x) batches.resize(blockDim.x);
+    if (batches.size() < emulated::slot.size()) batches.resize(emulated::slot.size());
     auto& mine = batches[emulated::current];
     if (mine.empty()) mine.emplace_back();
     mine.back().push_back({to, from, BYTES});
 }
 static inline void end_batch() {
-    if (batches.size() < blockDim.x) batches.resize(blockDim.x);
+    if (batches.size() < emulated::slot.size()) batches.resize(emulated::slot.size());
     auto& mine = batches[emulated::current];
     if (mine.empty()) mine.emplace_back();
     mine.emplace_back();
 }
 template <int N> static inline void wait_batches() {
-    if (batches.size() < blockDim.x) batches.resize(blockDim.x);
+    if (batches.size() < emulated::slot.size()) batches.resize(emulated::slot.size());
     auto& mine = batches[emulated::current];
     while ((int)mine.size() > N + 1) {
         for (const Copy& c : mine.front()) memcpy(c.to, c.from, c.bytes);

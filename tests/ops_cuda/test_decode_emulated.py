@@ -97,7 +97,8 @@ def errors(name, batch, cluster, streams, half=False, steps=11, sampling=None, a
 @pytest.mark.parametrize(
     "name, batch, cluster, streams",
     [("isotropic", 1, 1, 1), ("isotropic", 3, 4, 2), ("unet", 3, 1, 2), ("unet", 3, 4, 2), ("classes", 3, 2, 4),
-     ("fixed", 3, 2, 2), ("sampled", 1, 1, 1), ("sampled", 3, 2, 2)],
+     ("fixed", 3, 2, 2), ("sampled", 1, 1, 1), ("sampled", 3, 2, 2), ("unet", 3, 4, 4), ("unet", 13, 1, 16),
+     ("isotropic", 9, 2, 8), ("sampled", 9, 2, 8)],
 )
 def test_steps_equal_the_models(name, batch, cluster, streams):
     worst, same = errors(name, batch, cluster, streams)
@@ -109,7 +110,7 @@ def test_rounded_weights():
     assert worst < 2e-5 and same
 
 
-def test_tensor_cores():
+def test_tensor_cores_of_rounded_weights():
     """Eight streams of rounded weights: activations are rounded too, so nothing is exact but close."""
     worst, _ = errors("isotropic", 3, 2, 8, half=True, given=True)
     assert worst < 0.1

@@ -13,9 +13,13 @@
 //
 // Matrices: a warp takes 32 or 64 rows and a share of the columns, a lane is a row or two; weights lie as [16 bytes of k][row] and are
 // read once for all streams, x is read from shared memory at the same address by all lanes. Shares are added up through
-// shared memory. Sums, states and drawing are float32; BF16 says how matrices are stored. With 8 streams or more the
-// products of bfloat16 matrices run on tensor cores (TENSOR): 16 rows and 8 streams a time, x rounded to bfloat16 too;
-// weights then lie as [16 of k][16 rows][lane], each lane's 8 numbers being its fragment.
+// shared memory. Sums, states and drawing are float32; BF16 says how matrices are stored. With 4 streams or more products
+// run on tensor cores (TENSOR), 16 rows and 8 streams a time: bfloat16 matrices with x rounded to bfloat16 too, float32
+// ones as three products of tf32 parts, which lose nothing that float32 sums would keep. Weights then lie as
+// [16 or 8 of k][16 rows][lane], each lane's 16 bytes being its fragment.
+//
+// States: 4 threads share a channel of up to 8 streams, an item. Each asks for its own states while the products before run,
+// or the item before: copies to shared memory in the background.
 //
 // Weights are places in the arena until the kernel has begun, which copies as much of it as fits to shared memory and makes
 // addresses of the places. Shares are of columns; how many there are of each matrix stands in the operation (N_...).
@@ -42,7 +46,7 @@ struct Params {
     i64 operations, batch, count, position, d_model, vocab, head_rows, order, top_k;
     i64 arena_stride, resident;  // bytes; so many of them are kept in shared memory
     i64 head, head_bias, head_shares;  // places in the arena; the bias is -inf for what may not be drawn
-    i64 x_pitch, inner_pitch, slots, rows_max, part_floats, exchange_rows, input_pitch;
+    i64 x_pitch, inner_pitch, slots, row_pitch, part_floats, exchange_rows, small_rows, input_pitch;
 };
 
 typedef unsigned long long u64;
@@ -53,7 +57,7 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 
 #define THREADS (32 * WARPS)
 #if TENSOR
-#define UNIT 16  // columns that are worked on at a time
+#define UNIT (BF16 ? 16 : 8)  // columns that are worked on at a time
 #define GROUP 16  // rows of a warp
 #define PADDED 32  // rows of a matrix are a multiple of this
 #else
@@ -62,13 +66,23 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 #define GROUP (32 * ROWS)
 #define PADDED GROUP
 #endif
-#define BATCH (STREAMS >= 4 ? 4 : 1)  // states that a thread of the scan has on their way at a time
-#define TOLD 3                             // numbers that a linear predictor tells the network
-#define MEMORY 0.99749686716300011         // of its window and of its width: as in heads/sample.py
+#define DEEP (BF16 ? 4 : 8)  // loads of weights that a warp has on their way, tensor cores
+#define LANES 4              // threads that share the states of a channel
+#define TOLD 3               // numbers that a linear predictor tells the network
+#define MEMORY 0.99749686716300011  // of its window and of its width: as in heads/sample.py
 #define ONSET 0.95
 #define WIDTH_MEMORY 0.99
-#define LANES 4                            // threads that share the states of a channel
 #define EACH ((STATES + LANES - 1) / LANES)
+#define TOGETHER (STREAMS < 4 ? STREAMS : STREAMS < 8 || EACH > 4 ? 4 : 8)  // streams of a thread's item in the scan
+#define QUEUED (STATES % 16 == 0)
+// The code of one token has to fit the instruction caches: what runs once or twice is not unrolled.
+#define ROLLED _Pragma("unroll 1")
+#if STREAMS < 4
+#define ITEMS ROLLED  // a loop over numbers of all streams, mostly of one round
+#else
+#define ITEMS
+#endif
+#define SEEN (STREAMS < 4 ? 1 : 4)  // streams of a thread's channel whose past is on its way
 
 #ifndef SEQLAB_EMULATED
 #define CALLED __device__ __noinline__  // one copy of the code: the loop over a stack has to fit the instruction cache
@@ -107,7 +121,7 @@ DEVICE void remote_store(float* at, int rank, float4 v, u64* barrier) {
 #define CLUSTERED
 DEVICE void cluster_barrier() {}
 #endif
-#if TENSOR
+#if TENSOR && BF16
 // sum (16 rows, 8 streams) += a (16 rows, 16 k) b (16 k, 8 streams), in fragments of a warp.
 DEVICE void mma(float* sum, uint4 a, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -127,6 +141,30 @@ DEVICE float warp_max(float v) { for (int b = 16; b; b >>= 1) v = fmaxf(v, lane_
 DEVICE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 DEVICE int quotient(int a, int b) { return (int)(((float)a + 0.5f) * rcp_fast((float)b)); }  // exact for a below 2^20
 
+#if TENSOR
+#define TILES ((STREAMS + 7) / 8)
+// sum (16 rows, 8 streams) += a (16 rows, UNIT of k) x (UNIT of k, 8 streams): a lane has x of its stream from its columns on.
+DEVICE void multiply(float (&sum)[4], uint4 a, const float* x, bool live) {
+    float2 low = make_float2(0.f, 0.f), high = low;
+#if BF16
+    if (STREAMS >= 8 || live) low = *(const float2*)x, high = *(const float2*)(x + 8);
+    mma(sum, a, pack_bf16(low.x, low.y), pack_bf16(high.x, high.y));
+#else
+    if (STREAMS >= 8 || live) low = *(const float2*)x;
+    const float whole[6] = {__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w), low.x, low.y};
+    float v[6], rest[6];  // v keeps what tf32 can hold
+#pragma unroll
+    for (int i = 0; i < 6; i++) v[i] = __uint_as_float(__float_as_uint(whole[i]) & 0xffffe000u), rest[i] = whole[i] - v[i];
+    float part[4] = {0.f, 0.f, 0.f, 0.f};  // tensor cores cut sums off instead of rounding them: long ones are made here
+    sum_lanes(part, rest[0], rest[1], rest[2], rest[3], v[4], v[5]);
+    sum_lanes(part, v[0], v[1], v[2], v[3], rest[4], rest[5]);
+    sum_lanes(part, v[0], v[1], v[2], v[3], v[4], v[5]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[i] += part[i];
+#endif
+}
+#endif
+
 // part[share][stream][row] = sums over the share's columns. rows: a multiple of 32; units: columns / UNIT. in and part are
 // offsets in shared memory: pointers to it would be of unknown kind behind a call.
 CALLED void product(const uint4* w, int rows, int units, int n, int in_at, int pitch, int part_at) {
@@ -135,31 +173,34 @@ CALLED void product(const uint4* w, int rows, int units, int n, int in_at, int p
     float* part = shared + part_at;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = rows / GROUP;
 #if TENSOR
-    int row = lane / 4, pair = lane % 4 * 2;  // of a fragment, PTX ISA: mma.m16n8k16
+    int row = lane / 4, pair = lane % 4 * 2;  // of a fragment, PTX ISA: mma.m16n8k16 and m16n8k8
     for (int job = warp; job < groups * n; job += WARPS) {
         int share = quotient(job, groups), group = job - share * groups;
         int k = quotient(units * share, n), end = quotient(units * (share + 1), n);
-        float sum[STREAMS / 8][4];
+        float sum[TILES][4];
 #pragma unroll
-        for (int s = 0; s < STREAMS / 8; s++) sum[s][0] = sum[s][1] = sum[s][2] = sum[s][3] = 0.f;
+        for (int s = 0; s < TILES; s++) sum[s][0] = sum[s][1] = sum[s][2] = sum[s][3] = 0.f;
         const uint4* at = w + ((i64)k * groups + group) * 32 + lane;
-#pragma unroll 4
-        for (; k < end; k++, at += groups * 32) {
-            uint4 a = *at;
+        for (; k < end; k += DEEP, at += DEEP * groups * 32) {
+            uint4 a[DEEP];
 #pragma unroll
-            for (int s = 0; s < STREAMS / 8; s++) {
-                const float* x = in + (8 * s + row) * pitch + 16 * k + pair;
-                float2 low = *(const float2*)x, high = *(const float2*)(x + 8);
-                mma(sum[s], a, pack_bf16(low.x, low.y), pack_bf16(high.x, high.y));
+            for (int i = 0; i < DEEP; i++) if (k + i < end) a[i] = at[i * groups * 32];
+#pragma unroll
+            for (int i = 0; i < DEEP; i++) {
+                if (k + i >= end) break;
+#pragma unroll
+                for (int s = 0; s < TILES; s++) multiply(sum[s], a[i], in + (8 * s + row) * pitch + UNIT * (k + i) + pair, row < STREAMS);
             }
         }
         float* out = part + share * STREAMS * rows + 16 * group + row;
+        if (pair < STREAMS) {
 #pragma unroll
-        for (int s = 0; s < STREAMS / 8; s++) {
-            out[(8 * s + pair) * rows] = sum[s][0];
-            out[(8 * s + pair + 1) * rows] = sum[s][1];
-            out[(8 * s + pair) * rows + 8] = sum[s][2];
-            out[(8 * s + pair + 1) * rows + 8] = sum[s][3];
+            for (int s = 0; s < TILES; s++) {
+                out[(8 * s + pair) * rows] = sum[s][0];
+                out[(8 * s + pair + 1) * rows] = sum[s][1];
+                out[(8 * s + pair) * rows + 8] = sum[s][2];
+                out[(8 * s + pair + 1) * rows + 8] = sum[s][3];
+            }
         }
     }
 #else
@@ -216,21 +257,22 @@ CALLED void product(const uint4* w, int rows, int units, int n, int in_at, int p
 
 DEVICE float add_shares(const float* part, int rows, int n, int s, int row) {
     float v = 0.f;
-    for (int i = 0; i < n; i++) v += part[(i * STREAMS + s) * rows + row];
+    ROLLED for (int i = 0; i < n; i++) v += part[(i * STREAMS + s) * rows + row];
     return v;
 }
 
 struct Place {  // shared memory
     float* shared;  // its beginning
-    float *x, *slots, *u, *gate, *y, *part, *exchange, *projected, *logits, *weights, *scale, *input, *settings, *told;
+    float *x, *slots, *u, *gate, *y, *part, *exchange, *projected, *logits, *weights, *scale, *input, *settings, *told, *queue;
     int *token, *phase;
     double *heard, *fit;
     u64* barriers;
     i64* ops;
 };
-struct Turn {  // of the two halves of the exchange
+struct Turn {      // of the two halves of the exchange
     int half;
-    u32 parity;
+    u32 parity;    // a bit for each half
+    int at, rows;  // where this half's sums lie, and how many a stream has room for
 };
 
 #if CLUSTER > 1
@@ -242,11 +284,11 @@ CALLED void send_and_wait(int part_at, int exchange_at, int exchange_rows, int r
     int quads = rows / 4;
     if (threadIdx.x == 0) arrivals_expect(barrier, CLUSTER * STREAMS * rows * 4);
     float* mine = shared + exchange_at + rank * STREAMS * exchange_rows;
-    for (int i = threadIdx.x; i < quads * STREAMS; i += THREADS) {
+    ITEMS for (int i = threadIdx.x; i < quads * STREAMS; i += THREADS) {
         SPLIT(i, quads, s, quad);
         int row = 4 * quad;
         float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-        for (int j = 0; j < n; j++) {
+        ROLLED for (int j = 0; j < n; j++) {
             float4 a = *(const float4*)(part + (j * STREAMS + s) * rows + row);
             v.x += a.x; v.y += a.y; v.z += a.z; v.w += a.w;
         }
@@ -260,23 +302,27 @@ CALLED void send_and_wait(int part_at, int exchange_at, int exchange_rows, int r
 // Makes the sums of part whole, across the cluster if there is one: afterwards whole(...) gives them, in every block.
 //
 // A block sends its next but one sums, into this same half of the exchange, only after it has received everyone's next
-// ones, and those are sent by threads that have read these: nothing is overwritten too early.
-DEVICE void gather(const Params& p, const Place& m, int rows, int n, int rank, Turn& turn) {
+// ones, and those are sent by threads that have read these: nothing is overwritten too early. Where all blocks of a stack
+// have an x_proj (small_rows is set), its few sums have a small half of their own and all others the large one; the head's,
+// which follow an out_proj's, then need a barrier before them.
+DEVICE void gather(const Params& p, const Place& m, int rows, int n, int rank, Turn& turn, bool small = false) {
     __syncthreads();
 #if CLUSTER > 1
-    turn.half ^= 1;
-    turn.parity ^= turn.half;  // a half's barrier ends phases 0, 1, 0, ...
-    int exchange = (int)(m.exchange - m.shared) + turn.half * CLUSTER * STREAMS * (int)p.exchange_rows;
+    int large = CLUSTER * STREAMS * (int)p.exchange_rows;
+    turn.half = p.small_rows ? (int)small : turn.half ^ 1;
+    turn.parity ^= 1u << turn.half;  // a half's barrier ends phases 0, 1, 0, ...
+    turn.rows = small && p.small_rows ? (int)p.small_rows : (int)p.exchange_rows;
+    turn.at = (int)(m.exchange - m.shared) + turn.half * large;
     int barrier = (int)((float*)(m.barriers + turn.half) - m.shared);
-    send_and_wait((int)(m.part - m.shared), exchange, p.exchange_rows, rows, n, rank, barrier, turn.parity);
+    send_and_wait((int)(m.part - m.shared), turn.at, turn.rows, rows, n, rank, barrier, turn.parity >> turn.half & 1u);
 #endif
 }
 DEVICE float whole(const Params& p, const Place& m, int rows, int n, const Turn& turn, int s, int row) {
 #if CLUSTER > 1
-    const float* at = m.exchange + (turn.half * CLUSTER * STREAMS + s) * (int)p.exchange_rows + row;
+    const float* at = m.shared + turn.at + s * turn.rows + row;
     float v = 0.f;
 #pragma unroll
-    for (int c = 0; c < CLUSTER; c++) v += at[c * STREAMS * (int)p.exchange_rows];
+    for (int c = 0; c < CLUSTER; c++) v += at[c * STREAMS * turn.rows];
     return v;
 #else
     return add_shares(m.part, rows, n, s, row);
@@ -290,91 +336,167 @@ DEVICE void norms(const Params& p, const Place& m, int d) {
     int lane = threadIdx.x % 32;
     for (int s = threadIdx.x / 32; s < STREAMS; s += WARPS) {
         float v = 0.f;
+#pragma unroll 2
         for (int i = lane; i < d; i += 32) { float x = m.x[s * p.x_pitch + i]; v += x * x; }
         v = warp_sum(v);
         if (lane == 0) m.scale[s] = rsqrtf(v * rcp_fast((float)d) + m.settings[0]);
     }
 }
 
-DEVICE void load_state(float* h, const float* at, int lane) {
-#if STATES % 16 == 0
+// Item `item` of a scan: a lane of channel c of the streams from s on.
+#define ITEM(item) \
+    const int group = STREAMS > TOGETHER ? quotient(item, own * LANES) : 0, s = group * TOGETHER; \
+    const int c = ((item) - group * own * LANES) / LANES
+
+// Asks for the states of this thread's item number j.
+DEVICE void fetch_states(const Place& m, const float* states, i64 inner, int own, int streams, int j) {
+#if QUEUED
+    int item = threadIdx.x + j * THREADS;
+    if (item < own * LANES * (STREAMS / TOGETHER)) {
+        ITEM(item);
+        float4* to = (float4*)m.queue + threadIdx.x;
+        const float* from = states + (s * inner + c) * STATES + item % LANES * EACH;
+#pragma unroll
+        for (int q = 0; q < TOGETHER; q++, from += inner * STATES)
+#pragma unroll
+            for (int i = 0; i < EACH / 4; i++) if (s + q < streams) copy16(to + (q * (EACH / 4) + i) * THREADS, from + 4 * i);
+    }
+    end_batch();
+#endif
+}
+DEVICE void load_row(float* v, const float* at, int lane) {
+#if QUEUED
 #pragma unroll
     for (int i = 0; i < EACH; i += 4) {
-        float4 v = *(const float4*)(at + lane * EACH + i);
-        h[i] = v.x; h[i + 1] = v.y; h[i + 2] = v.z; h[i + 3] = v.w;
+        float4 a = *(const float4*)(at + lane * EACH + i);
+        v[i] = a.x; v[i + 1] = a.y; v[i + 2] = a.z; v[i + 3] = a.w;
     }
 #else
 #pragma unroll
-    for (int i = 0; i < EACH; i++) h[i] = lane * EACH + i < STATES ? at[lane * EACH + i] : 0.f;
+    for (int i = 0; i < EACH; i++) v[i] = lane * EACH + i < STATES ? at[lane * EACH + i] : 0.f;
 #endif
 }
-DEVICE void store_state(const float* h, float* at, int lane) {
-#if STATES % 16 == 0
+DEVICE void store_row(const float* v, float* at, int lane) {
+#if QUEUED
 #pragma unroll
-    for (int i = 0; i < EACH; i += 4) *(float4*)(at + lane * EACH + i) = make_float4(h[i], h[i + 1], h[i + 2], h[i + 3]);
+    for (int i = 0; i < EACH; i += 4) *(float4*)(at + lane * EACH + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
 #else
 #pragma unroll
-    for (int i = 0; i < EACH; i++) if (lane * EACH + i < STATES) at[lane * EACH + i] = h[i];
+    for (int i = 0; i < EACH; i++) if (lane * EACH + i < STATES) at[lane * EACH + i] = v[i];
 #endif
 }
 
 // x_proj and the recurrence that it steers: u, gate -> y, own channels.
 DEVICE void selective_scan(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank, Turn& turn) {
-    int inner = op[INNER], own = inner / CLUSTER, start = rank * own, r = op[RANK];
-    int own_units = round_up(own, UNIT) / UNIT, pitch = p.inner_pitch, n;
-    // what the scan will need from memory first is asked for now
-    int items = own * STREAMS * LANES, lane = threadIdx.x % LANES;
-    float h[BATCH][EACH];
-#pragma unroll
-    for (int j = 0; j < BATCH; j++) {
-        int item = threadIdx.x + j * THREADS;
-        SPLIT(item / LANES, own, s, c);
-        if (item < items && s < streams) load_state(h[j], (const float*)op[SSM] + ((first + s) * inner + start + c) * STATES, lane);
-    }
+    int own = op[INNER] / CLUSTER, r = round_up(op[RANK], 4), n = op[N_X];
+    int own_units = round_up(own, UNIT) / UNIT, pitch = p.inner_pitch, row_pitch = p.row_pitch;
+    i64 inner = op[INNER];
+    float* states = (float*)op[SSM] + (first * inner + rank * own) * STATES;
     int projected = r + 2 * STATES, x_rows = round_up(projected, PADDED);
-    n = op[N_X];
     product((const uint4*)op[W_X], x_rows, own_units, n, OFFSET(m.u), pitch, OFFSET(m.part));
-    gather(p, m, x_rows, n, rank, turn);
-    for (int i = threadIdx.x; i < projected * STREAMS; i += THREADS) {
+    gather(p, m, x_rows, n, rank, turn, true);
+    ITEMS for (int i = threadIdx.x; i < projected * STREAMS; i += THREADS) {
         SPLIT(i, projected, s, row);
-        m.projected[i] = whole(p, m, x_rows, n, turn, s, row);
+        m.projected[s * row_pitch + row] = whole(p, m, x_rows, n, turn, s, row);
     }
     __syncthreads();
 
-    const float* dt_weight = (const float*)op[W_DT];
-    for (int base = 0; base < items; base += BATCH * THREADS) {
-        if (base > 0) {
+    const float* dt_weight = (const float*)op[W_DT];  // (r / 4, own, 4)
+    int items = own * LANES * (STREAMS / TOGETHER), lane = threadIdx.x % LANES;
+    for (int j = 0;; j++) {
+        int item = threadIdx.x + j * THREADS;
+        if (item - (int)threadIdx.x % 32 >= items) break;  // a whole warp: its lanes add up together
+        bool live = item < items;
+        if (!live) item = lane;
+        ITEM(item);
+        float a[EACH], h[TOGETHER][EACH], y[TOGETHER], dt[TOGETHER], u[TOGETHER];
+        load_row(a, (const float*)op[W_A] + c * STATES, lane);
+        float D = ((const float*)op[W_D])[c], dt_bias = ((const float*)op[B_DT])[c];
+        const float* row = m.projected + s * row_pitch;
+#if TOGETHER >= 4  // a lane makes the deltas of its streams
+        float own_u[TOGETHER / 4], own_dt[TOGETHER / 4];
 #pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-                int item = base + threadIdx.x + j * THREADS;
-                SPLIT(item / LANES, own, s, c);
-                if (item < items && s < streams)
-                    load_state(h[j], (const float*)op[SSM] + ((first + s) * inner + start + c) * STATES, lane);
+        for (int g = 0; g < TOGETHER / 4; g++) own_u[g] = m.u[(s + 4 * g + lane) * pitch + c], own_dt[g] = dt_bias;
+#pragma unroll 2
+        for (int k = 0; k < r; k += 4) {
+            float4 w = *(const float4*)(dt_weight + k * own + 4 * c);
+#pragma unroll
+            for (int g = 0; g < TOGETHER / 4; g++) {
+                float4 x = *(const float4*)(row + (4 * g + lane) * row_pitch + k);
+                own_dt[g] += w.x * x.x; own_dt[g] += w.y * x.y; own_dt[g] += w.z * x.z; own_dt[g] += w.w * x.w;
             }
         }
 #pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            int item = base + threadIdx.x + j * THREADS;
-            if (item - (int)threadIdx.x % 32 >= items) break;  // a whole warp: its lanes add up together
-            bool live = item < items;
-            SPLIT(live ? item / LANES : 0, own, s, c);
-            const float* row = m.projected + s * projected;
-            float dt = 0.f, a[EACH];
-            load_state(a, (const float*)op[W_A] + c * STATES, lane);
-            for (int k = lane; k < r; k += LANES) dt += dt_weight[c * r + k] * row[k];
-            dt = softplus(sum4(dt) + ((const float*)op[B_DT])[c]);
-            float u = m.u[s * pitch + c], y = 0.f;
+        for (int g = 0; g < TOGETHER / 4; g++) own_dt[g] = softplus(own_dt[g]);
+#pragma unroll
+        for (int q = 0; q < TOGETHER; q++) {
+            dt[q] = lane_from(own_dt[q / 4], threadIdx.x % 32 - lane + q % 4);
+            u[q] = lane_from(own_u[q / 4], threadIdx.x % 32 - lane + q % 4);
+        }
+#else  // the lanes add up each
+#pragma unroll
+        for (int q = 0; q < TOGETHER; q++) {
+            dt[q] = 0.f;
+#pragma unroll 2
+            for (int k = 0; k < r; k += 4) dt[q] += dt_weight[k * own + 4 * c + lane] * row[q * row_pitch + k + lane];
+            dt[q] = softplus(sum4(dt[q]) + dt_bias);
+            u[q] = m.u[(s + q) * pitch + c];
+        }
+#endif
+        float* state = states + (s * inner + c) * STATES;
+#if QUEUED
+        wait_batches<0>();
+        const float4* queue = (const float4*)m.queue + threadIdx.x;
+#pragma unroll
+        for (int q = 0; q < TOGETHER; q++)
+#pragma unroll
+            for (int i = 0; i < EACH; i += 4) {
+                float4 v = queue[(q * (EACH / 4) + i / 4) * THREADS];
+                h[q][i] = v.x; h[q][i + 1] = v.y; h[q][i + 2] = v.z; h[q][i + 3] = v.w;
+            }
+        fetch_states(m, states, inner, own, streams, j + 1);
+#else
+#pragma unroll
+        for (int q = 0; q < TOGETHER; q++) if (s + q < streams) load_row(h[q], state + q * inner * STATES, lane);
+#endif
+#pragma unroll
+        for (int q = 0; q < TOGETHER; q++) {
+            float B[EACH], C[EACH];
+            load_row(B, row + q * row_pitch + r, lane);
+            load_row(C, row + q * row_pitch + r + STATES, lane);
+            y[q] = 0.f;
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
                 if (lane * EACH + i < STATES) {
-                    h[j][i] = exp2_fast(dt * a[i]) * h[j][i] + dt * u * row[r + lane * EACH + i];
-                    y += h[j][i] * row[r + STATES + lane * EACH + i];
+                    h[q][i] = exp2_fast(dt[q] * a[i]) * h[q][i] + dt[q] * u[q] * B[i];
+                    y[q] += h[q][i] * C[i];
                 }
             }
-            if (live && s < streams) store_state(h[j], (float*)op[SSM] + ((first + s) * inner + start + c) * STATES, lane);
-            y = sum4(y);
-            if (live && lane == 0) m.y[s * pitch + c] = (y + ((const float*)op[W_D])[c] * u) * m.gate[s * pitch + c];
         }
+#pragma unroll  // all stores behind all loads, which might be of the same places for all the compiler knows
+        for (int q = 0; q < TOGETHER; q++) if (live && s + q < streams) store_row(h[q], state + q * inner * STATES, lane);
+#if TOGETHER >= 4  // a lane gets the sums of its streams
+        float sums[TOGETHER / 4];
+#pragma unroll
+        for (int g = 0; g < TOGETHER / 4; g++) {
+            const float* v = y + 4 * g;
+            float even = lane & 1 ? v[1] : v[0], odd = lane & 1 ? v[3] : v[2];
+            even += lane_xor(lane & 1 ? v[0] : v[1], 1);
+            odd += lane_xor(lane & 1 ? v[2] : v[3], 1);
+            sums[g] = lane & 2 ? odd : even;
+            sums[g] += lane_xor(lane & 2 ? even : odd, 2);
+            sums[g] = (sums[g] + D * own_u[g]) * m.gate[(s + 4 * g + lane) * pitch + c];
+        }
+#pragma unroll
+        for (int g = 0; g < TOGETHER / 4; g++) if (live) m.y[(s + 4 * g + lane) * pitch + c] = sums[g];
+#else
+#pragma unroll
+        for (int q = 0; q < TOGETHER; q++) {
+            y[q] = sum4(y[q]);
+            int at = (s + q) * pitch + c;
+            if (live && lane == 0) m.y[at] = (y[q] + D * u[q]) * m.gate[at];
+        }
+#endif
     }
 }
 
@@ -411,40 +533,79 @@ DEVICE void fixed_scan(const Params& p, const Place& m, const i64* op, i64 first
     }
 }
 
+// What the convolution needs of channel c: its parameters, and what it has seen of the streams s, s + step, ...
+struct Channel {
+    float bias_u, bias_z, bias, weight[WIDTH], past[SEEN][WIDTH];
+};
+DEVICE void load_channel(Channel& v, const i64* op, int own, int c) {
+    v.bias_u = ((const float*)op[B_IN])[c];
+    v.bias_z = ((const float*)op[B_IN])[own + c];
+    v.bias = ((const float*)op[B_CONV])[c];
+#pragma unroll
+    for (int k = 0; k < WIDTH; k++) v.weight[k] = ((const float*)op[W_CONV])[c * WIDTH + k];
+}
+DEVICE void load_past(Channel& v, const float* seen, int inner, int streams, int c, int s, int step) {
+#pragma unroll
+    for (int i = 0; i < SEEN; i++, s += step)
+#pragma unroll
+        for (int k = 0; k < WIDTH - 1; k++) v.past[i][k] = s < streams ? seen[(s * (WIDTH - 1) + k) * inner + c] : 0.f;
+}
+
 // x += mixer(norm(x)), then the operation's add and save.
 DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int streams, int rank, Turn& turn) {
     int d = op[WIDE], inner = op[INNER], own = inner / CLUSTER, start = rank * own;
     int own_units = round_up(own, UNIT) / UNIT, pitch = p.inner_pitch;
     int in_rows = round_up(2 * own, PADDED), in_units = round_up(d, UNIT) / UNIT, n = op[N_IN];
     if (op[SHIFT]) {
-        for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
+        ITEMS for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
             SPLIT(i, d, s, j);
             if (s < streams) m.x[s * p.x_pitch + j] += __ldg((const float*)op[SHIFT] + (first + s) * d + j);
         }
         __syncthreads();
     }
+    // a thread has a channel, and of its streams every step-th; what is needed from memory later is asked for now
+    float* seen = (float*)op[CONV] + first * (WIDTH - 1) * inner + start;
+    int step = own < THREADS ? quotient(THREADS, own) : 1, begin = own < THREADS ? quotient(threadIdx.x, own) : 0;
+    int first_c = begin < step ? (int)threadIdx.x - begin * own : own;
+    Channel v;
+    if (first_c < own) {
+        load_channel(v, op, own, first_c);
+        load_past(v, seen, inner, streams, first_c, begin, step);
+    }
+    if (!op[FIXED]) fetch_states(m, (const float*)op[SSM] + (first * inner + start) * STATES, inner, own, streams, 0);
     norms(p, m, d);
     product((const uint4*)op[W_IN], in_rows, in_units, n, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
     __syncthreads();
 
-    const float *conv_weight = (const float*)op[W_CONV], *bias = (const float*)op[B_IN];
-    for (int i = threadIdx.x; i < own * STREAMS; i += THREADS) {
-        SPLIT(i, own, s, c);
-        float past[WIDTH], *seen = (float*)op[CONV] + (first + s) * (WIDTH - 1) * inner + start + c;
+    for (int c = first_c; c < own; c += THREADS) {
+        if (c != first_c) load_channel(v, op, own, c);
+        for (int from = begin; from < STREAMS; from += SEEN * step) {
+            if (c != first_c || from != begin) load_past(v, seen, inner, streams, c, from, step);
+            float u[SEEN], z[SEEN];
 #pragma unroll
-        for (int k = 0; k < WIDTH - 1; k++) past[k] = s < streams ? seen[k * inner] : 0.f;
-        float scale = m.scale[s];
-        float u = scale * add_shares(m.part, in_rows, n, s, c) + bias[c];
-        float z = scale * add_shares(m.part, in_rows, n, s, own + c) + bias[own + c];
-        m.gate[s * pitch + c] = z * sigmoid(z);
-        past[WIDTH - 1] = u;
-        float v = ((const float*)op[B_CONV])[c];
+            for (int i = 0; i < SEEN; i++) {
+                int s = from + i * step;
+                if (s >= STREAMS) break;
+                float scale = m.scale[s];
+                v.past[i][WIDTH - 1] = scale * add_shares(m.part, in_rows, n, s, c) + v.bias_u;
+                z[i] = scale * add_shares(m.part, in_rows, n, s, own + c) + v.bias_z;
+                z[i] *= sigmoid(z[i]);
+                u[i] = v.bias;
 #pragma unroll
-        for (int k = 0; k < WIDTH; k++) v += conv_weight[c * WIDTH + k] * past[k];
+                for (int k = 0; k < WIDTH; k++) u[i] += v.weight[k] * v.past[i][k];
+                u[i] *= sigmoid(u[i]);
+            }
 #pragma unroll
-        for (int k = 0; k < WIDTH - 1; k++)
-            if (s < streams) seen[k * inner] = past[k + 1];
-        m.u[s * pitch + c] = v * sigmoid(v);
+            for (int i = 0; i < SEEN; i++) {
+                int s = from + i * step;
+                if (s >= STREAMS) break;
+                m.gate[s * pitch + c] = z[i];
+                m.u[s * pitch + c] = u[i];
+#pragma unroll
+                for (int k = 0; k < WIDTH - 1; k++)
+                    if (s < streams) seen[(s * (WIDTH - 1) + k) * inner + c] = v.past[i][k + 1];
+            }
+        }
     }
     __syncthreads();
 
@@ -456,7 +617,7 @@ DEVICE void mixer(const Params& p, const Place& m, const i64* op, i64 first, int
     n = op[N_OUT];
     product((const uint4*)op[W_OUT], out_rows, own_units, n, OFFSET(m.y), pitch, OFFSET(m.part));
     gather(p, m, out_rows, n, rank, turn);
-    for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
+    ITEMS for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
         SPLIT(i, d, s, j);
         float* x = m.x + s * p.x_pitch + j;
         float v = *x + whole(p, m, out_rows, n, turn, s, j) + ((const float*)op[B_OUT])[j];
@@ -472,7 +633,7 @@ DEVICE bool down(const Params& p, const Place& m, const i64* op, i64 first, int 
     int d = op[WIDE], pool = op[POOL], d_out = op[D_OUT], phase = m.phase[op[INDEX]];
     bool full = phase + 1 == pool;
     float* pending = (float*)op[PENDING];
-    for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
+    ROLLED for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
         SPLIT(i, d, s, j);
         float x = m.x[s * p.x_pitch + j], heard = 0.f;
         if (s < streams) {
@@ -484,7 +645,7 @@ DEVICE bool down(const Params& p, const Place& m, const i64* op, i64 first, int 
     }
     int units = round_up((pool * d + CLUSTER - 1) / CLUSTER, UNIT) / UNIT, share = units * UNIT;
     if (full) {
-        for (int i = threadIdx.x; i < share * STREAMS; i += THREADS) {
+        ROLLED for (int i = threadIdx.x; i < share * STREAMS; i += THREADS) {
             SPLIT(i, share, s, column);
             int k = rank * share + column, at = k / d, j = k % d;
             float v = 0.f;
@@ -500,7 +661,7 @@ DEVICE bool down(const Params& p, const Place& m, const i64* op, i64 first, int 
     int n = op[N_IN];
     product((const uint4*)op[W_IN], rows, units, n, OFFSET(m.input), p.input_pitch, OFFSET(m.part));
     gather(p, m, rows, n, rank, turn);
-    for (int i = threadIdx.x; i < d_out * STREAMS; i += THREADS) {
+    ROLLED for (int i = threadIdx.x; i < d_out * STREAMS; i += THREADS) {
         SPLIT(i, d_out, s, j);
         float v = whole(p, m, rows, n, turn, s, j) + ((const float*)op[B_IN])[j];
         m.x[s * p.x_pitch + j] = v;
@@ -517,13 +678,13 @@ DEVICE void up(const Params& p, const Place& m, const i64* op, i64 first, int st
     int n = op[N_IN];
     product((const uint4*)op[W_IN], rows, units, n, OFFSET(m.x), p.x_pitch, OFFSET(m.part));
     __syncthreads();
-    for (int i = threadIdx.x; i < own * STREAMS; i += THREADS) {
+    ROLLED for (int i = threadIdx.x; i < own * STREAMS; i += THREADS) {
         SPLIT(i, own, s, mine);
         int row = rank * own + mine;
         if (s < streams && row < total)
             ((float*)op[HELD])[(first + s) * total + row] = add_shares(m.part, rows, n, s, mine) + ((const float*)op[B_IN])[mine];
     }
-    for (int i = threadIdx.x; i < d_out * STREAMS; i += THREADS) {
+    ROLLED for (int i = threadIdx.x; i < d_out * STREAMS; i += THREADS) {
         SPLIT(i, d_out, s, j);
         m.x[s * p.x_pitch + j] = m.slots[s * p.slots + op[SLOT] + j];
     }
@@ -630,45 +791,50 @@ DEVICE int draw(const Params& p, const float* settings, const float* logits, flo
     int begin = lane * each < vocab ? lane * each : vocab, end = begin + each < vocab ? begin + each : vocab;
     float temperature = settings[1], top_p = settings[2];
     float top = __uint_as_float(0xff800000u);
+#pragma unroll 4
     for (int v = begin; v < end; v++) top = fmaxf(top, logits[v]);
     top = warp_max(top);
-    float best = 1e9f, sum = 0.f;
+    bool greedy = temperature == 0.f;
+    float best = 1e9f, sum = 0.f, own = 0.f, per = greedy ? LOG2E : LOG2E / temperature;
+#pragma unroll 4
     for (int v = end - 1; v >= begin; v--) {
-        if (logits[v] == top) best = v;
-        sum += exp2_fast(LOG2E * (logits[v] - top));
+        float below = logits[v] - top, w = exp2_fast(per * below);
+        if (below == 0.f) best = v;
+        sum += exp2_fast(LOG2E * below);
+        weights[v] = w;
+        own += w;
     }
-    best = -warp_max(-best);
     *normaliser = top + LN2 * log2_fast(warp_sum(sum));
-    if (temperature == 0.f) return (int)best;
-    float per = LOG2E / temperature;
-    for (int v = begin; v < end; v++) weights[v] = exp2_fast(per * (logits[v] - top));
-    __syncwarp();
+    if (greedy) return (int)-warp_max(-best);
     if (p.top_k || top_p < 1.f) {
+        __syncwarp();
         u32 keep = 0;
         float mass = 0.f;
-        for (int v = begin; v < end; v++) {
+        ROLLED for (int v = begin; v < end; v++) {
             int above = 0;
+#pragma unroll 4
             for (int o = 0; o < vocab; o++) above += logits[o] > logits[v] || (logits[o] == logits[v] && o < v);
             if (!p.top_k || above < p.top_k) { keep |= 1u << (v - begin); mass += weights[v]; }
         }
         mass = warp_sum(mass);
         __syncwarp();
-        for (int v = begin; v < end; v++) if (!(keep >> (v - begin) & 1)) weights[v] = 0.f;
+        ROLLED for (int v = begin; v < end; v++) if (!(keep >> (v - begin) & 1)) weights[v] = 0.f;
         __syncwarp();
         if (top_p < 1.f) {
-            for (int v = begin; v < end; v++) {
+            ROLLED for (int v = begin; v < end; v++) {
                 float before = 0.f;
+#pragma unroll 4
                 for (int o = 0; o < vocab; o++)
                     if (logits[o] > logits[v] || (logits[o] == logits[v] && o < v)) before += weights[o];
                 if (!(before < top_p * mass)) keep &= ~(1u << (v - begin));
             }
             __syncwarp();
-            for (int v = begin; v < end; v++) if (!(keep >> (v - begin) & 1)) weights[v] = 0.f;
+            ROLLED for (int v = begin; v < end; v++) if (!(keep >> (v - begin) & 1)) weights[v] = 0.f;
             __syncwarp();
         }
+        own = 0.f;
+        ROLLED for (int v = begin; v < end; v++) own += weights[v];
     }
-    float own = 0.f;
-    for (int v = begin; v < end; v++) own += weights[v];
     float running = own;
     for (int step = 1; step < 32; step *= 2) {
         float other = lane_from(running, lane >= step ? lane - step : lane);
@@ -677,7 +843,7 @@ DEVICE int draw(const Params& p, const float* settings, const float* logits, flo
     float threshold = r * lane_from(running, 31);
     running -= own;
     float found = 1e9f, last = 0.f;
-    for (int v = begin; v < end; v++) {
+    ROLLED for (int v = begin; v < end; v++) {
         if (weights[v] > 0.f) {
             running += weights[v];
             last = v;
@@ -708,11 +874,14 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     m.slots = next; next += STREAMS * p.slots;
     m.part = next; next += p.part_floats;
 #if CLUSTER > 1
-    m.exchange = next; next += 2 * CLUSTER * STREAMS * p.exchange_rows;
+    m.exchange = next; next += CLUSTER * STREAMS * (p.exchange_rows + (p.small_rows ? p.small_rows : p.exchange_rows));
 #endif
-    m.projected = next; next += round_up(STREAMS * (int)p.rows_max, 4);
-    m.logits = next; next += STREAMS * round_up((int)p.head_rows, 4);
-    m.weights = next; next += STREAMS * round_up((int)p.head_rows, 4);
+    m.projected = next; next += STREAMS * p.row_pitch;
+    // states are on their way between in_proj and scan only; the end of a token has the same place
+    int ending = STREAMS * round_up((int)p.head_rows, 4), queued = QUEUED ? TOGETHER * EACH * THREADS : 0;
+    m.queue = m.logits = next;
+    m.weights = next + ending;
+    next += 2 * ending > queued ? 2 * ending : queued;
     m.told = next; next += STREAMS * 4;
     m.scale = next; next += round_up(STREAMS, 4);
     m.settings = next; next += 8;
@@ -723,20 +892,21 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     m.fit = (double*)next; next += order ? round_up(2 * (STREAMS < WARPS ? STREAMS : WARPS) * room, 4) : 0;
 
     const char* arena = p.arena + rank * p.arena_stride;
+#pragma unroll 4
     for (i64 i = threadIdx.x; i < p.resident / 16; i += THREADS) ((uint4*)next)[i] = __ldg((const uint4*)arena + i);
 #define PLACE(at) ((at) < p.resident ? (i64)((char*)next + (at)) : (i64)(arena + (at)))
-    for (int i = threadIdx.x; i < FIELDS * p.operations; i += THREADS) {
+    ROLLED for (int i = threadIdx.x; i < FIELDS * p.operations; i += THREADS) {
         int field = i % FIELDS;
         m.ops[i] = (field >= W_IN && field <= B_OUT) || field == W_C ? PLACE(p.ops[i]) : p.ops[i];
     }
     const uint4* head = (const uint4*)PLACE(p.head);
     const float* head_bias = (const float*)PLACE(p.head_bias);
     if (threadIdx.x < 6) m.settings[threadIdx.x] = p.settings[threadIdx.x];
-    for (float* q = m.x + threadIdx.x; q < zero_end; q += THREADS) *q = 0.f;
-    for (int i = threadIdx.x; i < p.operations; i += THREADS) m.phase[i] = (int)p.phases[i];
-    for (int s = threadIdx.x; s < STREAMS; s += THREADS) m.token[s] = s < streams ? (int)p.tokens[first + s] : 0;
+    ROLLED for (float* q = m.x + threadIdx.x; q < zero_end; q += THREADS) *q = 0.f;
+    ROLLED for (int i = threadIdx.x; i < p.operations; i += THREADS) m.phase[i] = (int)p.phases[i];
+    ROLLED for (int s = threadIdx.x; s < STREAMS; s += THREADS) m.token[s] = s < streams ? (int)p.tokens[first + s] : 0;
     if (order)
-        for (int i = threadIdx.x; i < state * STREAMS; i += THREADS) m.heard[i] = i < state * streams ? p.heard[first * state + i] : 0.;
+        ROLLED for (int i = threadIdx.x; i < state * STREAMS; i += THREADS) m.heard[i] = i < state * streams ? p.heard[first * state + i] : 0.;
 #if CLUSTER > 1
     if (threadIdx.x == 0) arrivals_begin(m.barriers);
 #endif
@@ -744,7 +914,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     cluster_barrier();  // nobody writes to a block that has not begun
 
     int d = p.d_model, vocab = p.vocab, rows = p.head_rows, v_pitch = round_up(rows, 4);
-    Turn turn = {0, 1};
+    Turn turn = {0, 3u, 0, 0};
     int head_rows = round_up(rows, PADDED), head_units = round_up((d + CLUSTER - 1) / CLUSTER, UNIT) / UNIT;
     for (i64 step = 0; step < p.count; step++) {
         if (order) {
@@ -753,7 +923,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
                 hear(p, m.heard + s * state, m.fit + warp * room, m.told + s * 4, __ldg(p.levels + m.token[s]), m.settings + 4);
             __syncthreads();
         }
-        for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
+        ITEMS for (int i = threadIdx.x; i < d * STREAMS; i += THREADS) {
             SPLIT(i, d, s, j);
             float v = __ldg(p.embedding + (i64)m.token[s] * d + j);
             if (order && s < streams)
@@ -772,8 +942,9 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
         norms(p, m, d);
         int n = p.head_shares;
         product(head, head_rows, head_units, n, OFFSET(m.x) + rank * head_units * UNIT, p.x_pitch, OFFSET(m.part));
+        if (p.small_rows) cluster_barrier();
         gather(p, m, head_rows, n, rank, turn);
-        for (int i = threadIdx.x; i < rows * STREAMS; i += THREADS) {
+        ITEMS for (int i = threadIdx.x; i < rows * STREAMS; i += THREADS) {
             SPLIT(i, rows, s, v);
             m.logits[s * v_pitch + v] = m.scale[s] * whole(p, m, head_rows, n, turn, s, v) + head_bias[v];
         }

@@ -72,15 +72,19 @@ class Shape(NamedTuple):
         """Blocks that a multiprocessor has registers for."""
         return 1 if self.warps >= 16 else 2
 
+    def room(self, limit: int) -> int:
+        """Shared memory that a block may have of the most a block can have, `limit`, if the others are to fit beside it."""
+        return limit if self.together == 1 else limit // self.together - 1024
+
     @property
     def tensor(self) -> bool:
-        """Products run on tensor cores, eight streams at a time."""
-        return self.half and self.streams % 8 == 0
+        """Products run on tensor cores, eight streams at a time (of which four may be missing)."""
+        return self.streams >= 4
 
     @property
     def unit(self) -> int:
         """Columns that a product takes at a time."""
-        return 16 if self.tensor else 8 if self.half else 4
+        return (2 if self.tensor else 1) * (8 if self.half else 4)
 
     @property
     def padded(self) -> int:
@@ -88,8 +92,8 @@ class Shape(NamedTuple):
         return 64 if self.streams > 1 and not self.tensor else 32
 
     def shares(self, rows: int, units: int) -> int:
-        """How many warps divide the columns of a group of rows among them."""
-        return min(max(self.warps // (rows // (16 if self.tensor else self.padded)), 1), units)
+        """How many warps divide the columns of a group of rows among them: adding up more than a few takes longer."""
+        return min(max(self.warps // (rows // (16 if self.tensor else self.padded)), 1), units, 4)
 
 
 def _up(n: int, to: int) -> int:
@@ -104,7 +108,7 @@ def matrices(program: Program, shape: Shape) -> list[tuple[int, int]]:
         if o.kind == BLOCK:
             own = _up(o.d_inner // c, u) // u
             out.append((_up(2 * (o.d_inner // c), pad), _up(o.d_model, u) // u))
-            out += [] if o.fixed else [(_up(o.rank + 2 * n, pad), own)]
+            out += [] if o.fixed else [(_up(_up(o.rank, 4) + 2 * n, pad), own)]
             out.append((_up(o.d_model, pad), own))
         elif o.kind == DOWN:
             out.append((_up(o.d_out, pad), _up(-(-o.pool * o.d_model // c), u) // u))
@@ -131,16 +135,24 @@ def sizes(program: Program, shape: Shape) -> dict[str, int]:
         "x_pitch": pitch(c * _up(-(-program.d_model // c), u), *(w for o in operations for w in (o.d_model, o.d_out))),
         "inner_pitch": pitch(*(o.d_inner // c for o in blocks)),
         "slots": _up(sum(program.slots), 4),
-        "rows_max": max(o.rank + 2 * program.d_state for o in blocks),
+        # what four lanes read of four streams at a time must lie in different banks
+        "row_pitch": _up(max(_up(o.rank, 4) for o in blocks) + 2 * program.d_state, 8) + 4,
         "input_pitch": pitch(4, *(-(-o.pool * o.d_model // c) for o in operations if o.kind == DOWN)),
         "part_floats": max(shape.shares(r, k) * r * s for r, k in matrices(program, shape)),
     }
+    x_rows = max((_up(_up(o.rank, 4) + 2 * program.d_state, shape.padded) for o in blocks if not o.fixed), default=0)
     gathered = [_up(o.d_model, shape.padded) for o in blocks] + [_up(o.d_out, shape.padded) for o in operations if o.kind == DOWN]
-    gathered += [_up(out["rows_max"], shape.padded), _up(head_rows(program), shape.padded)]
-    out["exchange_rows"] = max(gathered)
+    gathered.append(_up(head_rows(program), shape.padded))
+    simple = len(operations) == len(blocks) and not any(o.fixed for o in blocks)  # see `gather` in the kernel
+    out["exchange_rows"] = max(gathered if simple else [*gathered, x_rows])
+    out["small_rows"] = x_rows if simple else 0
     floats = _up(2 * len(FIELDS) * len(operations), 4) + 4 + s * (out["x_pitch"] + 3 * out["inner_pitch"] + out["input_pitch"])
-    floats += s * out["slots"] + out["part_floats"] + (2 * c * s * out["exchange_rows"] if c > 1 else 0)
-    floats += _up(s * out["rows_max"], 4) + 2 * s * _up(head_rows(program), 4) + 4 * s + 4 + 2 * _up(s, 4) + 4 + _up(len(operations), 4)
+    floats += s * out["slots"] + out["part_floats"] + s * out["row_pitch"]
+    floats += c * s * (out["exchange_rows"] + (out["small_rows"] or out["exchange_rows"])) if c > 1 else 0
+    each = -(-program.d_state // 4)
+    together = s if s < 4 else 4 if s < 8 or each > 4 else 8
+    queued = together * each * 32 * shape.warps if program.d_state % 16 == 0 else 0  # states on their way
+    floats += max(queued, 2 * s * _up(head_rows(program), 4)) + 4 * s + 2 * _up(s, 4) + 8 + _up(len(operations), 4)
     if program.order:  # float64
         floats += _up(2 * s * (4 * program.order + 5), 4) + _up(2 * min(s, shape.warps) * (2 * program.order + 1), 4)
     return {**out, "shared": 4 * floats}
@@ -175,7 +187,7 @@ def plan(program: Program, batch: int, half: bool, device, paired: bool = False)
             continue
         for streams in STREAMS[paired:]:
             shape = Shape(cluster, streams, half)
-            if sizes(program, shape)["shared"] > device.shared_limit or (streams > 1 and streams >= 2 * batch):
+            if sizes(program, shape)["shared"] > shape.room(device.shared_limit) or (streams > 1 and streams >= 2 * batch):
                 continue
             price = cost(program, batch, shape, device.multiprocessors)
             if best is None or price < best[0]:
@@ -193,14 +205,17 @@ def defines(shape: Shape, d_state: int, d_conv: int) -> tuple[tuple[str, int], .
 def pack(parts: list[Tensor], rows: int, units: int, shape: Shape) -> Tensor:
     """One matrix (r k) for each block of the cluster -> (cluster units rows unit): 16 bytes of k, rows side by side.
 
-    For tensor cores (cluster units rows/16 lane 8): the lane of row g and of columns 2t has the columns 2t, 2t + 1 of rows g
-    and g + 8, and the same of the columns 8 further on.
+    For tensor cores (cluster units rows/16 lane 4 or 8): the lane of row g and of columns 2t has the columns 2t, 2t + 1 of
+    rows g and g + 8, for bfloat16 also the columns 8 further on.
     """
     out = []
     for part in parts:
         whole = part.new_zeros(rows, units * shape.unit)
         whole[: part.shape[0], : part.shape[1]] = part
-        if shape.tensor:
+        if shape.tensor and not shape.half:
+            tiles = whole.reshape(rows // 16, 2, 8, units, 4, 2)  # (group high g unit t column)
+            out.append(tiles.permute(3, 0, 2, 4, 5, 1))  # (unit group g t column high)
+        elif shape.tensor:
             tiles = whole.reshape(rows // 16, 2, 8, units, 2, 4, 2)  # (group high g unit far t pair)
             out.append(tiles.permute(3, 0, 2, 5, 4, 1, 6))  # (unit group g t far high pair)
         else:
@@ -268,8 +283,8 @@ class Runner:
         arena.add(0, bias.expand(self.shape.cluster, -1), functools.partial(places.__setitem__, "head_bias"))
         arena.add(2, head, functools.partial(places.__setitem__, "head"))
         grid = -(-request.batch // self.shape.streams) * self.shape.cluster
-        crowded = grid > self._device.multiprocessors
-        room = self._device.shared_limit // self.shape.together - 1024 if crowded else self._device.shared_limit
+        limit = self._device.shared_limit
+        room = self.shape.room(limit) if grid > self._device.multiprocessors else limit
         memory, resident = arena.build(room - self._sizes["shared"])
         self._shared = self._sizes["shared"] + resident
         self._operations = torch.tensor([list(row.values()) for row in rows], dtype=torch.int64).to(request.device)
@@ -328,12 +343,16 @@ class Runner:
             u, z = t["in_proj"].chunk(2)
             matrix("w_in", [torch.cat([u[i * own : (i + 1) * own], z[i * own : (i + 1) * own]]) for i in range(c)], 3)
             if not o.fixed:
-                matrix("w_x", _columns(t["x_proj"], c, own), 1)
+                spread = torch.zeros_like(t["x_proj"][: -o.rank % 4])  # B and C begin on a boundary of 16 bytes
+                matrix("w_x", _columns(torch.cat([t["x_proj"][: o.rank], spread, t["x_proj"][o.rank :]]), c, own), 1)
             matrix("w_out", _columns(t["out_proj"], c, own), 2)
             names = {"w_conv": "conv", "b_conv": "conv_bias", "b_dt": "dt_bias", "w_a": "A", "w_d": "D"}
-            names |= {"w_c": "C"} if o.fixed else {"w_dt": "dt_proj"}
+            names |= {"w_c": "C"} if o.fixed else {}
             row["fixed"] = o.fixed
             wanted |= {field: (t[name].unflatten(0, (c, own)), 0) for field, name in names.items()}
+            if not o.fixed:  # (c own rank) -> (c rank/4 own 4)
+                dt = torch.nn.functional.pad(t["dt_proj"], (0, -o.rank % 4)).unflatten(0, (c, own)).unflatten(2, (-1, 4))
+                wanted["w_dt"] = dt.transpose(1, 2), 0
             wanted["b_in"] = t["in_bias"].view(2, c, own).transpose(0, 1), 0
             wanted["b_out"] = t["out_bias"].expand(c, -1), 0
             row["shift"] = 0 if o.shift is None else self._keep(o.shift[self._classes])

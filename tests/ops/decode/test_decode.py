@@ -10,7 +10,9 @@ from seqlab.ops import decode
 from seqlab.ops.decode import Decoder, Sampling
 from seqlab.ops.decode.sampling import draw, sample, stream_key
 
-HERE = [name for name, why in decode.unavailable().items() if why is None]
+AVAILABLE = [name for name, why in decode.unavailable().items() if why is None]
+ON_GPU = ("persistent", "graph")
+HERE = [pytest.param(name, marks=pytest.mark.gpu) if name in ON_GPU else name for name in AVAILABLE]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = {
     "isotropic": {"d_model": 24, "n_layer": 2, "d_state": 5, "vocab_size": 20},
@@ -142,6 +144,46 @@ def test_only_allowed_tokens_are_drawn_and_scored(backend):
     torch.testing.assert_close(decoder.score(ids), expected, atol=1e-4, rtol=0)
     drawn, _ = decoder.generate(200, Sampling(temperature=3.0))
     assert set(drawn.unique().tolist()) == {7, 8, 9, 10}
+
+
+LAUNCHES = [(1, 1, 16), (1, 2, 16), (1, 4, 16), (1, 8, 16), (2, 1, 8), (2, 4, 8), (2, 8, 16), (2, 16, 16), (4, 4, 16), (4, 8, 8), (4, 16, 16),
+            (8, 1, 16), (8, 2, 8), (8, 8, 16)]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("persistent" not in AVAILABLE, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("cluster, streams, warps", LAUNCHES)
+@pytest.mark.parametrize("name", ["large", "unet"])
+def test_every_launch_of_the_persistent_kernel(cluster, streams, warps, name, monkeypatch):
+    """Float32 exactly, bfloat16 closely; the last cluster has streams to spare."""
+    shapes = decode.persistent.Shape
+    monkeypatch.setattr(decode.persistent, "plan", lambda program, batch, half, device: shapes(cluster, streams, half, warps))
+    monkeypatch.setitem(MODELS, "large", {"d_model": 256, "n_layer": 3, "vocab_size": 256, "tie_embeddings": False})
+    monkeypatch.setitem(MODELS, "unet", {"architecture": "unet", "d_model": 64, "n_layer": 1, "pool": (3, 2), "vocab_size": 64})
+    model = make(name)
+    shape = shapes(cluster, streams, False, warps)
+    if decode.persistent.sizes(decode.persistent.Program(model), shape)["shared"] > shape.room(decode.persistent.Device(0).shared_limit):
+        pytest.skip("does not fit shared memory")
+    batch = 5 * streams - (streams > 1)
+    ids = tokens_of(model, batch, 40)
+    with torch.no_grad():  # log-probabilities as spread as a trained model's
+        model.lm_head.weight.mul_(2.0 / parallel(model, ids).std())
+    expected = parallel(model, ids)
+    assert expected.std() > 0.5
+    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.5)):
+        decoder = Decoder(model, batch, backend="persistent", dtype=dtype)
+        assert (decoder.score(ids) - expected).abs().max() < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("persistent" not in AVAILABLE, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("batch", [64, 513, 4096])
+@pytest.mark.parametrize("name", ["wide", "unet"])
+def test_thousands_of_streams(batch, name):
+    model = make(name)
+    ids = tokens_of(model, batch, 24)
+    decoder = Decoder(model, batch, backend="persistent")
+    torch.testing.assert_close(decoder.score(ids), parallel(model, ids), atol=1e-4, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- state
