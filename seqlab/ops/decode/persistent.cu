@@ -18,7 +18,7 @@
 // ones as three products of tf32 parts, which lose nothing that float32 sums would keep. Weights then lie as
 // [16 or 8 of k][16 rows][lane], each lane's 16 bytes being its fragment.
 //
-// States: 4 threads share a channel of up to 8 streams, an item. Each asks for its own states while the products before run,
+// States: 4 threads share a channel of up to 4 streams, an item. Each asks for its own states while the products before run,
 // or the item before: copies to shared memory in the background.
 //
 // Weights are places in the arena until the kernel has begun, which copies as much of it as fits to shared memory and makes
@@ -73,7 +73,7 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 #define ONSET 0.95
 #define WIDTH_MEMORY 0.99
 #define EACH ((STATES + LANES - 1) / LANES)
-#define TOGETHER (STREAMS < 4 ? STREAMS : STREAMS < 8 || EACH > 4 ? 4 : 8)  // streams of a thread's item in the scan
+#define TOGETHER (STREAMS < 4 ? STREAMS : 4)  // streams of a thread's item in the scan
 #define QUEUED (STATES % 16 == 0)
 // The code of one token has to fit the instruction caches: what runs once or twice is not unrolled.
 #define ROLLED _Pragma("unroll 1")

@@ -7,6 +7,7 @@ more streams in a cluster share each weight that is read and add arithmetic.
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from seqlab.ops.decode.request import Request
 from seqlab.ops.decode.sampling import Sampling
 
 SOURCE, KERNEL = "decode/persistent.cu", "decode"
-WARPS = 16
+WARPS = (16, 8)
 VOCAB_MAX = 1024  # a lane keeps the fate of its 32 tokens in one word
 TOKENS_MAX = 1 << 14  # of one launch
 CLUSTERS, STREAMS = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
@@ -65,7 +66,7 @@ class Shape(NamedTuple):
     cluster: int
     streams: int
     half: bool
-    warps: int = WARPS
+    warps: int = WARPS[0]
 
     @property
     def together(self) -> int:
@@ -149,9 +150,7 @@ def sizes(program: Program, shape: Shape) -> dict[str, int]:
     floats = _up(2 * len(FIELDS) * len(operations), 4) + 4 + s * (out["x_pitch"] + 3 * out["inner_pitch"] + out["input_pitch"])
     floats += s * out["slots"] + out["part_floats"] + s * out["row_pitch"]
     floats += c * s * (out["exchange_rows"] + (out["small_rows"] or out["exchange_rows"])) if c > 1 else 0
-    each = -(-program.d_state // 4)
-    together = s if s < 4 else 4 if s < 8 or each > 4 else 8
-    queued = together * each * 32 * shape.warps if program.d_state % 16 == 0 else 0  # states on their way
+    queued = min(s, 4) * 8 * shape.warps * program.d_state if program.d_state % 16 == 0 else 0  # states on their way
     floats += max(queued, 2 * s * _up(head_rows(program), 4)) + 4 * s + 2 * _up(s, 4) + 8 + _up(len(operations), 4)
     if program.order:  # float64
         floats += _up(2 * s * (4 * program.order + 5), 4) + _up(2 * min(s, shape.warps) * (2 * program.order + 1), 4)
@@ -170,13 +169,21 @@ def cost(program: Program, batch: int, shape: Shape, multiprocessors: int) -> fl
         work *= o.pool if o.kind == UP else 1
     r, k = next(numbers)
     weights += r * k * shape.unit
-    # a cluster lies within one of the groups that the multiprocessors form, and some of these have a few left over
-    usable = multiprocessors if shape.cluster < 4 else 7 * multiprocessors // 8
-    waves = math.ceil(math.ceil(batch / shape.streams) / max(usable // shape.cluster, 1))
-    read = weights * (2 if shape.half else 4) / 90e3  # bytes a microsecond that a block reads from the second-level cache
-    multiply = weights * shape.streams / (130e3 if shape.tensor else 80e3 if shape.streams > 1 else 43e3)
-    meet = (meetings + 1) * (1.4 if shape.cluster == 1 else 1.9)
-    return waves * (max(read, multiply) + states * shape.streams / 1.9e3 + meet)
+    # a cluster lies within one of the groups that the multiprocessors form, and some of these have a few left over; large
+    # ones are not spread evenly where two blocks fit a multiprocessor
+    usable = multiprocessors if shape.cluster < 4 else 10 * multiprocessors // 11
+    at_once = max(usable // shape.cluster, 1) * (shape.together if shape.cluster < 4 else 1)
+    clusters = math.ceil(batch / shape.streams)
+    beside = max(min(clusters, at_once) * shape.cluster / multiprocessors, 1.0) - 1.0
+    slower = 16 / shape.warps
+    read = weights * (2 if shape.half else 4) / 65e3 * slower**0.3
+    if shape.tensor:
+        multiply = weights * max(shape.streams, 8) / (630e3 if shape.half else 200e3) * slower
+    else:
+        multiply = weights * shape.streams / 226e3 * slower
+    scan = states * shape.streams / 2.4e3 * slower
+    meet = (meetings + 1) * (1.4 if shape.cluster == 1 else 1.9 + 0.07 * shape.cluster * shape.streams) * slower**-0.75
+    return math.ceil(clusters / at_once) * ((read + multiply + scan) * (1.0 + 0.2 * beside) + meet)
 
 
 def plan(program: Program, batch: int, half: bool, device, paired: bool = False) -> Shape | None:
@@ -185,8 +192,8 @@ def plan(program: Program, batch: int, half: bool, device, paired: bool = False)
     for cluster in CLUSTERS if device.clusters else (1,):
         if any(o.d_inner % cluster for o in program.blocks):
             continue
-        for streams in STREAMS[paired:]:
-            shape = Shape(cluster, streams, half)
+        for streams, warps in itertools.product(STREAMS[paired:], WARPS):
+            shape = Shape(cluster, streams, half, warps)
             if sizes(program, shape)["shared"] > shape.room(device.shared_limit) or (streams > 1 and streams >= 2 * batch):
                 continue
             price = cost(program, batch, shape, device.multiprocessors)
