@@ -29,6 +29,9 @@ from seqlab.training.module import TrainConfig, TrainingModule
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Task
 
+LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
+"""Whose thread in the first process watches those that it started, and kills all, itself too, when one has ended badly."""
+
 
 @dataclass(frozen=True)
 class FitResult:
@@ -93,7 +96,7 @@ def fit(
     interrupted = False
     end_with_parent()
     try:
-        with shared(module, run_dir) if trainer.world_size > 1 else contextlib.nullcontext():
+        with several_processes(module, run_dir) if trainer.world_size > 1 else contextlib.nullcontext():
             trainer.fit(module, ckpt_path=checkpoint if resume else None)
         interrupted = trainer.interrupted
     except KeyboardInterrupt:
@@ -124,7 +127,7 @@ def fit(
 
 
 @contextlib.contextmanager
-def shared(module: TrainingModule, run_dir: Path) -> Iterator[None]:
+def several_processes(module: TrainingModule, run_dir: Path) -> Iterator[None]:
     """What a run of several processes needs around it: Ctrl-C for all of them, a last word when one dies."""
     logger, last_word = logging.getLogger(LAUNCHER), LastWord(run_dir)
     logger.addHandler(last_word)
@@ -137,10 +140,6 @@ def shared(module: TrainingModule, run_dir: Path) -> Iterator[None]:
         logger.removeHandler(last_word)
         logger.setLevel(logging.NOTSET)
         logger.propagate = True
-
-
-LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
-"""Whose thread in the first process watches those that it started, and kills all, itself too, when one has ended badly."""
 
 
 class LastWord(logging.Handler):

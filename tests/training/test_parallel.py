@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from seqlab.errors import UserError
 from seqlab.model import LanguageModel, ModelConfig
 from seqlab.training.callbacks import read_history
-from seqlab.training.fit import shared
+from seqlab.training.fit import several_processes
 from seqlab.training.module import TrainConfig
 from seqlab.training.parallel import share_mixers, share_sequences
 from seqlab.training.place import Place
@@ -227,7 +227,7 @@ def test_what_the_first_process_says_before_it_is_killed(tmp_path, monkeypatch, 
     monkeypatch.setattr(os, "kill", lambda *arguments: killed.append(arguments))
     child = subprocess.Popen([sys.executable, "-c", "import os; os._exit(7)"])
     child.wait()
-    with shared(torch.nn.Module(), tmp_path):
+    with several_processes(torch.nn.Module(), tmp_path):
         _ChildProcessObserver(os.getpid(), [child])._run()
     assert killed == [(os.getpid(), signal.SIGKILL)]
     line = capsys.readouterr().err
