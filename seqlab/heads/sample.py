@@ -60,13 +60,13 @@ class Prediction(NamedTuple):
 
 def levinson(r: Tensor) -> Tensor:
     """Correlations (K+1 n) -> coefficients (K n) of the linear prediction with the least error, newest sample first."""
-    c = torch.zeros_like(r[1:])
-    error = r[0].clone()
-    for i in range(len(c)):
-        reflection = (r[i + 1] - (c[:i] * r[1 : i + 1].flip(0)).sum(0)) / error
-        c[:i] -= reflection * c[:i].flip(0)
+    order = len(r) - 1
+    c, error, backwards = torch.zeros_like(r[1:]), r[0], r.flip(0)
+    for i in range(order):
+        reflection = (r[i + 1] - (c[:i] * backwards[order - i : order]).sum(0)) / error
+        c[:i].addcmul_(c[:i].flip(0), reflection, value=-1)
         c[i] = reflection
-        error *= 1 - reflection * reflection
+        error = torch.addcmul(error, error * reflection, reflection, value=-1)
     return c
 
 
