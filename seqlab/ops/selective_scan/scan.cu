@@ -51,7 +51,7 @@
 #define CHECKPOINT_UNROLL 4          // states at a time, first half of scan_backward
 #endif
 #ifndef BACKWARD_UNROLL
-#define BACKWARD_UNROLL 1            // the same, second half
+#define BACKWARD_UNROLL 2            // the same, second half
 #endif
 #define PREFETCH (EACH(STAGE) * PER <= 16)  // the next stage of B and C waits in registers
 #define KEEP_A (STATES <= 32)          // A in shared memory; beyond, read through the cache
@@ -786,11 +786,14 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
             u32 live = live_at(p, q, begin, left, size, plain);
             bring(ckD, delta, left, live, plain && live == ALL, q);
             bring(ckU, u, left, live, plain && live == ALL, q);
+            piece next[EACH(BSTAGE)];  // the next stage of B and C
+            fetch_rows<BSTAGE>(next, p, rowsB, rowsC, mask, begin + left);
 #pragma unroll 1
             for (int s = 0; s < stages; s++) {
                 __syncthreads();
-                stage_rows<BSTAGE, BROW>(tileB, tileC, p, rowsB, rowsC, mask, begin + left + s * BSTAGE);
+                put_rows<BSTAGE, BROW>(tileB, tileC, next);
                 __syncthreads();
+                if (s + 1 < stages) fetch_rows<BSTAGE>(next, p, rowsB, rowsC, mask, begin + left + (s + 1) * BSTAGE);
 #pragma unroll 1
                 for (int w = 0; w < BTILES; w++) {
                     const int tile = s * BTILES + w, i = left + tile * TILE;
@@ -884,11 +887,13 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
 #pragma unroll
             for (int k = 0; k < 8; k++) copy16(inT + k * 32, steps + last * 256 + k * 32);
             for (int n = 0; n < STATES; n++) copy8(&hs[n * 32], marks + (last * STATES + n) * 32);
+            fetch_rows<BSTAGE>(next, p, rowsB, rowsC, mask, begin + left + (stages - 1) * BSTAGE);
 #pragma unroll 1
             for (int s = stages - 1; s >= 0; s--) {
                 __syncthreads();
-                stage_rows<BSTAGE, BROW>(tileB, tileC, p, rowsB, rowsC, mask, begin + left + s * BSTAGE);
+                put_rows<BSTAGE, BROW>(tileB, tileC, next);
                 __syncthreads();
+                if (s > 0) fetch_rows<BSTAGE>(next, p, rowsB, rowsC, mask, begin + left + (s - 1) * BSTAGE);
 #pragma unroll 1
                 for (int w = BTILES - 1; w >= 0; w--) {
                     const int tile = s * BTILES + w, t0 = w * TILE, i = left + tile * TILE;
