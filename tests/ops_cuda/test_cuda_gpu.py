@@ -90,7 +90,7 @@ def test_slow_and_fast_decay(decay, kernels):
     check_scan(scan_inputs(1, 2000, 64, 16, FLOAT, decay=decay), TOLERANCE[FLOAT])
 
 
-def test_slow_states_do_not_drift():
+def test_slow_states_do_not_drift(kernels):
     """A state multiplies as many decays as it remembers steps, here about 60: an error of each that has a sign adds up, that of
     ex2.approx to 1.6e-6."""
     g = torch.Generator("cuda").manual_seed(0)
