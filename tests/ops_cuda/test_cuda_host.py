@@ -46,6 +46,27 @@ def test_states_kept_are_one_in_many_steps():
     assert scan.segment_length(1, 512, 128) == 32
 
 
+def test_short_scans_are_one_wave_of_blocks_that_fit():
+    class Gpu:
+        multiprocessors, shared_limit = 132, 227 * 1024
+
+    class Small(Gpu):
+        shared_limit = 99 * 1024
+
+    assert scan.short(Gpu, 1, 512, 128, 16, 2) == scan.Sides(2, 1, 4)
+    assert scan.short(Gpu, 1, 2048, 128, 16, 2) == scan.Sides(1, 1, 8)
+    assert scan.short(Gpu, 1, 1, 1, 16, 2) == scan.Sides(2, 1, 1)
+    assert scan.short(Gpu, 1, 1 << 20, 512, 16, 2) is None and scan.short(Gpu, 1, 512, 128, 33, 2) is None
+    assert scan.short(Gpu, 8, 512, 512, 16, 2) is not None and scan.short(Gpu, 8, 512, 512, 16, 2, True) is None
+    for device in (Gpu, Small):
+        for batch, length, channels in ((1, 512, 128), (1, 4096, 16), (8, 512, 128), (1, 512, 2048), (8, 512, 512), (1, 2048, 512)):
+            for n in (1, 16, 32):
+                for size in (2, 4):
+                    for back in (False, True):
+                        sides = scan.short(device, batch, length, channels, n, size, back)
+                        assert sides is None or sides.shared(n, size, back) <= device.shared_limit
+
+
 def test_fewer_warps_where_states_fill_the_shared_memory():
     hopper, smallest = 227 * 1024, 99 * 1024
     assert scan._most_warps("scan_backward", 16, 4, hopper) == 4
