@@ -95,10 +95,11 @@ class LinearPredictor(nn.Module):
         self.register_buffer("levels", torch.linspace(-1, 1, vocab_size))
         self.register_buffer("prior", F.one_hot(torch.tensor(0), order + 1) * 1e-3)
 
-    def floors(self) -> tuple[float, float]:
-        """f0, f1: a quarter of the steps between levels, which for mu-law grow as the amplitude."""
+    def floors(self) -> Tensor:
+        """f0, f1 (2) float64: a quarter of the steps between levels, which for mu-law grow as the amplitude. Stays on its device:
+        a CUDA graph can hold the whole step."""
         steps = self.levels.double().diff() / 4
-        return steps.min().item(), (steps.max() - steps.min()).item()
+        return torch.stack([steps.min(), steps.max() - steps.min()])
 
     @torch.no_grad()
     def forward(self, ids: Tensor, heard: Tensor | None = None) -> tuple[Prediction, Tensor]:
@@ -114,7 +115,7 @@ class LinearPredictor(nn.Module):
         return torch.zeros(rows, 4 * self.order + 5, dtype=torch.float64, device=self.levels.device)
 
     def _piece(self, ids: Tensor, heard: Tensor | None) -> tuple[Prediction, Tensor]:
-        K, (f0, f1) = self.order, self.floors()
+        K, (f0, f1) = self.order, self.floors().unbind()
         heard = self.start(len(ids)) if heard is None else heard
         before, *sums, last, width = heard.split([K, K + 1, K + 1, K + 1, 1, 1], 1)
         x = torch.cat([before, self.levels[ids.long()].double()], 1)  # (b K+l)

@@ -66,8 +66,8 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 #define GROUP (32 * ROWS)
 #define PADDED GROUP
 #endif
-#define DEEP (BF16 ? 4 : 8)  // loads of weights that a warp has on their way, tensor cores
-#define LANES 4              // threads that share the states of a channel
+#define DEEP 4   // loads of weights that a warp has on their way, tensor cores
+#define LANES 4  // threads that share the states of a channel
 #define TOLD 3               // numbers that a linear predictor tells the network
 #define MEMORY 0.99749686716300011  // of its window and of its width: as in heads/sample.py
 #define ONSET 0.95

@@ -183,7 +183,7 @@ def cost(program: Program, batch: int, shape: Shape, multiprocessors: int) -> fl
         multiply = weights * shape.streams / 226e3 * slower
     scan = states * shape.streams / 2.4e3 * slower
     meet = (meetings + 1) * (1.4 if shape.cluster == 1 else 1.9 + 0.07 * shape.cluster * shape.streams) * slower**-0.75
-    return math.ceil(clusters / at_once) * ((read + multiply + scan) * (1.0 + 0.2 * beside) + meet)
+    return math.ceil(clusters / at_once) * ((read + multiply + scan) * (1.0 + 0.1 * beside) + meet)
 
 
 def plan(program: Program, batch: int, half: bool, device, paired: bool = False) -> Shape | None:

@@ -74,7 +74,7 @@ class LinearPrediction(NamedTuple):
         own = head.predictor
         table = torch.cat([window_weights(own.order, gain.device), own.prior.double()[None]])
         table[:, 0] *= 1 + NOISE
-        return cls(_copy(head.weight) * gain, _copy(head.shape), _copy(own.levels), _copy(head.bias), _copy(head.input), table, own.floors())
+        return cls(_copy(head.weight) * gain, _copy(head.shape), _copy(own.levels), _copy(head.bias), _copy(head.input), table, tuple(own.floors().tolist()))
 
 
 class Program:

@@ -157,7 +157,7 @@ LAUNCHES = [(1, 1, 16), (1, 2, 16), (1, 4, 16), (1, 8, 16), (2, 1, 8), (2, 4, 8)
 def test_every_launch_of_the_persistent_kernel(cluster, streams, warps, name, monkeypatch):
     """Float32 exactly, bfloat16 closely; the last cluster has streams to spare."""
     shapes = decode.persistent.Shape
-    monkeypatch.setattr(decode.persistent, "plan", lambda program, batch, half, device: shapes(cluster, streams, half, warps))
+    monkeypatch.setattr(decode.persistent, "plan", lambda program, batch, half, *rest: shapes(cluster, streams, half, warps))
     monkeypatch.setitem(MODELS, "large", {"d_model": 256, "n_layer": 3, "vocab_size": 256, "tie_embeddings": False})
     monkeypatch.setitem(MODELS, "unet", {"architecture": "unet", "d_model": 64, "n_layer": 1, "pool": (3, 2), "vocab_size": 64})
     model = make(name)
@@ -184,6 +184,22 @@ def test_thousands_of_streams(batch, name):
     ids = tokens_of(model, batch, 24)
     decoder = Decoder(model, batch, backend="persistent")
     torch.testing.assert_close(decoder.score(ids), parallel(model, ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_asks_nothing_of_the_host(name):
+    """Numbers that Python waits for cannot be part of a CUDA graph; fake tensors have none to give."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = make(name)
+    request = decode.Request(model, 2, torch.device(DEVICE), torch.float32, classes=classes_of(model, 2))
+    token, keys, state = tokens_of(model, 2, 1)[:, 0], torch.zeros(2, dtype=torch.long, device=DEVICE), None
+    with torch.inference_mode(False), torch.no_grad():
+        for position in range(3):
+            r = draw(keys, torch.tensor(position, device=DEVICE))
+            token, _, state = decode.reference.one_token(request, token, state, r, Sampling(), None)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            decode.reference.one_token(request, token, state, r, Sampling(), None)
 
 
 # ------------------------------------------------------------------------------------------------------------- state
