@@ -24,11 +24,12 @@ def sequences(lengths, seed=0):
 
 
 KINDS = [dict(), dict(pooling="last"), dict(direction="bidirectional"), dict(strand="none")]
-KINDS += [dict(pooling="evidence", length_scale=True, kmer=3, period=3)]
+EVIDENCE = dict(pooling="evidence", length_scale=True, kmer=3, period=3)
+KINDS += [EVIDENCE]
 CENTRE = dict(direction="bidirectional", pooling="centre")
 
 
-@pytest.mark.parametrize("kind", [dict(), dict(direction="bidirectional")], ids=str)
+@pytest.mark.parametrize("kind", [dict(), dict(direction="bidirectional"), EVIDENCE], ids=str)
 def test_batch_size_and_order_change_no_bit(kind):
     rng = np.random.default_rng(1)
     data = sequences([1, 50, 64, 65, 300, *rng.integers(50, 100, 12)])
