@@ -400,22 +400,34 @@ def train(config: Config, dataset: Path, run_dir: Path, *, init: Path | None = N
     return result
 
 
-def calibrate(run_dir: Path, store: TokenStore, per_class: int = 200, tokens_per_class: int = 400_000) -> dict[str, float]:
-    """Fit the biases and the length scale of the best checkpoint's head on fixed windows of the validation split, at
-    lengths from min_context on, as far as the split has them; the checkpoint is replaced. Nothing else of the model
-    changes (vector scaling without the vector, Guo et al. 2017). Returns the cross-entropy (nats) before and after, which
-    are written into run.json."""
+def calibration_windows(lengths: Sequence[int], longest: int, trained: int, classes: int) -> dict[int, int]:
+    """Length -> windows of each class to calibrate on: 32 to 200 at the lengths of training, and at longer ones 8 or more where
+    they fit a budget of a twentieth of the tokens that were `trained` (each window is read on both strands)."""
+    within = [length for length in lengths if length <= longest]
+    longer = []
+    while within and (longer or within)[-1] * 4 <= longest:
+        longer.append((longer or within)[-1] * 4)
+    each = trained // 20 // (2 * classes * max(1, len(within + longer)))  # tokens of a class at a length
+    chosen = {length: min(200, max(32, each // length)) for length in within}
+    return chosen | {length: min(200, each // length) for length in longer if each // length >= 8}
+
+
+def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
+    """Fit the biases and the length scale of the best checkpoint's head on fixed windows of the validation split
+    (`calibration_windows`); the checkpoint is replaced. Nothing else of the model changes (vector scaling without the vector,
+    Guo et al. 2017). Returns the cross-entropy (nats) before and after, which are written into run.json."""
     run = runs.load_run(run_dir, task=NAME)
     config, model = run.config, run.model
     windows = ClassWindows(store, "valid", config.data.max_unknown)
-    lengths = [length for length in config.data.lengths(config.data.context) if length <= windows.longest()]
-    while lengths and lengths[-1] * 4 <= windows.longest():
-        lengths.append(lengths[-1] * 4)
+    facts = read_run_facts(run.directory)
+    trained = (facts.get("result") or {}).get("tokens", 0)
+    chosen = calibration_windows(config.data.lengths(config.data.context), windows.longest(), trained, len(config.classes))
+    lengths = list(chosen)
     device = "cuda" if config.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     predictor = Predictor(model, device, config.train.precision)
     parts = []
     for length in lengths:
-        fixed, _ = windows.fixed(length, min(per_class, max(8, tokens_per_class // length)))
+        fixed, _ = windows.fixed(length, chosen[length])
         outputs = np.stack(list(predictor.outputs(fixed.sequence(store, i) for i in range(len(fixed)))))
         # each length counts as much as another, and each species within it
         weight = 1 / (np.bincount(fixed.label, minlength=len(config.classes))[fixed.label] * len(config.classes) * len(lengths))
@@ -454,7 +466,6 @@ def calibrate(run_dir: Path, store: TokenStore, per_class: int = 200, tokens_per
         if has_scale:
             head.length_scale.copy_(scale.detach())
     save_model(model.cpu(), run.checkpoint.parent, dump_yaml(config))
-    facts = read_run_facts(run.directory)
     write_json(run.directory / "run.json", {**facts, "calibration": {"before": before, "after": after, "lengths": lengths}})
     return {"before": before, "after": after}
 

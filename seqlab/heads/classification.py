@@ -86,7 +86,7 @@ class ClassificationHead(nn.Module):
         features = features.float()
         if self.pooling in ADDITIVE:
             value = features if mask is None else torch.where(mask[..., None], features, 0.0)
-            value = value.sum(1).double()
+            value = value.sum(1, dtype=torch.float64)
             if before is not None:
                 value = before.value + value
         elif self.pooling == "max":
@@ -169,7 +169,8 @@ class ClassificationHead(nn.Module):
         with torch.autocast(value.device.type, enabled=False):
             outputs = F.linear(value[..., : self.d_model], self.linear.weight.float(), self.linear.bias.float())
             if self.next_base is not None:
-                outputs = outputs + self.gain.float().exp() * value[..., self.d_model :]
+                evidence = value[..., self.d_model :]  # what all classes share decides nothing and is large
+                outputs = outputs + self.gain.float().exp() * (evidence - evidence.mean(-1, keepdim=True))
             if self.length_scale is None:
                 return outputs
             s0, s1 = self.length_scale.float()

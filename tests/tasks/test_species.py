@@ -198,6 +198,16 @@ def test_training_tells_them_apart(trained):
         assert (trained / "plots" / plot).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_calibration_costs_a_small_share_of_training():
+    lengths = [256, 512, 1024, 2048]
+    assert species.calibration_windows(lengths, 131_072, 30_000, 7) == dict.fromkeys(lengths, 32)
+    chosen = species.calibration_windows(lengths, 131_072, 176_000_000, 7)
+    assert chosen[256] == 200 and list(chosen) == [*lengths, 8192] and chosen[8192] >= 8
+    assert 2 * 7 * sum(length * n for length, n in chosen.items()) < 176_000_000 / 20
+    assert list(species.calibration_windows(lengths, 1000, 176_000_000, 7)) == [256, 512]
+    assert 131_072 in species.calibration_windows(lengths, 131_072, 10**10, 7)
+
+
 def test_calibration_moves_biases_alone_and_for_the_better(trained, data, tmp_path):
     import shutil
 
