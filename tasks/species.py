@@ -15,8 +15,8 @@ With pooling: evidence each species also predicts every next base, and how well 
 end): with `loss.language_model` the predictions are learnt as a language model's are, which is a target for every base
 instead of one for every window. `model.period: 3` lets the backbone keep reading frames apart.
 
-After training, the head's biases and its length scale (a dozen numbers) are fitted once more on validation windows of all
-lengths (`calibrate`). Among near-identical species the biases that training leaves are noise, but at great lengths that
+After training, the head's biases and its length scale (a dozen numbers) are fitted once more on validation windows of the
+lengths of training and some longer ones (`calibrate`). Among near-identical species the biases that training leaves are noise, but at great lengths that
 noise would decide everything.
 
 Samples are drawn as in the published experiments (HyenaDNA section 4.4.1, Mamba section 4.3.2): a species uniformly, then a
