@@ -309,6 +309,14 @@ def new_run_directory(name: str, out: Optional[Path]) -> Path:
     return run_dir
 
 
+def known_dataset(directory: Path, writer: str) -> Path:
+    """`directory`, once its manifest has been read: what is no dataset is refused before anything is said or written."""
+    from seqlab.dataset import read_manifest
+
+    read_manifest(directory, writer)
+    return directory
+
+
 @contextlib.contextmanager
 def fresh_directory(run_dir: Path, overwrite: bool, in_use: list[Path]):
     """While a new run begins in `run_dir`: an old run there is set aside (with --overwrite, else refused), and put back if
@@ -529,8 +537,8 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, check
     demo = data is None and not fasta
     name = config or ("dna_demo" if demo else "dna_small")
     settings = load_config(DnaConfig, name, set_ or [], options)
+    dataset = None if data is None else known_dataset(data, "seqlab prep dna")
     run_dir = new_run_directory(name, out)
-    dataset = data
     if not is_main_process():
         dataset = dataset or run_dir / "data"
         _wait_for(dataset / "manifest.json")
@@ -700,7 +708,8 @@ def train_species(
 
                 given = {**given, "model": backbone_shape(checkpoint)}
             settings = load_config(species.Config, config or "species", set_ or [], given)
-            run_dir, dataset = new_run_directory(config or "species", out), data
+            dataset = known_dataset(data, "seqlab prep species")
+            run_dir = new_run_directory(config or "species", out)
             if is_main_process():
                 undo.enter_context(fresh_directory(run_dir, overwrite, [p for p in (data, checkpoint) if p is not None]))
         accelerator = resolve_accelerator(settings.train)
@@ -1042,7 +1051,8 @@ def train_classify(
             if strand is not None:
                 given["model"] = {**given.get("model", {}), "strand": strand}
             settings = load_config(classification.Config, config or "classify", set_ or [], given)
-            run_dir, dataset = new_run_directory(config or "classify", out), data
+            dataset = known_dataset(data, "seqlab prep labelled")
+            run_dir = new_run_directory(config or "classify", out)
             if is_main_process():
                 undo.enter_context(fresh_directory(run_dir, overwrite, [p for p in (data, checkpoint) if p is not None]))
         accelerator = resolve_accelerator(settings.train)
@@ -1230,7 +1240,8 @@ def train_audio(
                 raise UserError(f"--data: missing; prepare recordings first: {program()} prep audio DIR --out data/mine")
             checkpoint = None if init is None else runs.find_checkpoint(init)
             settings = load_config(audio.Config, config, set_ or [], train_options(**options))
-            run_dir, dataset = new_run_directory(config, out), data
+            dataset = known_dataset(data, "seqlab prep audio")
+            run_dir = new_run_directory(config, out)
             if is_main_process():
                 in_use = [path for path in (data, checkpoint) if path is not None]
                 undo.enter_context(fresh_directory(run_dir, overwrite, in_use))

@@ -414,3 +414,10 @@ def test_importing_the_library_costs_torch_alone():
         [sys.executable, "-c", "import typer\n" + script], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert "typer" in again, "this test can fail"
+
+
+@pytest.mark.parametrize("task", ["dna", "audio", "species", "classify"])
+def test_what_is_no_dataset_is_one_line_before_anything_else(task, tmp_path):
+    stdout, stderr = run("train", task, "--data", tmp_path / "none", "--out", tmp_path / "out", code=1)
+    assert not stdout and len(stderr.splitlines()) == 1 and stderr.startswith("error: ") and "no such dataset" in stderr
+    assert not (tmp_path / "out").exists()
