@@ -120,9 +120,15 @@ def remember(known: dict, layout: tuple | None, given: tuple, used: tuple, find:
     """Keep find(given, *options), what is left to do of a call of this layout, unless its tensors had to be changed (`used`
     is not `given`)."""
     if layout is not None and layout not in known and all(a is b for a, b in zip(used, given, strict=True)):
-        if len(known) >= 4096:
-            known.clear()
-        known[layout] = find(given, *options)
+        memorise(known, layout, find(given, *options))
+
+
+def memorise(memory: dict, key: tuple, found):
+    """`found`, put into `memory`, which starts anew rather than grow without end where every call is of another kind."""
+    if len(memory) >= 4096:
+        memory.clear()
+    memory[key] = found
+    return found
 
 
 def _listing(modules: dict[str, ModuleType], request: Request) -> str:

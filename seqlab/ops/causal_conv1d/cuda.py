@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqlab.ops import nvrtc
-from seqlab.ops.dispatch import Request
+from seqlab.ops.dispatch import Request, memorise
 
 NATIVE_MASK = True
 SOURCE = "causal_conv1d/conv.cu"
@@ -168,9 +168,7 @@ def _recipe(device, what: str, x: Tensor, others: tuple[Tensor | None, ...], wid
         p.x_b, p.x_t = x.stride(0), x.stride(1)
         p.batch, p.length, p.channels = x.shape
         p.reverse, p.run, p.runs = int(reverse), plan.run, plan.runs
-        if len(_recipes) >= 4096:
-            _recipes.clear()
-        found = _recipes[kind] = _Recipe(plan, p)
+        found = memorise(_recipes, kind, _Recipe(plan, p))
     return found
 
 

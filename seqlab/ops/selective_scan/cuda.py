@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from seqlab.ops import nvrtc
-from seqlab.ops.dispatch import Request
+from seqlab.ops.dispatch import Request, memorise
 
 NATIVE_MASK = True
 SOURCE = "selective_scan/scan.cu"
@@ -274,13 +274,6 @@ def _kind(device, what: str, tensors: tuple[Tensor | None, ...], *options) -> tu
     return tuple(kind)
 
 
-def _remember(kind: tuple, recipe: _Recipe | None) -> _Recipe | None:
-    if len(_recipes) >= 4096:
-        _recipes.clear()
-    _recipes[kind] = recipe
-    return recipe
-
-
 def _template(u, delta, A, B, C, z, softplus: bool, reverse: bool, cut: Plan, source: str = SOURCE):
     """Everything but the addresses."""
     p = nvrtc.params_type(source)()
@@ -366,7 +359,7 @@ def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse:
         module, cut, p = _short_recipe(device, sides, paired, wide, u, delta, A, B, C, z, softplus, reverse, grain)
         blocks = cut.channel_blocks
         launches = (("short_forward", batch * blocks, cut.threads, sides.shared(n, size)),)
-        return _remember(kind, _Recipe(module, p, cut, segment > 0, 0, 0, launches, (batch, p.all_segments, n, channels)))
+        return memorise(_recipes, kind, _Recipe(module, p, cut, segment > 0, 0, 0, launches, (batch, p.all_segments, n, channels)))
     warps = _most_warps("scan_forward", n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit, size, wide)
     first = plan(1, 1, channels, 1, warps, 1)
     shared = _shared_bytes("scan_forward", n, first.warps, size, wide)
@@ -391,7 +384,7 @@ def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse:
     borders = batch * cut.chunks * n * channels if cut.chunks > 1 else 0
     work = borders + batch * cut.chunks * channels if borders else 0
     kept = (batch, p.all_segments, n, channels)
-    return _remember(kind, _Recipe(module, p, cut, segment > 0, work, 4 * borders, tuple(launches), kept))
+    return memorise(_recipes, kind, _Recipe(module, p, cut, segment > 0, work, 4 * borders, tuple(launches), kept))
 
 
 def _find_forward(device, tensors, softplus: bool, reverse: bool, segment: int):
@@ -516,7 +509,7 @@ def backward(
         tidy = _kind(device, "backward", (u, A, delta, B, C, D, z, bias, initial, mask, dy, dfinal), *options)
         recipes = _recipes.get(tidy)
         if recipes is None:
-            recipes = _remember(tidy, _backward_recipes(device, dy, u, delta, A, B, C, z, *options))
+            recipes = memorise(_recipes, tidy, _backward_recipes(device, dy, u, delta, A, B, C, z, *options))
     channels, n = A.shape
     parts = len(recipes)
     if parts == 1:
@@ -742,14 +735,19 @@ def execute(call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]
     return nvrtc.on_device(_execute, tensors[0], call, *tensors[1:])[:2]
 
 
+def _segment(tensors: tuple[Tensor | None, ...]) -> int:
+    """How many steps apart the forward pass keeps states for the gradients of these; 0 where none are wanted. u comes first."""
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return segment_length(*tensors[0].shape) if wanted else 0
+
+
 def known(tensors: tuple[Tensor | None, ...], softplus: bool, reverse: bool, final: bool) -> Call | None:
     """How to make any call with tensors of the same layouts and alignments again, skipping all that is found out from
     those; None where one launch sequence on these very tensors is not the whole of it."""
     u, A = tensors[0], tensors[2]
     if A.shape[1] > GROUP or u.device.index != torch.cuda.current_device():
         return None
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:9])
-    segment = segment_length(*u.shape) if keep else 0
+    segment = _segment(tensors[:9])
     recipe, tidy = _find_forward(_device(u), tensors, softplus, reverse, segment)
     return Call(softplus, reverse, segment, final, recipe) if tidy is tensors else None
 
@@ -778,10 +776,7 @@ def run(
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y (b l d) in u's dtype and the state after the last step (b d n; None if not wanted), as __init__ describes them."""
-    keep = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    )
-    segment = segment_length(*u.shape) if keep else 0
+    segment = _segment((u, delta, A, B, C, D, z, delta_bias, initial_state))
     if A.shape[1] <= GROUP:
         return _call(
             u, delta, A, B, C, D, z, delta_bias, initial_state, mask, delta_softplus, reverse, segment, return_final_state
