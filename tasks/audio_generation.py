@@ -485,3 +485,21 @@ def load_settings(out: Path) -> tuple[Path, Settings]:
 def write_to_stdout(data: bytes) -> None:
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
+
+
+def check_sample_folder(folder: Path, overwrite: bool) -> None:
+    """UserError unless samples may be written to `folder`; removes those of an earlier call with --overwrite."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another --out")
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        hint = "; go on with --resume" if (folder / ".state.pt").exists() else ""
+        raise UserError(f"{folder}: already holds something{hint}; choose another --out, or add --overwrite")
+    if not (folder / "generation.json").is_file():
+        raise UserError(f"{folder}: was not written by `seqlab generate`, so --overwrite leaves it alone; choose another --out")
+    for pattern in ("sample-*.wav", "samples.csv", "generation.json", "contact_sheet.png", ".state.pt"):
+        for path in folder.glob(pattern):
+            path.unlink()
