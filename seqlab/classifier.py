@@ -67,7 +67,7 @@ class ClassifierConfig(BackboneConfig):
         if self.gene_order and not 1 <= self.gene_order <= MAX_ORDER:
             raise ValueError(f"gene_order: must be 0 (none) or lie in 1 .. {MAX_ORDER}, got {self.gene_order}")
         if self.gene_order and self.pooling != "evidence":
-            raise ValueError(f"gene_order: {self.gene_order} needs pooling: evidence, got pooling: {self.pooling}")
+            raise ValueError(f"gene_order: {self.gene_order} needs pooling: evidence, got pooling: {self.pooling}; set gene_order: 0")
         if self.pooling == "centre" and self.direction == "causal":
             raise ValueError(
                 "pooling: centre needs direction: bidirectional (the middle of a causal model has seen half of the sequence); "

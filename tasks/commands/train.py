@@ -227,6 +227,8 @@ def train_species(
             f"{run_dir}: {model.direction} Mamba, {model.n_layer} layers of d_model {model.d_model}, windows up to "
             f"{settings.data.context:,}, on the {accelerator.upper()}; Ctrl-C saves and stops"
         )
+        if model.gene_order and not resume:
+            note(f"A hidden Markov model of each species' genes (order {model.gene_order}) is fitted first")
         result = species.train(settings, dataset, run_dir, init=checkpoint, resume=resume)
     if not is_main_process():
         return
