@@ -30,6 +30,10 @@ def generate_audio(
     top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many likeliest codes; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest codes of this probability.")] = 1.0,
     guidance: Annotated[float, typer.Option("--guidance", help="Above 0: follow --class more closely than learned.")] = 0.0,
+    hold: Annotated[
+        Optional[float],
+        typer.Option("--hold", help="0 to 1: how much the whole past keeps level and spectrum where they were; as trained if not given."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     rank: Annotated[Optional[int], typer.Option("--rank", help="Make so many and keep the --num likeliest.")] = None,
     rank_by: Annotated[
@@ -60,7 +64,7 @@ def generate_audio(
             "--prompt-seconds": prompt_seconds is not None, "--with-prompt": with_prompt, "--class": bool(class_),
             "--temperature": temperature != 1, "--top-k": top_k != 0, "--top-p": top_p != 1, "--seed": seed != 0,
             "--guidance": guidance != 0, "--rank": rank is not None, "--rank-by": rank_by != "likelihood", "--runaway": runaway != "mark",
-            "--batch": batch != 256, "--overwrite": overwrite,
+            "--batch": batch != 256, "--overwrite": overwrite, "--hold": hold is not None,
         }  # fmt: skip
         if any(given.values()):
             names = ", ".join(name for name, is_given in given.items() if is_given)
@@ -84,6 +88,7 @@ def generate_audio(
             top_k=top_k,
             top_p=top_p,
             guidance=guidance,
+            hold=hold,
             seed=seed,
             candidates=rank,
             rank_by=rank_by,
