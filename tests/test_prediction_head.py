@@ -194,3 +194,27 @@ def test_a_checkpoint_from_before_blocks_heard_the_class_gives_what_it_gave(tmp_
     save_file(weights, tmp_path / "damaged.safetensors")
     with pytest.raises(UserError, match="lacks backbone.centre.0.norm.weight"):
         load_model(other, tmp_path / "damaged.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------ keeping a level
+@pytest.mark.parametrize("hold, falls_by", [(0.0, (25, 90)), (0.2, (0, 12))], ids=["free", "held"])
+def test_a_density_a_little_too_narrow_loses_its_level_unless_it_is_held(hold, falls_by):
+    """What generated music died of: the width follows the errors that it made itself."""
+    from seqlab.ops.decode import Decoder, Sampling
+    from seqlab.tokenizers.waveform import QUANTIZERS
+
+    quantizer = QUANTIZERS["mulaw-256"]
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(d_model=8, n_layer=1, vocab_size=256, prediction_order=8, prediction_hold=hold)).eval()
+    prompt = np.convolve(np.random.default_rng(0).standard_normal(4000), 0.9 ** np.arange(40) * np.cos(0.4 * np.arange(40)))[:4000]
+    prompt *= 0.1 / prompt.std()
+    correlations = np.array([np.mean(prompt[k:] * prompt[: len(prompt) - k]) for k in range(9)])
+    model.prediction_head.fit(quantizer.levels, correlations)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.prediction_head.shape.copy_(torch.tensor([0.0, 1.75 - 0.2, 2.6]))  # 1.75: as wide as the errors are
+    decoder = Decoder(model, batch=4, backend="cpu")
+    decoder.prefill(torch.from_numpy(quantizer.encode(prompt.astype(np.float32)).astype(np.int64)))
+    tokens, _ = decoder.generate(4000, Sampling(seed=1))
+    level_db = 10 * np.log10(np.mean(quantizer.decode(tokens[:, -1000:].numpy()) ** 2) / 0.01)
+    assert -falls_by[1] < level_db < -falls_by[0] + (3 if hold else 0)
