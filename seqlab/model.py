@@ -63,6 +63,8 @@ class LanguageModel(nn.Module):
     added to every token's embedding, and one more added before every block, which start as zero.
     """
 
+    may_be_absent = ("class_shifts",)  # from checkpoints of the time when only the embedding was told the class
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
