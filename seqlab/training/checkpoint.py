@@ -121,7 +121,8 @@ class AtomicCheckpointIO(CheckpointIO):
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:  # torch raises a dozen kinds for a damaged file
             reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-            raise UserError(f"{path}: damaged trainer state ({reason}); start again with --init {path}") from None
+            weights = Path(path).with_name("model.safetensors")
+            raise UserError(f"{path}: damaged trainer state ({reason}); start a new run from its weights: --init {weights}") from None
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

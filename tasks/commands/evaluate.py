@@ -9,7 +9,7 @@ from seqlab.errors import UserError
 from tasks.commands.options import Fasta, Json, parse_context, resolve_device
 from tasks.commands.prep import prepare_dna
 from tasks.commands.settings import lay_over
-from tasks.commands.terminal import emit, note, print_table, progress_bar
+from tasks.commands.terminal import check_output_file, emit, note, print_table, progress_bar
 
 
 def eval_(
@@ -33,6 +33,8 @@ def eval_(
     from tasks import runs
 
     device = resolve_device(device)
+    if out is not None:
+        check_output_file(str(out / "report.md"), "--out")
     loaded = runs.load_run(run)
     loaded = dataclasses.replace(loaded, config=lay_over(type(loaded.config), to_dict(loaded.config), {}, set_ or [], "--set"))
     if "dataset" not in loaded.facts:

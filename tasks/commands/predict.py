@@ -10,7 +10,7 @@ import typer
 
 from seqlab.errors import UserError
 from tasks.commands.options import Json, Overwrite, resolve_device
-from tasks.commands.terminal import emit, note, progress_bar
+from tasks.commands.terminal import check_output_file, emit, note, progress_bar
 
 
 def predict(
@@ -59,12 +59,12 @@ def predict(
             if label is None:
                 unknown.append(name)
             update(total, None)
+        n = sum(counts.values())
+        if not n:
+            raise UserError(f"{reads}: no sequence in it")
+        if len(unknown) == n:
+            raise UserError(f"{reads}: none of its {n:,} sequences holds an A, C, G or T, so none has a label")
     seconds = max(time.monotonic() - started, 1e-9)
-    n = sum(counts.values())
-    if not n:
-        raise UserError(f"{reads}: no sequence in it")
-    if len(unknown) == n:
-        raise UserError(f"{reads}: none of its {n:,} sequences holds an A, C, G or T, so none has a label")
     note(
         f"{n:,} sequences, {total:,} bases in {seconds:.1f} s: {n / seconds:,.0f} sequences/s, {total / seconds:,.0f} bases/s "
         f"on the {device.upper()}."
@@ -84,6 +84,8 @@ def _table_out(out: str, overwrite: bool):
     path = Path(out)
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists; choose another --out or add --overwrite")
+    check_output_file(out, "--out")
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:

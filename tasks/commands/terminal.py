@@ -26,6 +26,7 @@ def command(group: typer.Typer, name: str):
         @functools.wraps(function)
         def wrapper(*args, debug: bool = False, **kwargs):
             try:
+                check_output_file(kwargs.get("json_out"), "--json")
                 return function(*args, **kwargs)
             except (typer.Exit, typer.Abort, typer.BadParameter):
                 raise
@@ -75,8 +76,24 @@ def program() -> str:
         return str(called.resolve())
 
 
+def check_output_file(name: Optional[str], option: str) -> None:
+    """UserError, before any work is done, unless a file of that name can be written; None and - are none."""
+    if name in (None, "-"):
+        return
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{option} {name}: is a directory; give a file in it, or - for standard output")
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"{option} {name}: {parent} is not a directory; give another file")
+    if not os.access(path if path.exists() else parent, os.W_OK):
+        raise UserError(f"{option} {name}: {path if path.exists() else parent} is not writable; give another file")
+
+
 def fail(message: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"[bold red]error:[/] {escape(message)}")
     raise typer.Exit(1)
 
 
@@ -84,7 +101,7 @@ def note(message: str = "") -> None:
     """A line for people, on standard error; once, however many processes there are."""
     if not is_main_process():
         return
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(message, markup=False)
 
 
 def emit(json_out: Optional[str], data: dict, *, human) -> None:
@@ -101,13 +118,15 @@ def emit(json_out: Optional[str], data: dict, *, human) -> None:
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
     table.pad_edge, table.collapse_padding = False, True  # six columns fit into 80 characters
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False, emoji=False)
+    console.print(escape(title), style="bold", soft_wrap=True)  # a title of the table itself would be as narrow as that
+    console.print(table)
 
 
 def progress_bar(title: str, unit: str, scale: float = 1.0, suffix: str = "/s"):

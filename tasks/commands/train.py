@@ -128,8 +128,10 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, check
         raise UserError("--splits, --valid and --test: the dataset in --data has its splits; use them with --fasta")
     demo = data is None and not fasta
     name = config or ("dna_demo" if demo else "dna_small")
+    if checkpoint is not None:
+        options = {**options, **started_from(checkpoint, "dna", config is not None)}
     settings = load_config(DnaConfig, name, set_ or [], options)
-    dataset = None if data is None else known_dataset(data, "seqlab prep dna")
+    dataset = None if data is None else known_dataset(data, "seqlab prep dna", ("dna", "species"))
     run_dir = new_run_directory(name, out)
     if not is_main_process():
         dataset = dataset or run_dir / "data"
@@ -215,9 +217,10 @@ def train_species(
             if checkpoint is not None:
                 from seqlab.classifier import backbone_shape
 
+                runs.check_init(checkpoint, ("dna", "species", "classify"))
                 given = {**given, "model": backbone_shape(checkpoint)}
             settings = load_config(species.Config, config or "species", set_ or [], given)
-            dataset = known_dataset(data, "seqlab prep species")
+            dataset = known_dataset(data, "seqlab prep species", ("species",))
             run_dir = new_run_directory(config or "species", out)
             if is_main_process():
                 undo.enter_context(fresh_directory(run_dir, overwrite, [p for p in (data, checkpoint) if p is not None]))
@@ -293,11 +296,12 @@ def train_classify(
             if checkpoint is not None:
                 from seqlab.classifier import backbone_shape
 
+                runs.check_init(checkpoint, ("dna", "species", "classify"))
                 given["model"] = backbone_shape(checkpoint)
             if strand is not None:
                 given["model"] = {**given.get("model", {}), "strand": strand}
             settings = load_config(classification.Config, config or "classify", set_ or [], given)
-            dataset = known_dataset(data, "seqlab prep labelled")
+            dataset = known_dataset(data, "seqlab prep labelled", ("labelled",))
             run_dir = new_run_directory(config or "classify", out)
             if is_main_process():
                 undo.enter_context(fresh_directory(run_dir, overwrite, [p for p in (data, checkpoint) if p is not None]))
@@ -365,8 +369,11 @@ def train_audio(
             if data is None:
                 raise UserError(f"--data: missing; prepare recordings first: {program()} prep audio DIR --out data/mine")
             checkpoint = None if init is None else runs.find_checkpoint(init)
-            settings = load_config(audio.Config, config, set_ or [], train_options(**options))
-            dataset = known_dataset(data, "seqlab prep audio")
+            given = train_options(**options)
+            if checkpoint is not None:
+                given |= started_from(checkpoint, audio.NAME, config != "audio_fsdd")
+            settings = load_config(audio.Config, config, set_ or [], given)
+            dataset = known_dataset(data, "seqlab prep audio", ("audio",))
             run_dir = new_run_directory(config, out)
             if is_main_process():
                 in_use = [path for path in (data, checkpoint) if path is not None]
@@ -417,12 +424,25 @@ def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path],
     return run_dir, data or Path(facts["dataset"]), settings
 
 
-def known_dataset(directory: Path, writer: str) -> Path:
-    """`directory`, once its manifest has been read: what is no dataset is refused before anything is said or written."""
+def known_dataset(directory: Path, writer: str, kinds: tuple[str, ...]) -> Path:
+    """`directory`, once its manifest has been read: what is no dataset, or one of another kind than those, is refused before
+    anything is said or written."""
     from seqlab.dataset import read_manifest
 
-    read_manifest(directory, writer)
+    manifest, _ = read_manifest(directory, writer)
+    if (kind := manifest.get("kind")) not in kinds:
+        raise UserError(f"{directory}: is a dataset of kind {kind!r}; give one that `{writer}` wrote")
     return directory
+
+
+def started_from(checkpoint: Path, task: str, has_config: bool) -> dict:
+    """What `--init` says of the settings: the model is as in that run, unless a --config says what it is."""
+    from tasks import runs
+
+    if not checkpoint.with_name("config.yaml").is_file():
+        return {}
+    model = runs.check_init(checkpoint, (task,))
+    return {} if has_config else {"model": {key: value for key, value in model.items() if key != "dropout"}}
 
 
 def note_training_result(result, run_dir: Path, command_name: str, metric: str) -> None:
