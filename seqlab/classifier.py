@@ -164,10 +164,10 @@ class SequenceClassifier(nn.Module):
         has_genes = config.gene_order > 0
         self.head = ClassificationHead(config.d_model, n_outputs, config.pooling, config.length_scale, has_prior=has_genes)
         self.genes = GenePredictor(n_outputs, config.gene_order) if has_genes else None
-        # what the network is told about the reading frame that each species sees
-        self.frame = nn.Linear(self.genes.start.numel(), config.d_model, bias=False) if has_genes else None
+        # what the network is told: the reading frame that each species sees, and how well each foretells the bases
+        self.gene_input = nn.Linear(self.genes.start.numel() + n_outputs, config.d_model, bias=False) if has_genes else None
         if has_genes:
-            nn.init.normal_(self.frame.weight, std=0.02)
+            nn.init.normal_(self.gene_input.weight, std=0.02)
         if complement is None:
             complement = torch.from_numpy(nucleotide.COMPLEMENT.astype("int64"))
         table = torch.arange(max(config.vocab_size, len(complement)))
@@ -199,7 +199,7 @@ class SequenceClassifier(nn.Module):
         if self.genes is not None:
             prediction, genes = self.genes(_base(ids), before.genes)
             prior = prediction.log_p
-            x = x + self.frame(prediction.frame.flatten(2))
+            x = x + self.gene_input(torch.cat([prediction.frame.flatten(2), prediction.lead], -1))
         value, backbone = self.backbone(self.dropout(x), before.backbone, mask, return_state=return_state)
         return Features(value, prior, backbone, genes)
 

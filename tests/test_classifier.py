@@ -35,7 +35,8 @@ def classifier(n_outputs=3, **options):
             model.genes.emissions.copy_((0.5 * torch.randn_like(model.genes.emissions)).softmax(-1))
             model.genes.transitions.copy_(torch.randn_like(model.genes.transitions).softmax(-1))
             model.genes.start.copy_(torch.randn_like(model.genes.start).softmax(-1))
-            model.frame.weight.normal_()
+            model.gene_input.weight.normal_()
+            model.head.mix.normal_(std=0.3)
             model.head.prior_scale.copy_(torch.tensor([0.7, 1.0, 1.2]))
     return model
 
@@ -202,7 +203,7 @@ def test_gene_models_are_what_the_predictions_of_the_bases_begin_with():
     digits = nucleotide.DIGITS[ids[0].numpy()]
     with torch.no_grad():
         features = model.features(ids)
-        read = model.read(ids)[0, :, 16:]
+        read, nats = model.read(ids)[0, :, 16:], []
         for c in range(3):
             tables = [getattr(model.genes, name)[c].double().numpy() for name in ("emissions", "transitions", "start")]
             q, prior = tables[2], []
@@ -216,6 +217,7 @@ def test_gene_models_are_what_the_predictions_of_the_bases_begin_with():
                 q = (q * E[:, v] / (q @ E)[v] if v < 4 else q) @ tables[1]
             prior = torch.from_numpy(np.array(prior))
             torch.testing.assert_close(features.prior[0, :, c].double(), prior, rtol=1e-4, atol=1e-5)
+            nats.append([float(prior[t, v]) if v < 4 else 0.0 for t, v in enumerate(digits)])
             before = torch.cat([torch.zeros(1, 16), features.value[0, :-1]]).double()
             part = slice(4 * c, 4 * c + 4)
             logits = before @ model.head.next_base.weight[part].T.double() + model.head.next_base.bias[part].double()
@@ -223,6 +225,14 @@ def test_gene_models_are_what_the_predictions_of_the_bases_begin_with():
             for t, v in enumerate(digits):
                 expected = float(logits[t].log_softmax(0)[v]) if v < 4 else 0.0
                 assert float(read[t, c]) == pytest.approx(expected, abs=1e-4)
+        nats = torch.tensor(nats).T
+        base = torch.from_numpy(np.where(digits < 4, digits.astype(np.int64), -1))[None]
+        lead = model.genes(base)[0].lead[0]
+        torch.testing.assert_close(lead, nats - nats.mean(-1, keepdim=True), rtol=1e-4, atol=1e-5)
+        # the classes' evidence speaks for each other too
+        evidence = read.mean(0) - read.mean()
+        expected = model.head.linear(features.value.mean(1))[0] + model.head.gain.exp() * (evidence + model.head.mix @ evidence)
+        assert torch.allclose(model(ids)[0], expected, atol=1e-4)
 
 
 def test_a_fresh_head_predicts_what_the_gene_models_do():
@@ -237,7 +247,7 @@ def test_a_fresh_head_predicts_what_the_gene_models_do():
     model.train()
     torch.nn.functional.cross_entropy(model(ids), torch.tensor([0, 2])).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert {"frame.weight", "head.next_base.weight", "head.prior_scale"} <= moved
+    assert {"gene_input.weight", "head.next_base.weight", "head.prior_scale", "head.mix"} <= moved
 
 
 def test_ends_double_up_to_the_whole():

@@ -64,6 +64,8 @@ class ClassificationHead(nn.Module):
             # log of how much a nat a base counts beside the linear map; begins so that 400 bases are independent witnesses
             self.gain = nn.Parameter(torch.tensor([6.0]))
         self.prior_scale = nn.Parameter(torch.ones(n_outputs)) if has_prior else None
+        # how each class's evidence counts for the others, beside its own: where two predict alike, a third may tell them apart
+        self.mix = nn.Parameter(torch.zeros(n_outputs, n_outputs)) if has_prior else None
         if has_prior:
             nn.init.zeros_(self.next_base.weight)  # training begins with what is there
 
@@ -181,8 +183,11 @@ class ClassificationHead(nn.Module):
             mine = value[..., : self.d_model].contiguous()  # rows of another stride are rounded by where they lie in memory
             outputs = F.linear(mine, self.linear.weight.float(), self.linear.bias.float())
             if self.next_base is not None:
-                evidence = value[..., self.d_model :]  # what all classes share decides nothing and is large
-                outputs = outputs + self.gain.float().exp() * (evidence - evidence.mean(-1, keepdim=True))
+                evidence = value[..., self.d_model :].contiguous()  # what all classes share decides nothing and is large
+                evidence = evidence - evidence.mean(-1, keepdim=True)
+                if self.mix is not None:
+                    evidence = evidence + F.linear(evidence, self.mix.float())
+                outputs = outputs + self.gain.float().exp() * evidence
             if self.length_scale is None:
                 return outputs
             s0, s1 = self.length_scale.float()

@@ -6,9 +6,10 @@ constant from then on. In one pass it gives
     log p (b l n 4)     each species' log-probabilities of A, C, G and T at each position, from the bases before it
     frame (b l n s)     after each position, the probabilities of the states of the next one: in which reading frame of which
                         strand each species takes itself to be
+    lead (b l n)        the log-probability that each species gave to the base that came, less their mean; 0 where it is not known
 
-The classification head lets each species' predictions begin at log p, and the network is told the frames. Sequences in pieces
-are exact: the last bases and the newest frames are carried.
+The classification head lets each species' predictions begin at log p, and the network is told frame and lead. Sequences in
+pieces are exact: the last bases and the newest frames are carried.
 """
 
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class GeneState(NamedTuple):
 class GenePrediction(NamedTuple):
     log_p: Tensor  # (b l n 4)
     frame: Tensor  # (b l n s)
+    lead: Tensor  # (b l n)
 
 
 class GenePredictor(nn.Module):
@@ -62,7 +64,10 @@ class GenePredictor(nn.Module):
         tables = self.emissions.float(), self.transitions.float()
         log_p, frame = hidden_markov(base, contexts(line, self.order), *tables, state.frame.float())
         last = frame[:, -1] if base.shape[1] else state.frame
-        return GenePrediction(log_p, frame), GeneState(line[:, line.shape[1] - self.order :], last)
+        came = base.clamp(min=0).long()[..., None, None].expand(*log_p.shape[:3], 1)
+        nats = log_p.gather(-1, came)[..., 0]
+        lead = torch.where(base[..., None] >= 0, nats - nats.mean(-1, keepdim=True), 0.0)
+        return GenePrediction(log_p, frame, lead), GeneState(line[:, line.shape[1] - self.order :], last)
 
 
 def contexts(line: Tensor, order: int) -> Tensor:
