@@ -19,7 +19,7 @@ import torch
 
 from seqlab.errors import UserError
 from seqlab.model import ModelConfig, build_model
-from seqlab.ops.decode import Decoder, Sampling, unavailable
+from seqlab.ops.decode import Decoder, Sampling, fastest, unavailable
 from seqlab.ops.decode.request import Request
 
 SHAPES: dict[str, dict] = {
@@ -180,8 +180,7 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
 
 def _backends(model, batch: int, dtype: torch.dtype, settings: Settings) -> list[str]:
     """The back ends to time; "auto" stands for the one that it would take."""
-    reasons = unavailable(Request(model, batch, _device(model), dtype))
-    first = next((name for name, why in reasons.items() if why is None), "reference")
+    first = fastest(Request(model, batch, _device(model), dtype))
     return list(dict.fromkeys(first if name == "auto" else name for name in settings.backends))
 
 

@@ -114,8 +114,9 @@ def architectures() -> tuple[int, ...]:
 # -------------------------------------------------------------------------------------------------------- compile
 @functools.cache
 def source(name: str) -> str:
-    """Text of a kernel file (path inside seqlab/ops) with the common header in front."""
-    return (HERE / "device.cuh").read_text(encoding="utf-8") + (HERE / name).read_text(encoding="utf-8")
+    """Text of a kernel file (path inside seqlab/ops) with the common header in front and what it includes in place."""
+    text = (HERE / "device.cuh").read_text(encoding="utf-8") + (HERE / name).read_text(encoding="utf-8")
+    return re.sub(r'^#include "(.+)"$', lambda match: (HERE / match[1]).read_text(encoding="utf-8"), text, flags=re.M)
 
 
 def options(defines: tuple[tuple[str, int], ...], arch: int) -> list[str]:
@@ -209,6 +210,21 @@ def params_type(name: str) -> type[ctypes.Structure]:
 
 
 # --------------------------------------------------------------------------------------------------- load and launch
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # cuda.h: CU_LAUNCH_ATTRIBUTE_...
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = [("id", ctypes.c_int32), ("pad", ctypes.c_int32), ("value", ctypes.c_int32 * 16)]
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = [(name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")] + [
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
 class Module:
     """One compiled file on one device."""
 
@@ -217,12 +233,14 @@ class Module:
         image = code(name, defines, 10 * major + minor)
         self.device = device
         self._image, self._handle, self._functions = image, ctypes.c_void_p(), {}
+        self._large_clusters = dict(defines).get("CLUSTER", 1) > 8  # more than every GPU with clusters allows
         with torch.cuda.device(device):
             make_current(device)
             _cuda(driver().cuModuleLoadData(ctypes.byref(self._handle), image), f"loading {name}")
 
-    def function(self, kernel: str, shared: int) -> ctypes.c_void_p:
-        """A kernel, allowed `shared` bytes of dynamic shared memory."""
+    def function(self, kernel: str, shared: int, beside: bool = False) -> ctypes.c_void_p:
+        """A kernel, allowed `shared` bytes of dynamic shared memory. beside: of a multiprocessor's memory, as much as can be is
+        shared memory, so that blocks of other such kernels find room in the rest."""
         known = self._functions.get(kernel)
         if known is None or known[1] < shared:
             make_current(self.device)
@@ -230,6 +248,10 @@ class Module:
             _cuda(driver().cuModuleGetFunction(ctypes.byref(f), self._handle, kernel.encode()), kernel)
             if shared > 48 * 1024:
                 _cuda(driver().cuFuncSetAttribute(f, 8, shared), f"{kernel}: {shared} bytes of shared memory")
+            if self._large_clusters:  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+                _cuda(driver().cuFuncSetAttribute(f, 14, 1), kernel)
+            if beside:  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent
+                _cuda(driver().cuFuncSetAttribute(f, 9, 100), kernel)
             known = self._functions[kernel] = (f, shared)
         return known[0]
 
@@ -247,16 +269,24 @@ class Module:
             raise NativeError(f"{kernel}: a block of {block} threads with {shared} bytes does not fit this GPU")
         return count.value
 
-    def launch(self, kernel: str, grid: int, block: int, shared: int, params: ctypes.Structure) -> None:
-        """Queue a kernel on torch's current stream of this module's device, which must be the current one."""
+    def launch(self, kernel: str, grid: int, block: int, shared: int, params: ctypes.Structure, early: bool = False) -> None:
+        """Queue a kernel on torch's current stream of this module's device, which must be the current one.
+
+        early: it may begin as soon as all blocks of the kernel before have said so (griddepcontrol), and waits for that one's
+        end by itself; compute capability 9.0."""
         if grid == 0:
             return
         if grid >= 1 << 31:
             raise NativeError(f"{kernel}: {grid} blocks are more than one launch takes (2^31 - 1)")
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
-        queue = driver().cuLaunchKernel
-        what = (self.function(kernel, shared), grid, 1, 1, block, 1, 1, shared, stream, arguments, None)
+        if early:
+            attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int32 * 16)(1))
+            config = _Config(grid, 1, 1, block, 1, 1, shared, stream, ctypes.pointer(attribute), 1)
+            queue, what = driver().cuLaunchKernelEx, (ctypes.byref(config), self.function(kernel, shared, beside=True), arguments, None)
+        else:
+            queue = driver().cuLaunchKernel
+            what = (self.function(kernel, shared), grid, 1, 1, block, 1, 1, shared, stream, arguments, None)
         status = queue(*what)
         if status == NO_CONTEXT:  # a thread, such as autograd's, in which torch has not touched the GPU yet
             make_current(self.device)

@@ -254,12 +254,9 @@ def write_run_facts(run_dir: Path, facts: dict) -> None:
 def read_run_facts(run_dir: Path) -> dict:
     path = Path(run_dir) / "run.json"
     try:
-        facts = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
-        facts = None
-    if not isinstance(facts, dict):
-        raise UserError(f"{run_dir}: not a run directory (no readable run.json); give one that `seqlab train` wrote")
-    return facts
+        raise UserError(f"{run_dir}: not a run directory (no readable run.json); give one that `seqlab train` wrote") from None
 
 
 def machine() -> str:

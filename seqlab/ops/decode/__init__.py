@@ -8,6 +8,8 @@ Whatever the back end, the tokens are those of `reference`: the model's forward 
 `sampling.sample`. Back ends differ in speed and in what they can run:
 
     persistent   CUDA C++: one launch for a block of tokens; a thread block, or a cluster of them, keeps its streams
+    batched      CUDA C++: three launches a mixer, each over all streams: for hundreds of streams of an isotropic stack
+    solo         CUDA C++: one stream a cluster, weights in registers before their turn: for a few streams of one
     graph        a CUDA graph of the model's own steps: any causal model
     cpu          one compiled call for a block of tokens (numba)
     reference    the model, one token at a time: anywhere, any model
@@ -25,15 +27,15 @@ from seqlab.backbones.mamba import MixerState
 from seqlab.backbones.unet import PoolState, UNetState
 from seqlab.heads.sample import SampleState
 from seqlab.ops import dispatch
-from seqlab.ops.decode import cpu, graph, persistent, reference
+from seqlab.ops.decode import batched, cpu, graph, persistent, reference, solo
 from seqlab.ops.decode.program import map_tensors
 from seqlab.ops.decode.request import Request
 from seqlab.ops.decode.sampling import Sampling, stream_key
 
-__all__ = ["BACKENDS", "Decoder", "Sampling", "unavailable"]
+__all__ = ["BACKENDS", "Decoder", "Sampling", "fastest", "unavailable"]
 
-BACKENDS: dict[str, ModuleType] = {"persistent": persistent, "graph": graph, "cpu": cpu, "reference": reference}
-"""Fastest first: what "auto" tries in order."""
+BACKENDS: dict[str, ModuleType] = {"persistent": persistent, "batched": batched, "solo": solo, "graph": graph, "cpu": cpu, "reference": reference}
+"""What "auto" tries in order; of those that name a price, it takes the cheapest."""
 
 PREFILL = 1 << 17
 """Prompt tokens (all streams together) that one forward pass takes; longer prompts go in pieces."""
@@ -44,6 +46,13 @@ _log = logging.getLogger("seqlab")
 def unavailable(request: Request | None = None) -> dict[str, str | None]:
     """name -> why that back end cannot serve `request` (None: this machine at all); None if it can."""
     return {name: module.unavailable(request) for name, module in BACKENDS.items()}
+
+
+def fastest(request: Request) -> str:
+    """The back end that "auto" stands for."""
+    able = [name for name, why in unavailable(request).items() if why is None]
+    priced = [name for name in able if hasattr(BACKENDS[name], "price")]
+    return min(priced, key=lambda name: BACKENDS[name].price(request)) if priced else able[0]
 
 
 class Decoder:
@@ -277,11 +286,12 @@ def _choose(backend: str, request: Request) -> str:
     if backend == "auto" and os.environ.get(dispatch.ENVIRONMENT) in BACKENDS:
         backend, where = os.environ[dispatch.ENVIRONMENT], dispatch.ENVIRONMENT
     dispatch.check_name(backend, BACKENDS, where)
-    reasons = unavailable(request)
     if backend == "auto":
-        backend = next(name for name, why in reasons.items() if why is None)
+        backend = fastest(request)
         _log.info("decode: back end %s on %s", backend, request.device)
-    elif reasons[backend] is not None:
+        return backend
+    reasons = unavailable(request)
+    if reasons[backend] is not None:
         listing = "; ".join(f"{name}: {why or 'can run this'}" for name, why in reasons.items())
         raise RuntimeError(f"decode: back end {backend!r} (asked for by {where}) cannot run this. {listing}")
     return backend

@@ -26,13 +26,16 @@
 //
 // Set from outside: CLUSTER, STREAMS, STATES (n), WIDTH (of the convolution), WARPS, BF16, TENSOR.
 
+#include "decode/draw.cuh"
+#include "decode/cluster.cuh"
+
 struct Params {
     const i64* ops;          // (count of operations, FIELDS)
     const i64* phases;       // of every operation, at the start
     const float* embedding;  // (vocab d_model)
     const float* base;       // (b d_model), added to the embedding, or 0
     const char* arena;       // (CLUSTER arena_stride) bytes: what each block of a cluster reads, most wanted first
-    const float* settings;   // epsilon, temperature, top_p, guidance, f0, f1 and hold of the linear prediction
+    const float* settings;   // epsilon, temperature, top_p, guidance, f0 and f1 of the linear prediction
     const i64* keys;         // (b)
     const i64* forced;       // (b count), or 0
     const i64* tokens;       // (b)
@@ -42,14 +45,13 @@ struct Params {
     const float* levels;     // (vocab), amplitudes of the tokens
     const float* inputs;     // (TOLD d_model), added to the embedding times what the predictor tells
     const double* table;     // (4 K+1): what the sums S weigh, and what is added
-    double* heard;           // (b numbers), the predictor's state: the last K amplitudes, oldest first, then S_0, S_1, S_2, p, e; with hold R, E, n, M
-    i64 operations, batch, count, position, d_model, vocab, head_rows, order, numbers, top_k;
+    double* heard;           // (b 4K+5), the predictor's state: the last K amplitudes, oldest first, then S_0, S_1, S_2, p, e
+    i64 operations, batch, count, position, d_model, vocab, head_rows, order, top_k;
     i64 arena_stride, resident;  // bytes; so many of them are kept in shared memory
     i64 head, head_bias, head_shares;  // places in the arena; the bias is -inf for what may not be drawn
     i64 x_pitch, inner_pitch, slots, row_pitch, part_floats, exchange_rows, small_rows, input_pitch;
 };
 
-typedef unsigned long long u64;
 #define FIELDS 32
 enum { KIND, SAVE, ADD, SLOT, JUMP, WIDE, INNER, RANK, POOL, D_OUT, INDEX, W_IN, W_X, W_OUT, B_IN, W_CONV, B_CONV, W_DT, B_DT,
        W_A, W_D, B_OUT, CONV, SSM, PENDING, HELD, N_IN, N_X, N_OUT, FIXED, W_C, SHIFT };
@@ -72,12 +74,9 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 #define MEMORY 0.99749686716300011  // of its window and of its width: as in heads/sample.py
 #define ONSET 0.95
 #define WIDTH_MEMORY 0.99
-#define DRIFT 0.015625
 #define EACH ((STATES + LANES - 1) / LANES)
 #define TOGETHER (STREAMS < 4 ? STREAMS : 4)  // streams of a thread's item in the scan
 #define QUEUED (STATES % 16 == 0)
-// The code of one token has to fit the instruction caches: what runs once or twice is not unrolled.
-#define ROLLED _Pragma("unroll 1")
 #if STREAMS < 4
 #define ITEMS ROLLED  // a loop over numbers of all streams, mostly of one round
 #else
@@ -87,61 +86,11 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 
 #ifndef SEQLAB_EMULATED
 #define CALLED __device__ __noinline__  // one copy of the code: the loop over a stack has to fit the instruction cache
-#if CLUSTER > 1
-#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
-// Orders everything, global memory too, among all threads of the cluster: a microsecond, and the first-level cache is lost.
-DEVICE void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// What exchanges use instead: data that count themselves in at a barrier of the block that they go to.
-DEVICE void arrivals_begin(u64* barriers) {
-    for (int i = 0; i < 2; i++)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"((u32)__cvta_generic_to_shared(barriers + i)) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-DEVICE void arrivals_expect(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((u32)__cvta_generic_to_shared(barrier)), "r"(bytes) : "memory");
-}
-DEVICE void arrivals_wait(u64* barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra READY;\nbra AGAIN;\nREADY:\n}" ::"r"(
-            (u32)__cvta_generic_to_shared(barrier)),
-        "r"(parity)
-        : "memory");
-}
-// Four floats to the same place of a block of the cluster, counted at its barrier.
-DEVICE void remote_store(float* at, int rank, float4 v, u64* barrier) {
-    asm volatile(
-        "{\n.reg .u32 a, b;\nmapa.shared::cluster.u32 a, %0, %2;\nmapa.shared::cluster.u32 b, %1, %2;\n"
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [a], {%3, %4, %5, %6}, [b];\n}" ::"r"(
-            (u32)__cvta_generic_to_shared(at)),
-        "r"((u32)__cvta_generic_to_shared(barrier)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-        : "memory");
-}
-#else
-#define CLUSTERED
-DEVICE void cluster_barrier() {}
-#endif
-#if TENSOR && BF16
-// sum (16 rows, 8 streams) += a (16 rows, 16 k) b (16 k, 8 streams), in fragments of a warp.
-DEVICE void mma(float* sum, uint4 a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
-#endif
-DEVICE float lane_from(float v, int lane) { return __shfl_sync(FULL, v, lane); }
 // Past the first-level cache, which does not see what other blocks write.
 DEVICE float load_shared_global(const float* p) { float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v; }
 #endif
 
 DEVICE float sum4(float v) { v += lane_xor(v, 1); return v + lane_xor(v, 2); }
-DEVICE float warp_sum(float v) { for (int b = 16; b; b >>= 1) v += lane_xor(v, b); return v; }
-DEVICE float warp_max(float v) { for (int b = 16; b; b >>= 1) v = fmaxf(v, lane_xor(v, b)); return v; }
-
-DEVICE int round_up(int n, int to) { return (n + to - 1) / to * to; }
-DEVICE int quotient(int a, int b) { return (int)(((float)a + 0.5f) * rcp_fast((float)b)); }  // exact for a below 2^20
-
 #if TENSOR
 #define TILES ((STREAMS + 7) / 8)
 // sum (16 rows, 8 streams) += a (16 rows, UNIT of k) x (UNIT of k, 8 streams): a lane has x of its stream from its columns on.
@@ -693,14 +642,6 @@ DEVICE void up(const Params& p, const Place& m, const i64* op, i64 first, int st
     cluster_barrier();  // the other blocks will read these rows
 }
 
-DEVICE float uniform(i64 key, i64 position) {  // sampling.draw
-    u64 z = (u64)key + (u64)position * 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    z ^= z >> 31;
-    return ((float)(u32)(z >> 41) + 0.5f) * 1.1920928955078125e-7f;
-}
-
 // The sum over a warp, good to 48 bits.
 DEVICE double warp_sum(double v) {
     for (int b = 16; b; b >>= 1) {
@@ -720,7 +661,6 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
     const double decays[3] = {MEMORY * MEMORY, MEMORY * ONSET, ONSET * ONSET};
     for (int k = lane; k <= K; k += 32) {
         double product = x * (k ? heard[K - k] : x), sum = p.table[3 * (K + 1) + k];
-        if (floors[2] > 0.f) heard[4 * K + 5 + k] += product;
         for (int j = 0; j < 3; j++) {
             double* S = heard + K + j * (K + 1) + k;
             *S = decays[j] * *S + product;
@@ -729,17 +669,6 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
         r[k] = sum;
     }
     __syncwarp();
-    if (floors[2] > 0.f) {
-        double share = (double)floors[2] * r[0] / heard[4 * K + 5];
-        __syncwarp();
-        for (int k = lane; k <= K; k += 32) r[k] += share * heard[4 * K + 5 + k];
-        if (lane == 0) {
-            heard[5 * K + 6] += e < 0. ? -e : e;
-            heard[5 * K + 7] += 1.;
-            heard[5 * K + 8] += DRIFT * (x - heard[5 * K + 8]);
-        }
-        __syncwarp();
-    }
     for (int k = lane; k - lane < K; k += 32) {
         double moved = k < K - 1 ? heard[k + 1] : x;
         __syncwarp();
@@ -762,9 +691,7 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
     }
     double sum = 0.;
     for (int k = lane; k < K; k += 32) sum += c[k] * heard[K - 1 - k];
-    sum = warp_sum(sum);
-    if (floors[2] > 0.f) sum -= DRIFT * heard[5 * K + 8];
-    sum = fmin(fmax(sum, -1.), 1.);
+    sum = fmin(fmax(warp_sum(sum), -1.), 1.);
     if (lane == 0) {
         double earlier = before + width_floor(heard[4 * K + 3], floors), width = WIDTH_MEMORY * before + (1. - WIDTH_MEMORY) * (e < 0. ? -e : e);
         heard[4 * K + 3] = sum;
@@ -781,10 +708,7 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
 DEVICE void predict(const Params& p, float* logits, const double* heard, const float* floors) {
     int vocab = p.vocab, order = p.order;
     float centre = (float)heard[4 * order + 3];
-    double floor = width_floor(heard[4 * order + 3], floors);
-    float width = (float)(heard[4 * order + 4] + floor);
-    if (floors[2] > 0.f) width *= exp2_fast(floors[2] * log2_fast((float)(heard[5 * order + 6] / heard[5 * order + 7] + floor) / width));
-    float per = 1.f / width;
+    float per = 1.f / (float)(heard[4 * order + 4] + width_floor(heard[4 * order + 3], floors));
     float move = logits[vocab], scale = exp2_fast(-LOG2E * logits[vocab + 1]), tail = LN2 * exp2_fast(LOG2E * logits[vocab + 2]);
     for (int v = threadIdx.x % 32; v < vocab; v += 32) {
         float z = ((__ldg(p.levels + v) - centre) * per - move) * scale;
@@ -800,77 +724,6 @@ DEVICE void guide(const float* told, float* untold, float guidance, int vocab) {
         if (a > __uint_as_float(0xff800000u)) untold[v] = a + guidance * (a - untold[v]);
     }
     __syncwarp();
-}
-
-// sampling.sample for one stream by one warp; a lane has `each` neighbouring tokens. Returns the token and sets
-// *normaliser to log sum exp(logits).
-DEVICE int draw(const Params& p, const float* settings, const float* logits, float* weights, float r, float* normaliser) {
-    int vocab = p.vocab, each = (vocab + 31) / 32, lane = threadIdx.x % 32;
-    int begin = lane * each < vocab ? lane * each : vocab, end = begin + each < vocab ? begin + each : vocab;
-    float temperature = settings[1], top_p = settings[2];
-    float top = __uint_as_float(0xff800000u);
-#pragma unroll 4
-    for (int v = begin; v < end; v++) top = fmaxf(top, logits[v]);
-    top = warp_max(top);
-    bool greedy = temperature == 0.f;
-    float best = 1e9f, sum = 0.f, own = 0.f, per = greedy ? LOG2E : LOG2E / temperature;
-#pragma unroll 4
-    for (int v = end - 1; v >= begin; v--) {
-        float below = logits[v] - top, w = exp2_fast(per * below);
-        if (below == 0.f) best = v;
-        sum += exp2_fast(LOG2E * below);
-        weights[v] = w;
-        own += w;
-    }
-    *normaliser = top + LN2 * log2_fast(warp_sum(sum));
-    if (greedy) return (int)-warp_max(-best);
-    if (p.top_k || top_p < 1.f) {
-        __syncwarp();
-        u32 keep = 0;
-        float mass = 0.f;
-        ROLLED for (int v = begin; v < end; v++) {
-            int above = 0;
-#pragma unroll 4
-            for (int o = 0; o < vocab; o++) above += logits[o] > logits[v] || (logits[o] == logits[v] && o < v);
-            if (!p.top_k || above < p.top_k) { keep |= 1u << (v - begin); mass += weights[v]; }
-        }
-        mass = warp_sum(mass);
-        __syncwarp();
-        ROLLED for (int v = begin; v < end; v++) if (!(keep >> (v - begin) & 1)) weights[v] = 0.f;
-        __syncwarp();
-        if (top_p < 1.f) {
-            ROLLED for (int v = begin; v < end; v++) {
-                float before = 0.f;
-#pragma unroll 4
-                for (int o = 0; o < vocab; o++)
-                    if (logits[o] > logits[v] || (logits[o] == logits[v] && o < v)) before += weights[o];
-                if (!(before < top_p * mass)) keep &= ~(1u << (v - begin));
-            }
-            __syncwarp();
-            ROLLED for (int v = begin; v < end; v++) if (!(keep >> (v - begin) & 1)) weights[v] = 0.f;
-            __syncwarp();
-        }
-        own = 0.f;
-        ROLLED for (int v = begin; v < end; v++) own += weights[v];
-    }
-    float running = own;
-    for (int step = 1; step < 32; step *= 2) {
-        float other = lane_from(running, lane >= step ? lane - step : lane);
-        if (lane >= step) running += other;
-    }
-    float threshold = r * lane_from(running, 31);
-    running -= own;
-    float found = 1e9f, last = 0.f;
-    ROLLED for (int v = begin; v < end; v++) {
-        if (weights[v] > 0.f) {
-            running += weights[v];
-            last = v;
-            if (running > threshold && found > 1e8f) found = v;
-        }
-    }
-    found = -warp_max(-found);
-    last = warp_max(last);
-    return (int)(found < last ? found : last);
 }
 
 KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
@@ -905,7 +758,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     m.settings = next; next += 8;
     m.token = (int*)next; next += round_up(STREAMS, 4);
     m.phase = (int*)next; next += round_up((int)p.operations, 4);
-    int order = p.order, state = (int)p.numbers, room = 2 * order + 1;
+    int order = p.order, state = 4 * order + 5, room = 2 * order + 1;
     m.heard = (double*)next; next += order ? round_up(2 * STREAMS * state, 4) : 0;
     m.fit = (double*)next; next += order ? round_up(2 * (STREAMS < WARPS ? STREAMS : WARPS) * room, 4) : 0;
 
@@ -919,14 +772,14 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     }
     const uint4* head = (const uint4*)PLACE(p.head);
     const float* head_bias = (const float*)PLACE(p.head_bias);
-    if (threadIdx.x < 7) m.settings[threadIdx.x] = p.settings[threadIdx.x];
+    if (threadIdx.x < 6) m.settings[threadIdx.x] = p.settings[threadIdx.x];
     ROLLED for (float* q = m.x + threadIdx.x; q < zero_end; q += THREADS) *q = 0.f;
     ROLLED for (int i = threadIdx.x; i < p.operations; i += THREADS) m.phase[i] = (int)p.phases[i];
     ROLLED for (int s = threadIdx.x; s < STREAMS; s += THREADS) m.token[s] = s < streams ? (int)p.tokens[first + s] : 0;
     if (order)
         ROLLED for (int i = threadIdx.x; i < state * STREAMS; i += THREADS) m.heard[i] = i < state * streams ? p.heard[first * state + i] : 0.;
 #if CLUSTER > 1
-    if (threadIdx.x == 0) arrivals_begin(m.barriers);
+    if (threadIdx.x == 0) arrivals_begin(m.barriers, 2);
 #endif
     __syncthreads();
     cluster_barrier();  // nobody writes to a block that has not begun
@@ -978,7 +831,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
             for (int s = (pair + 1) * each - 1; s >= pair * each; s--) {
                 float normaliser;
                 const float* logits = m.logits + s * v_pitch;
-                int token = draw(p, m.settings, logits, m.weights + s * v_pitch, uniform(p.keys[first + s], p.position + step), &normaliser);
+                int token = draw(vocab, (int)p.top_k, m.settings, logits, m.weights + s * v_pitch, uniform(p.keys[first + s], p.position + step), &normaliser);
                 if (s % each) guided = token;
                 else if (each > 1) token = guided;
                 i64 place = (first + s) * p.count + step;

@@ -11,7 +11,8 @@ from seqlab.ops.decode import Decoder, Sampling
 from seqlab.ops.decode.sampling import draw, sample, stream_key
 
 AVAILABLE = [name for name, why in decode.unavailable().items() if why is None]
-ON_GPU = ("persistent", "graph")
+ON_GPU = ("persistent", "batched", "solo", "graph")
+STACKS = ("batched", "solo")  # back ends that run isotropic stacks alone
 HERE = [pytest.param(name, marks=pytest.mark.gpu) if name in ON_GPU else name for name in AVAILABLE]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = {
@@ -24,7 +25,7 @@ MODELS = {
     "predicted": {"d_model": 16, "n_layer": 2, "vocab_size": 50, "prediction_order": 7, "n_classes": 3},
     "sampled": {"architecture": "unet", "d_model": 24, "n_layer": 1, "pool": (4,), "vocab_size": 256, "prediction_order": 32,
                 "n_classes": 3, "tie_embeddings": False},
-    "held": {"d_model": 16, "n_layer": 1, "vocab_size": 60, "prediction_order": 7, "prediction_hold": 0.3},
+    "shifted": {"d_model": 64, "n_layer": 3, "vocab_size": 50, "n_classes": 3, "expand": 1},
     "odd": {"d_model": 20, "n_layer": 2, "d_state": 16, "d_conv": 3, "expand": 1, "conv_bias": False, "vocab_size": 16},
 }  # fmt: skip
 
@@ -122,7 +123,7 @@ def test_tokens_are_those_of_the_reference(backend, name, sampling):
 
 @pytest.mark.parametrize("backend", HERE)
 def test_blocks_batches_and_streams_change_nothing(backend):
-    model = make("unet")
+    model = make("wide" if backend in STACKS else "unet")
     prompt, sampling = tokens_of(model, 4, 3), Sampling(seed=9)
     together = decoder_of(model, 4, backend)
     together.prefill(prompt)
@@ -138,7 +139,7 @@ def test_blocks_batches_and_streams_change_nothing(backend):
 @pytest.mark.parametrize("backend", HERE)
 def test_only_allowed_tokens_are_drawn_and_scored(backend):
     """A DNA model: vocabulary of 16, of which A, C, G, T."""
-    model = make("odd")
+    model = make("wide" if backend in STACKS else "odd")
     ids = torch.randint(7, 11, (2, 30), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     decoder = decoder_of(model, 2, backend, allowed=[7, 8, 9, 10])
     expected = parallel(model, ids, allowed=[7, 8, 9, 10])
@@ -179,12 +180,47 @@ def test_every_launch_of_the_persistent_kernel(cluster, streams, warps, name, mo
 @pytest.mark.gpu
 @pytest.mark.skipif("persistent" not in AVAILABLE, reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("batch", [64, 513, 4096])
-@pytest.mark.parametrize("name", ["wide", "unet"])
-def test_thousands_of_streams(batch, name):
+@pytest.mark.parametrize("name, backend", [("wide", "persistent"), ("unet", "persistent"), ("wide", "batched"), ("shifted", "batched")])
+def test_thousands_of_streams(batch, name, backend):
     model = make(name)
     ids = tokens_of(model, batch, 24)
-    decoder = Decoder(model, batch, backend="persistent")
-    torch.testing.assert_close(decoder.score(ids), parallel(model, ids), atol=1e-4, rtol=0)
+    decoder = decoder_of(model, batch, backend)
+    torch.testing.assert_close(decoder.score(ids), parallel(model, ids, classes_of(model, batch)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("persistent" not in AVAILABLE, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("backend, batch", [("batched", 1), ("batched", 70), ("batched", 512), ("solo", 1), ("solo", 9)])
+@pytest.mark.parametrize("d_model", [64, 128, 256, 512])
+def test_wide_stacks(backend, batch, d_model, monkeypatch):
+    """Float32 exactly, bfloat16 closely; tokens as the other kernel draws them; twice the same."""
+    monkeypatch.setitem(MODELS, "stack", {"d_model": d_model, "n_layer": 3, "vocab_size": 256, "tie_embeddings": False})
+    model = make("stack")
+    ids = tokens_of(model, batch, 40)
+    with torch.no_grad():  # log-probabilities as spread as a trained model's
+        model.lm_head.weight.mul_(2.0 / parallel(model, ids).std())
+    expected = parallel(model, ids)
+    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.5)):
+        decoder = decoder_of(model, batch, backend, dtype=dtype)
+        assert (decoder.score(ids) - expected).abs().max() < limit
+    drawn = []
+    for name in (backend, backend, "persistent"):
+        decoder = Decoder(model, batch, backend=name)
+        decoder.prefill(ids[:, :5])
+        drawn.append(decoder.generate(100, Sampling(top_p=0.95, seed=2)))
+    assert torch.equal(drawn[0][0], drawn[1][0]) and torch.equal(drawn[0][1], drawn[1][1])
+    assert (drawn[0][0] == drawn[2][0]).float().mean() > 0.99  # a draw at the border between two tokens may fall either way
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("batched" not in AVAILABLE, reason="needs an NVIDIA GPU")
+def test_auto_takes_what_costs_least(monkeypatch):
+    model = make("wide")
+    for cheap in ("persistent", "batched"):
+        for name in ("persistent", "batched", "solo"):
+            monkeypatch.setattr(decode.BACKENDS[name], "price", lambda request, name=name: float(name != cheap))
+        assert Decoder(model, 2).backend == cheap
+    assert Decoder(make("unet"), 2).backend == "persistent"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -205,7 +241,7 @@ def test_a_step_asks_nothing_of_the_host(name):
 
 # ------------------------------------------------------------------------------------------------------------- state
 @pytest.mark.parametrize("backend", HERE)
-@pytest.mark.parametrize("name", ["isotropic", "unet", "classes", "fixed"])
+@pytest.mark.parametrize("name", ["isotropic", "unet", "classes", "fixed", "wide", "shifted"])
 def test_saved_state_goes_on_exactly(backend, name):
     model = make(name)
     decoder = decoder_of(model, 2, backend)

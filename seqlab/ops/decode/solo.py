@@ -1,0 +1,285 @@
+"""Decoding a few streams with the least delay: one cluster a stream, weights in registers before their turn comes, states in shared
+memory from the first token to the last. solo.cu holds the kernel, compiled for the sizes of the model at first use (ops/nvrtc.py); this
+file lays out the weights and fills in the addresses.
+
+`persistent` serves every shape of stack and any number of streams; this back end a stack of equal selective blocks whose widths are
+powers of two, and streams by the handful. `price` says what a token costs.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqlab.ops import nvrtc
+from seqlab.ops.decode import persistent
+from seqlab.ops.decode.persistent import TOKENS_MAX, VOCAB_MAX
+from seqlab.ops.decode.program import BLOCK, Carried, Operation, Program, reason
+from seqlab.ops.decode.request import Request
+from seqlab.ops.decode.sampling import Sampling
+
+SOURCE, KERNEL = "decode/solo.cu", "solo"
+THREADS = 512
+PIECES = 22
+"""So many times 16 bytes of weights does a thread keep in registers."""
+LARGEST = {(9, 0): 16, (10, 0): 16, (10, 3): 16}
+"""Blocks of the largest cluster, by compute capability."""
+
+
+def unavailable(request: Request | None = None) -> str | None:
+    """Needs an NVIDIA GPU of compute capability 9.0 with large clusters and an isotropic stack of Mamba blocks."""
+    if (missing := nvrtc.machine()) is not None:
+        return missing
+    index = torch.cuda.current_device() if request is None or request.device.type != "cuda" else request.device.index
+    capability = torch.cuda.get_device_capability(index)
+    if capability not in LARGEST:
+        return f"needs clusters of sixteen blocks; {torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}"
+    if request is None:
+        return None
+    if request.device.type != "cuda":
+        return f"the decoder is on {request.device}; pass device='cuda'"
+    if (why := unfit(request)) is not None:
+        return why
+    limit = nvrtc.shared_limit(index)
+    if Sizes.of(Program(request.model), request.dtype == torch.bfloat16, limit) is None:
+        return "weights and states of this stack do not fit a cluster's registers and shared memory"
+    return None
+
+
+def unfit(request: Request) -> str | None:
+    """Why this kernel cannot run a model, whatever its size."""
+    if (why := reason(request.model)) is not None:
+        return why
+    config = request.model.config
+    if request.guidance:
+        return "guidance pairs streams: use persistent"
+    if config.prediction_order:
+        return "a linear prediction is made by persistent alone"
+    if config.vocab_size > VOCAB_MAX:
+        return f"the vocabulary has {config.vocab_size} tokens; the kernel draws from {VOCAB_MAX} at most"
+    program = Program(request.model)
+    if any(o.kind != BLOCK or o.fixed for o in program.operations):
+        return "only isotropic stacks of selective blocks: use persistent"
+    if config.d_state != 16:
+        return f"d_state is {config.d_state}; 16"
+    if program.d_model not in (64, 128, 256, 512):
+        return f"d_model is {program.d_model}; 64, 128, 256 or 512"
+    return None
+
+
+class Sizes(NamedTuple):
+    """The kernel's constants."""
+
+    cluster: int
+    d_model: int
+    inner: int
+    rank: int  # a multiple of 4
+    states: int
+    width: int
+    head_rows: int  # of a block
+    half: bool
+    layers: int
+
+    @classmethod
+    def of(cls, program: Program, half: bool, limit: int) -> "Sizes | None":
+        """The largest cluster whose blocks have room in registers and in `limit` bytes of shared memory. Weights of d_model 64 are so few
+        that they stay float32: then a thread's share of a row is 16 bytes, and the cluster may be larger."""
+        o = program.operations[0]
+        half = half and o.d_model > 64
+        for own in (32, 64):
+            cluster = o.d_inner // own
+            if cluster not in (2, 4, 8, 16) or cluster * own != o.d_inner:
+                continue
+            rows = _up(-(-program.vocab_size // cluster), 4)
+            rank = _up(o.rank, 4)
+            sizes = cls(cluster, o.d_model, o.d_inner, rank, program.d_state, program.d_conv, rows, half, len(program.operations))
+            if sizes.possible(limit):
+                return sizes
+        return None
+
+    @property
+    def own(self) -> int:
+        return self.inner // self.cluster
+
+    @property
+    def piece(self) -> int:
+        """Weights in 16 bytes."""
+        return 8 if self.half else 4
+
+    @property
+    def in_rounds(self) -> int:
+        return 2 * self.own // 64
+
+    @property
+    def x_rows(self) -> int:
+        return self.rank + 2 * self.states
+
+    @property
+    def per_row(self) -> int:
+        """Threads of a row of out_proj."""
+        return THREADS // self.d_model
+
+    @property
+    def small(self) -> int:
+        """Floats of a mixer that stay in a block's shared memory beside states."""
+        return self.own * (2 + self.width + 3 + self.states + self.rank) + self.d_model
+
+    def possible(self, limit: int) -> bool:
+        out = self.own / (self.per_row * self.piece)
+        if out < 1 or -(-self.head_rows // 64) > self.in_rounds:
+            return False
+        pieces = self.in_rounds * self.d_model // (8 * self.piece) + -(-self.x_rows // 64) * self.own // 32 + out
+        return pieces <= PIECES and self.shared <= limit
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        floats = 16 + self.d_model + 3 * self.own + self.x_rows + self.cluster * (self.x_rows + 4)
+        floats += self.cluster * (self.d_model + 32 // self.per_row + 2 * self.head_rows)
+        return 4 * (floats + self.layers * (self.small + self.own * (self.states + self.width - 1)))
+
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        """The kernel's macros."""
+        return (("CLUSTER", self.cluster), ("D_MODEL", self.d_model), ("INNER", self.inner), ("RANK", self.rank), ("STATES", self.states),
+                ("WIDTH", self.width), ("HEAD_ROWS", self.head_rows), ("BF16", int(self.half)), ("PAIRED", 0))  # fmt: skip
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def price(request: Request) -> float:
+    """Microseconds a token of every stream takes, roughly."""
+    index, program, half = request.device.index, Program(request.model), request.dtype == torch.bfloat16
+    return cost(Sizes.of(program, half, nvrtc.shared_limit(index)), request.batch, nvrtc.multiprocessors(index))
+
+
+def cost(sizes: Sizes, batch: int, multiprocessors: int) -> float:
+    """The same on a GPU of so many multiprocessors. Fitted on an H200."""
+    at_once = max((10 * multiprocessors // 11 if sizes.cluster < 16 else 7 * multiprocessors // 8) // sizes.cluster, 1)
+    mixer = 0.8 + (0.104 if sizes.half else 0.131) * sizes.cluster
+    return math.ceil(batch / at_once) * (2.0 + mixer * sizes.layers)
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+def _pieces(weights: Tensor, half: bool) -> Tensor:
+    return weights.to(torch.bfloat16 if half else torch.float32).contiguous()
+
+
+def pack_rows(matrices: list[Tensor], rounds: int, half: bool) -> Tensor:
+    """One matrix (r k) a block -> (blocks rounds piece row part ...): 64 rows a round, 8 threads a row, thread `part` with 4 columns of
+    each run of 32."""
+    out = []
+    for matrix in matrices:
+        whole = matrix.new_zeros(64 * rounds, matrix.shape[1])
+        whole[: len(matrix)] = matrix
+        cut = whole.reshape(rounds, 64, -1, 2 if half else 1, 8, 4)  # (round row piece run part column)
+        out.append(cut.permute(0, 2, 1, 4, 3, 5))
+    return _pieces(torch.stack(out), half)
+
+
+def pack_out(matrices: list[Tensor], per_row: int, half: bool) -> Tensor:
+    """One matrix (d_model own) a block -> (blocks piece row thread columns): `per_row` threads a row take pieces in turn."""
+    cut = torch.stack(matrices).unflatten(2, (-1, per_row, 8 if half else 4))  # (block row piece thread column)
+    return _pieces(cut.transpose(1, 2), half)
+
+
+class Runner:
+    """Runs the tokens of all streams; the kernel takes the states from memory and puts them back."""
+
+    def __init__(self, request: Request, device=None, sizes: Sizes | None = None):
+        self.batch, self._torch_device, half = request.batch, request.device, request.dtype == torch.bfloat16
+        self._device = device or persistent.Device(request.device.index)
+        program = self._program = Program(request.model)
+        self.sizes = sizes or Sizes.of(program, half, self._device.shared_limit)
+        self._carried = Carried(program, request.batch, request.device)
+        self._module = self._device.module(self.sizes.defines(), SOURCE)
+        self._kept: list[Tensor] = []
+        s, operations = self.sizes, program.operations
+        bias = torch.zeros(program.vocab_size, device=request.device)
+        if request.allowed is not None:
+            bias = bias.masked_fill(~request.allowed, -torch.inf)
+        base = None if request.base is None else request.base.float()
+        shifts = [None if o.shift is None else o.shift[request.classes] for o in operations]
+        if shifts[0] is not None:
+            base = shifts[0] if base is None else base + shifts[0]
+        head = program.head.new_zeros(s.cluster * s.head_rows, s.d_model)
+        head[: program.vocab_size] = program.head
+        layers = [self._layer(o) for o in operations]
+        together = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+        addresses = {name: [t.data_ptr() for t in getattr(self._carried, name)] for name in ("conv", "ssm")}
+        tensors = together | {
+            "head": pack_rows(list(head.split(s.head_rows)), s.in_rounds, s.half),
+            "head_bias": bias,
+            "embedding": program.embedding,
+            "base": base,
+            "shifts": None if shifts[0] is None else torch.stack(shifts),
+            **{name: torch.tensor(value, device=request.device) for name, value in addresses.items()},
+        }
+        self._fixed = {name: 0 if t is None else self._keep(t) for name, t in tensors.items()}
+        self._fixed |= {"layers": len(operations), "batch": request.batch, "vocab": program.vocab_size}
+
+    def _keep(self, tensor: Tensor) -> int:
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _layer(self, o: Operation) -> dict[str, Tensor]:
+        """A mixer's weights (cluster ...)."""
+        s, t = self.sizes, o.tensors
+        blocks = range(s.cluster)
+        u, z = (half.split(s.own) for half in t["in_proj"].chunk(2))
+        spread = torch.zeros_like(t["x_proj"][:1]).expand(s.rank - o.rank, -1)
+        x_proj = torch.cat([t["x_proj"][: o.rank], spread, t["x_proj"][o.rank :]]).split(s.own, 1)
+        dt = torch.nn.functional.pad(t["dt_proj"], (0, s.rank - o.rank)).unflatten(1, (-1, 4)).transpose(0, 1)  # (rank/4 inner 4)
+        b_u, b_z = t["in_bias"].chunk(2)
+        small = []
+        for i in blocks:
+            mine = slice(i * s.own, (i + 1) * s.own)
+            parts = [b_u[mine], b_z[mine], t["conv"][mine], t["conv_bias"][mine], t["dt_bias"][mine], t["D"][mine], t["A"][mine], dt[:, mine]]
+            small.append(torch.cat([part.flatten() for part in (*parts, t["out_bias"].expand(o.d_model))]))
+        return {
+            "w_in": pack_rows([torch.cat([u[i], z[i]]) for i in blocks], s.in_rounds, s.half),
+            "w_x": pack_rows([x_proj[i] for i in blocks], -(-s.x_rows // 64), False),
+            "w_out": pack_out(list(t["out_proj"].split(s.own, 1)), s.per_row, s.half),
+            "small": torch.stack(small),
+        }
+
+    def load(self, state) -> None:
+        """Take over the backbone's state."""
+        self._carried.load(state)
+
+    def state(self):
+        """The backbone's state after all tokens so far."""
+        return self._carried.state()
+
+    def run(
+        self, token: Tensor, position: int, n: int, sampling: Sampling, keys: Tensor, forced: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """n tokens a stream, (b n) int64, and their log-probabilities (b n); see Decoder."""
+        parts, token = [], token.contiguous()
+        for start in range(0, n, TOKENS_MAX):
+            stop = min(n, start + TOKENS_MAX)
+            given = None if forced is None else forced[:, start:stop].long().contiguous()
+            launch = functools.partial(self._launch, position=position + start, n=stop - start, sampling=sampling)
+            on_gpu = self._torch_device.type == "cuda"
+            parts.append(nvrtc.on_device(launch, token, keys, given) if on_gpu else launch(token, keys, given))
+            token = parts[-1][0][:, -1].contiguous()
+        return torch.cat([tokens for tokens, _ in parts], 1), torch.cat([log_probs for _, log_probs in parts], 1)
+
+    def _launch(self, token: Tensor, keys: Tensor, forced: Tensor | None, position: int, n: int, sampling: Sampling):
+        device = self._torch_device
+        tokens = torch.empty(self.batch, n, dtype=torch.int64, device=device)
+        log_probs = torch.empty(self.batch, n, device=device)
+        settings = torch.tensor([self._program.epsilon, sampling.temperature, sampling.top_p], device=device)
+        p = nvrtc.params_type(SOURCE)()
+        for name, value in self._fixed.items():
+            setattr(p, name, value)
+        p.settings, p.keys, p.tokens = settings.data_ptr(), keys.data_ptr(), token.data_ptr()
+        p.forced = 0 if forced is None else forced.data_ptr()
+        p.out, p.log_probs = tokens.data_ptr(), log_probs.data_ptr()
+        p.count, p.position, p.top_k = n, position, sampling.top_k
+        self._module.launch(KERNEL, self.batch * self.sizes.cluster, THREADS, self.sizes.shared, p)
+        return tokens, log_probs
