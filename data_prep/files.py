@@ -26,7 +26,8 @@ def check_source(path: Path, wanted: str = "FASTA file (.fa, .fasta, .fna, with 
     """Size of a source file in bytes (0 for a pipe), having made sure that it can be read."""
     try:
         if path.is_dir():
-            raise UserError(f"{path}: is a directory; give the files in it, for example {path / '*.fa.gz'}")
+            hint = f"the files in it, for example {path / '*.fa.gz'}" if wanted.startswith("FASTA") else f"a {wanted}"
+            raise UserError(f"{path}: is a directory; give {hint}")
         if not path.exists():
             raise UserError(f"{path}: no such file; give a {wanted}")
         if path.is_file():

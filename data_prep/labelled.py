@@ -799,6 +799,7 @@ def read_files(
     if label_from not in (None, "column", "header"):
         raise UserError(f"--label-from {label_from}: unknown; use column or header")
     for split, path in files.items():
+        check_source(path, "CSV, TSV, FASTA, BED or parquet file of labelled sequences")
         name = path.name.lower().removesuffix(".gz").removesuffix(".bgz")
         if genome is not None or name.endswith(".bed"):
             if genome is None:

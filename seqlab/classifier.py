@@ -22,7 +22,9 @@ from seqlab.backbones import build_backbone
 from seqlab.backbones.mamba import BackboneConfig, MixerState
 from seqlab.embedding import TokenEmbedding
 from seqlab.errors import UserError
+from seqlab.genes import MAX_ORDER
 from seqlab.heads.classification import ADDITIVE, ClassificationHead, Pooled, Pooling
+from seqlab.heads.genes import GenePredictor, GeneState
 from seqlab.tokenizers import nucleotide
 
 
@@ -43,6 +45,9 @@ class ClassifierConfig(BackboneConfig):
     length_scale: bool = False  # pooling: mean or evidence; learn how much surer to be of longer sequences
     kmer: int = 0  # DNA: beside each base, an embedding of the k-mer that ends there; 0: none
     period: int = 0  # beside each base, an embedding of its position modulo this (3: reading frames); 0: none
+    # pooling: evidence; each class has a hidden Markov model of genes of this order, fitted to the training split, and the
+    # network says how the next base differs from what that says; 0: none. See seqlab/heads/genes.py
+    gene_order: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +64,10 @@ class ClassifierConfig(BackboneConfig):
             raise ValueError(f"kmer: must be 0 (none) or lie in 2 .. 10, got {self.kmer}")
         if self.period and not 2 <= self.period <= 1024:
             raise ValueError(f"period: must be 0 (none) or lie in 2 .. 1024, got {self.period}")
+        if self.gene_order and not 1 <= self.gene_order <= MAX_ORDER:
+            raise ValueError(f"gene_order: must be 0 (none) or lie in 1 .. {MAX_ORDER}, got {self.gene_order}")
+        if self.gene_order and self.pooling != "evidence":
+            raise ValueError(f"gene_order: {self.gene_order} needs pooling: evidence, got pooling: {self.pooling}; set gene_order: 0")
         if self.pooling == "centre" and self.direction == "causal":
             raise ValueError(
                 "pooling: centre needs direction: bidirectional (the middle of a causal model has seen half of the sequence); "
@@ -84,6 +93,22 @@ class StreamState(NamedTuple):
     tail: Tensor | None = None  # (b k-1) the last ids, for the k-mers of the next piece
     position: int = 0  # where the next piece begins
     last: Tensor | None = None  # (b d_model) the features there, for the evidence of the next piece's first base
+    genes: GeneState | None = None
+
+
+class Features(NamedTuple):
+    """What the network makes of a piece, and what its gene models do."""
+
+    value: Tensor  # (b l d_model)
+    prior: Tensor | None  # (b l n_outputs 4) log-probabilities of the bases, from those before them
+    backbone: list[MixerState] | None  # if asked for
+    genes: GeneState | None
+
+
+def _base(ids: Tensor) -> Tensor:
+    """A C G T = 0 1 2 3, -1 for anything else: ids (b l) -> (b l) int64."""
+    base = ids.long() - nucleotide.A
+    return torch.where((base >= 0) & (base < 4), base, -1)
 
 
 class KmerEmbedding(nn.Module):
@@ -136,7 +161,13 @@ class SequenceClassifier(nn.Module):
             nn.init.normal_(self.clock.weight, std=0.02)
         self.dropout = nn.Dropout(config.dropout)
         self.backbone = build_backbone(config)
-        self.head = ClassificationHead(config.d_model, n_outputs, config.pooling, config.length_scale)
+        has_genes = config.gene_order > 0
+        self.head = ClassificationHead(config.d_model, n_outputs, config.pooling, config.length_scale, has_prior=has_genes)
+        self.genes = GenePredictor(n_outputs, config.gene_order) if has_genes else None
+        # what the network is told: the reading frame that each species sees, and how well each foretells the bases
+        self.gene_input = nn.Linear(self.genes.start.numel() + n_outputs, config.d_model, bias=False) if has_genes else None
+        if has_genes:
+            nn.init.normal_(self.gene_input.weight, std=0.02)
         if complement is None:
             complement = torch.from_numpy(nucleotide.COMPLEMENT.astype("int64"))
         table = torch.arange(max(config.vocab_size, len(complement)))
@@ -155,21 +186,27 @@ class SequenceClassifier(nn.Module):
         return 0.5 * (there + back)
 
     def features(
-        self,
-        ids: Tensor,
-        mask: Tensor | None = None,
-        state: list[MixerState] | None = None,
-        return_state: bool = False,
-        tail: Tensor | None = None,
-        position: int = 0,
-    ) -> tuple[Tensor, list[MixerState] | None]:
-        """(b l) -> (b l d_model) of one strand, and the backbone's state if asked for. `tail`, `position`: see StreamState."""
+        self, ids: Tensor, mask: Tensor | None = None, before: StreamState | None = None, return_state: bool = False
+    ) -> Features:
+        """Of one strand, ids (b l), or of a piece of it that comes after `before`."""
+        before = StreamState(None, None) if before is None else before
         x = self.embedding(ids.long())
         if self.kmer_embedding is not None:
-            x = x + self.kmer_embedding(ids, tail)
+            x = x + self.kmer_embedding(ids, before.tail)
         if self.clock is not None:
-            x = x + self.clock((position + torch.arange(ids.shape[1], device=ids.device)) % self.config.period)
-        return self.backbone(self.dropout(x), state, mask, return_state=return_state)
+            x = x + self.clock((before.position + torch.arange(ids.shape[1], device=ids.device)) % self.config.period)
+        prior, genes = None, None
+        if self.genes is not None:
+            prediction, genes = self.genes(_base(ids), before.genes)
+            prior = prediction.log_p
+            x = x + self.gene_input(torch.cat([prediction.frame.flatten(2), prediction.lead], -1))
+        value, backbone = self.backbone(self.dropout(x), before.backbone, mask, return_state=return_state)
+        return Features(value, prior, backbone, genes)
+
+    def read(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the head adds up (see `ClassificationHead.read`) at every position of whole sequences (b l), one strand."""
+        features = self.features(ids, mask)
+        return self.head.read(features.value, _base(ids), None, features.prior)
 
     def feed(
         self, ids: Tensor, mask: Tensor | None = None, state: StreamState | None = None, more: bool = False
@@ -177,18 +214,15 @@ class SequenceClassifier(nn.Module):
         """One piece of one strand, in order. `more`: further pieces follow, so the backbone's state is made."""
         before = StreamState(None, None) if state is None else state
         carried = more and self.backbone.is_causal
-        features, backbone = self.features(ids, mask, before.backbone, carried, before.tail, before.position)
+        features = self.features(ids, mask, before, carried)
+        read = self.head.read(features.value, _base(ids), before.last, features.prior)
         tail = None
         if more and self.config.kmer:
             tail = ids if before.tail is None else torch.cat([before.tail, ids], 1)
             tail = F.pad(tail, (self.config.kmer, 0), value=nucleotide.PAD)[:, 1 - self.config.kmer :]
-        pooled = self.head.pool(self.positions(features, ids, before.last), mask, before.pooled)
-        return StreamState(backbone, pooled, tail, before.position + ids.shape[1], features[:, -1] if carried else None)
-
-    def positions(self, features: Tensor, ids: Tensor, last: Tensor | None = None) -> Tensor:
-        """What the head adds up, of features (b l d_model) and the ids (b l) they belong to. `last`: see StreamState."""
-        base = ids.long() - nucleotide.A
-        return self.head.read(features, torch.where((base >= 0) & (base < 4), base, -1), last)
+        pooled = self.head.pool(read, mask, before.pooled)
+        last = features.value[:, -1] if carried else None
+        return StreamState(features.backbone, pooled, tail, before.position + ids.shape[1], last, features.genes)
 
     def finish(self, state: StreamState) -> Tensor:
         """(b n_outputs) of everything that was fed."""
@@ -198,8 +232,7 @@ class SequenceClassifier(nn.Module):
         """Outputs (b k n_outputs) for the first ends[j] positions of each row, from one pass of a causal backbone."""
         if not self.backbone.is_causal or self.config.strand == "equivariant":
             raise ValueError("outputs for prefixes need direction: causal and a strand other than equivariant")
-        features, _ = self.features(ids, mask)
-        return self.head.prefixes(self.positions(features, ids), ends, mask)
+        return self.head.prefixes(self.read(ids, mask), ends, mask)
 
     def reverse_complement(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """(b l): the other strand of each row, padding still on the right."""

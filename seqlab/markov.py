@@ -29,8 +29,7 @@ _COUNTER = np.uint32  # of the tables of order 10 and more; the smaller ones, wh
 # Codes of k-mers: A C G T = 0 1 2 3, the last base is the least significant digit in base 4; so the codes of an order-k
 # table are context * 4 + base, and dropping the most significant digit drops the farthest base of the context.
 _BREAK = 4  # anything but a base, and the border of an interval
-_DIGIT = np.full(256, _BREAK, np.uint8)
-_DIGIT[list(nucleotide.BASES)] = 0, 1, 2, 3
+_DIGIT = nucleotide.DIGITS
 
 
 @dataclass(frozen=True)

@@ -141,10 +141,11 @@ class AdaptivePredictor:
     def fit(cls, store: TokenStore) -> "AdaptivePredictor":
         spans = take(whole_intervals(store, "train"), _FIT)
         select = take(whole_intervals(store, "valid"), _SELECT) or spans
+        levels = QUANTIZERS[store.manifest["tokenizer"]].levels
+        products = correlations(store, levels, max(settings.order for settings in SETTINGS))
         best = None
         for settings in SETTINGS:
-            quantizer = QUANTIZERS[store.manifest["tokenizer"]]
-            model = cls(store, settings, correlations(store, quantizer.levels, settings.order), None)
+            model = cls(store, settings, products[: settings.order + 1], None)
             model._fit_weights(store, spans)
             bits = model.score(store, select).mean()
             if best is None or bits < best[0]:

@@ -61,6 +61,7 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 0.0  # above 0: follow the class more closely than the model would
+    hold: float | None = None  # `prediction_hold` of the model instead of its own
     seed: int = 0
     candidates: int | None = None
     rank_by: str = "likelihood"
@@ -84,6 +85,8 @@ class Settings:
             raise UserError("--guidance: goes with --class NAME (or --class all)")
         if self.runaway not in ("mark", "resample"):
             raise UserError(f"--runaway {self.runaway}: unknown; use mark or resample")
+        if self.hold is not None and not 0 <= self.hold <= 1:
+            raise UserError(f"--hold {self.hold:g}: must lie in 0 .. 1")
         if self.prompt_start < 0 or (self.prompt_seconds is not None and self.prompt_seconds <= 0):
             raise UserError("--prompt-start and --prompt-seconds: must be 0 or more, and above 0")
         if self.prompt is None and (self.with_prompt or self.prompt_start or self.prompt_seconds):
@@ -137,6 +140,10 @@ class Generator:
         self.sound = self.config.sound
         self.quantizer = QUANTIZERS[self.sound.quantizer]
         self.rate = int(self.sound.sample_rate)
+        if settings.hold is not None:
+            if run.model.prediction_head is None:
+                raise UserError("--hold: this run has no linear prediction that could be held (model.prediction_order: 0)")
+            run.model.prediction_head.predictor.hold = settings.hold
         self.samples = max(1, round(settings.seconds * self.rate))
         self.progress = progress or (lambda done, total: None)
         self.classes = [class_index(self.sound.labels, name) for name in settings.classes]
@@ -485,3 +492,21 @@ def load_settings(out: Path) -> tuple[Path, Settings]:
 def write_to_stdout(data: bytes) -> None:
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
+
+
+def check_sample_folder(folder: Path, overwrite: bool) -> None:
+    """UserError unless samples may be written to `folder`; removes those of an earlier call with --overwrite."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another --out")
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        hint = "; go on with --resume" if (folder / ".state.pt").exists() else ""
+        raise UserError(f"{folder}: already holds something{hint}; choose another --out, or add --overwrite")
+    if not (folder / "generation.json").is_file():
+        raise UserError(f"{folder}: was not written by `seqlab generate`, so --overwrite leaves it alone; choose another --out")
+    for pattern in ("sample-*.wav", "samples.csv", "generation.json", "contact_sheet.png", ".state.pt"):
+        for path in folder.glob(pattern):
+            path.unlink()

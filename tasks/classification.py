@@ -121,6 +121,8 @@ class Config:
             )
         if self.kind == "regression" and self.class_weights != "none":
             raise ValueError("class_weights: a regression has no classes; use none")
+        if self.model.gene_order:
+            raise ValueError("model.gene_order: gene models are fitted to genomes, by `train species`; set it to 0")
         if self.kind in ("multi-label", "regression") and self.model.pooling == "evidence":
             raise ValueError(f"model.pooling: evidence weighs classes that exclude each other, and this is {self.kind}; use mean")
 

@@ -41,10 +41,17 @@ def train(
 ) -> FitResult:
     """Train on a prepared dataset into `run_dir`. Nothing is created before the configuration is known to fit."""
     store = TokenStore.open(dataset)
+    check_kind(store)
     task = LanguageModeling(config, store)
     if not len(store.intervals("valid")):
         raise UserError(f"{dataset}: no valid split; early stopping needs one: prepare it again with a valid split")
     return runs.train(task, run_dir, dataset, store.hash, init=init, resume=resume)
+
+
+def check_kind(store: TokenStore) -> None:
+    """UserError unless the dataset holds bases."""
+    if store.kind not in ("dna", "species"):
+        raise UserError(f"{store.directory}: is a dataset of kind {store.kind!r}; give one that `seqlab prep dna` wrote")
 
 
 def evaluate_run(
@@ -58,6 +65,8 @@ def evaluate_run(
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score a run on `store`, beside Markov models fitted on the training split of `training`."""
+    for one in (store, training):
+        check_kind(one)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     markov: MarkovModels = fit(training, "train", max_order=run.config.eval.max_order, both_strands=True)

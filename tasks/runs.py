@@ -104,6 +104,22 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"{path}: holds no checkpoint (checkpoints/best/model.safetensors); the run saved none yet")
 
 
+def check_init(checkpoint: Path, tasks: tuple[str, ...]) -> dict:
+    """What a checkpoint's run says of its model, `model:` of its config, if it is a run of one of `tasks`.
+
+    Raises:
+        UserError: it is a run of another task, or has no config beside it.
+    """
+    path = checkpoint.with_name("config.yaml")
+    if not path.is_file():
+        raise UserError(f"--init: no config.yaml beside {checkpoint}; give a run directory that `seqlab train` wrote")
+    data = load_yaml(path)
+    if (name := str(data.get("task", "dna"))) not in tasks:
+        raise UserError(f"--init: {checkpoint} is of a run of `train {name}`; start from one of train {' or '.join(tasks)}")
+    model = data.get("model")
+    return model if isinstance(model, dict) else {}
+
+
 def load_run(path: Path, *, task: str | None = None) -> LoadedRun:
     """Model, config and facts of a run of any task; a checkpoint needs nothing else.
 
@@ -113,6 +129,8 @@ def load_run(path: Path, *, task: str | None = None) -> LoadedRun:
     checkpoint = find_checkpoint(path)
     directory = next((p for p in checkpoint.parents if (p / "run.json").is_file()), checkpoint.parent)
     config_path = checkpoint.parent / "config.yaml"
+    if not config_path.is_file():
+        raise UserError(f"{path}: no config.yaml beside {checkpoint}; give a run directory that `seqlab train` wrote")
     data = load_yaml(config_path)
     name = str(data.get("task", "dna"))
     if task is not None and name != task:

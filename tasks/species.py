@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlab import report
+from seqlab import genes, report
 from seqlab.classification import published
 from seqlab.classification.baselines import BaselineResult, Sequences, cnn_baseline, kmer_baseline
 from seqlab.classification.metrics import evaluate_predictions, plot_calibration, plot_confusion
@@ -182,7 +182,8 @@ class SpeciesTask:
 
     metric = "bits per window"
 
-    def __init__(self, config: Config, store: TokenStore, init: Path | None = None):
+    def __init__(self, config: Config, store: TokenStore, init: Path | None = None, *, fits_genes: bool = True):
+        self.fits_genes = fits_genes  # False: a checkpoint will bring them
         self.windows = ClassWindows(store, "train", config.data.max_unknown)
         self.valid = ClassWindows(store, "valid", config.data.max_unknown)
         classes = tuple(self.windows.classes)
@@ -193,6 +194,7 @@ class SpeciesTask:
             )
         self.config, self.store, self.init = replace(config, classes=classes), store, init
         self._fixed: dict[int, Windows] = {}  # length -> validation windows
+        self._genes: list[genes.GeneModel] | None = None
         model = config.model
         self.is_causal = model.direction == "causal"
         self.ask = config.loss.ask
@@ -209,11 +211,21 @@ class SpeciesTask:
 
     def build_model(self) -> nn.Module:
         model = build_model(self.config)
+        if model.genes is not None and self.fits_genes:
+            model.genes.fit(self.gene_models())
         if self.init is not None:
             load_init(model, self.init, self.config, self.store)
         if self.config.freeze == "backbone":
             model.freeze_backbone()
         return model
+
+    def gene_models(self) -> list[genes.GeneModel]:
+        """A model of each species' training split, fitted once."""
+        if self._genes is None:
+            order, known, threads = self.config.model.gene_order, self.windows.intervals, torch.get_num_threads()
+            digits = [[nucleotide.DIGITS[self.store.tokens[start:end]] for start, end in mine.tolist()] for mine in known]
+            self._genes = [genes.fit(stretches, order, threads) for stretches in digits]
+        return self._genes
 
     def resolved_config(self) -> Config:
         return self.config
@@ -297,8 +309,7 @@ class SpeciesTask:
         loss = self.config.loss
         positions, shortest = None, min(ids.shape[1], self.config.data.min_context or ids.shape[1])
         if loss.language_model or self.ask != "whole":
-            features, _ = model.features(ids, mask)
-            positions = model.positions(features, ids)
+            positions = model.read(ids, mask)
         if self.ask == "segments":
             levels = model.head.segments(positions, shortest, mask)
         elif self.ask == "prefixes":
@@ -392,7 +403,7 @@ def train(config: Config, dataset: Path, run_dir: Path, *, init: Path | None = N
     """Train on a prepared dataset into `run_dir`; `init`: a checkpoint of `train dna` or `train species` to start from.
     Nothing is created before the configuration is known to fit."""
     store = TokenStore.open(dataset)
-    task = SpeciesTask(config, store, None if resume else init)
+    task = SpeciesTask(config, store, None if resume else init, fits_genes=not resume)
     task.build_model()
     result = runs.train(task, run_dir, dataset, store.hash, pretrained=init, resume=resume)
     if config.calibrate and result.ended != "interrupted" and is_main_process():

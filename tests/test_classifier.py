@@ -1,10 +1,17 @@
 """Laws of the classifier: padding, pieces, strands, prefixes; and what a pretrained backbone may be loaded into."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from seqlab.classifier import ClassifierConfig, KmerEmbedding, SequenceClassifier, load_pretrained
+from seqlab.classifier import (
+    ClassifierConfig,
+    KmerEmbedding,
+    SequenceClassifier,
+    StreamState,
+    load_pretrained,
+)
 from seqlab.errors import UserError
 from seqlab.heads.classification import ClassificationHead, evenly_spread_ends
 from seqlab.model import ModelConfig, build_model
@@ -24,6 +31,13 @@ def classifier(n_outputs=3, **options):
             model.head.gain.fill_(1.0)
         if model.head.length_scale is not None:
             model.head.length_scale.copy_(torch.tensor([0.3, 0.5]))
+        if model.genes is not None:  # as if they had been fitted
+            model.genes.emissions.copy_((0.5 * torch.randn_like(model.genes.emissions)).softmax(-1))
+            model.genes.transitions.copy_(torch.randn_like(model.genes.transitions).softmax(-1))
+            model.genes.start.copy_(torch.randn_like(model.genes.start).softmax(-1))
+            model.gene_input.weight.normal_()
+            model.head.mix.normal_(std=0.3)
+            model.head.prior_scale.copy_(torch.tensor([0.7, 1.0, 1.2]))
     return model
 
 
@@ -39,6 +53,7 @@ KINDS = [
     dict(kmer=3),
     dict(kmer=3, period=3),
     dict(pooling="evidence", length_scale=True),
+    dict(pooling="evidence", gene_order=2),
     dict(direction="bidirectional"),
     dict(direction="bidirectional", pooling="max", strand="equivariant"),
     dict(direction="bidirectional", pooling="centre", strand="equivariant"),
@@ -100,7 +115,7 @@ def test_the_period_tells_positions_apart_and_comes_round():
     model = classifier(period=3, strand="none", n_layer=1)
     with torch.no_grad():
         model.clock.weight.normal_()
-        features = [model.features(torch.full((1, 1), nucleotide.A), position=at)[0] for at in range(6)]
+        features = [model.features(torch.full((1, 1), nucleotide.A), before=StreamState(None, None, position=at)).value for at in range(6)]
     assert torch.equal(features[0], features[3]) and torch.equal(features[2], features[5])
     assert not torch.allclose(features[0], features[1]) and not torch.allclose(features[1], features[2])
 
@@ -166,7 +181,7 @@ def test_evidence_is_the_mean_log_probability_each_class_gave_to_the_bases():
     model = classifier(pooling="evidence", length_scale=True, strand="none")
     ids = torch.cat([sequence(20), torch.tensor([[nucleotide.N]], dtype=torch.uint8), sequence(11, seed=3)], 1)
     with torch.no_grad():
-        features, _ = model.features(ids)
+        features = model.features(ids).value
         head = model.head
         before = torch.cat([torch.zeros(1, 1, 16), features[:, :-1]], 1)
         p = (before @ head.next_base.weight.T + head.next_base.bias).view(32, 3, 4).softmax(-1)
@@ -178,8 +193,61 @@ def test_evidence_is_the_mean_log_probability_each_class_gave_to_the_bases():
         # what a base is, is not known where it is predicted
         other = ids.clone()
         other[0, 30] = nucleotide.A if ids[0, 30] != nucleotide.A else nucleotide.C
-        read = [model.positions(model.features(x)[0], x)[0, :, 16:] for x in (ids, other)]
+        read = [model.read(x)[0, :, 16:] for x in (ids, other)]
         assert torch.equal(read[0][:30], read[1][:30]) and not torch.allclose(read[0][30], read[1][30])
+
+
+def test_gene_models_are_what_the_predictions_of_the_bases_begin_with():
+    model = classifier(pooling="evidence", strand="none", gene_order=2)
+    ids = torch.cat([sequence(20), torch.tensor([[nucleotide.N]], dtype=torch.uint8), sequence(11, seed=3)], 1)
+    digits = nucleotide.DIGITS[ids[0].numpy()]
+    with torch.no_grad():
+        features = model.features(ids)
+        read, nats = model.read(ids)[0, :, 16:], []
+        for c in range(3):
+            tables = [getattr(model.genes, name)[c].double().numpy() for name in ("emissions", "transitions", "start")]
+            q, prior = tables[2], []
+            for t, v in enumerate(digits):
+                known = 0  # without a gap, among the two before
+                while known < 2 and t - known > 0 and digits[t - known - 1] < 4:
+                    known += 1
+                code = sum(int(digits[t - 1 - j]) * 4**j for j in range(known))
+                E = tables[0][(4**known - 1) // 3 + code]  # contexts of no base, of one, of two
+                prior.append(np.log(q @ E))
+                q = (q * E[:, v] / (q @ E)[v] if v < 4 else q) @ tables[1]
+            prior = torch.from_numpy(np.array(prior))
+            torch.testing.assert_close(features.prior[0, :, c].double(), prior, rtol=1e-4, atol=1e-5)
+            nats.append([float(prior[t, v]) if v < 4 else 0.0 for t, v in enumerate(digits)])
+            before = torch.cat([torch.zeros(1, 16), features.value[0, :-1]]).double()
+            part = slice(4 * c, 4 * c + 4)
+            logits = before @ model.head.next_base.weight[part].T.double() + model.head.next_base.bias[part].double()
+            logits = logits + model.head.prior_scale[c].double() * prior
+            for t, v in enumerate(digits):
+                expected = float(logits[t].log_softmax(0)[v]) if v < 4 else 0.0
+                assert float(read[t, c]) == pytest.approx(expected, abs=1e-4)
+        nats = torch.tensor(nats).T
+        base = torch.from_numpy(np.where(digits < 4, digits.astype(np.int64), -1))[None]
+        lead = model.genes(base)[0].lead[0]
+        torch.testing.assert_close(lead, nats - nats.mean(-1, keepdim=True), rtol=1e-4, atol=1e-5)
+        # the classes' evidence speaks for each other too
+        evidence = read.mean(0) - read.mean()
+        expected = model.head.linear(features.value.mean(1))[0] + model.head.gain.exp() * (evidence + model.head.mix @ evidence)
+        assert torch.allclose(model(ids)[0], expected, atol=1e-4)
+
+
+def test_a_fresh_head_predicts_what_the_gene_models_do():
+    torch.manual_seed(0)
+    model = SequenceClassifier(ClassifierConfig(**SMALL, pooling="evidence", gene_order=2, strand="none"), 3).eval()
+    with torch.no_grad():
+        model.genes.emissions.copy_(torch.randn_like(model.genes.emissions).softmax(-1))
+        ids = sequence(50)
+        given = model.features(ids).prior[0].gather(-1, (ids[0].long() - nucleotide.A)[:, None, None].expand(50, 3, 1))[..., 0]
+        assert torch.allclose(model.read(ids)[0, :, 16:], given, atol=1e-5)
+    ids = sequence(50, rows=2)
+    model.train()
+    torch.nn.functional.cross_entropy(model(ids), torch.tensor([0, 2])).backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {"gene_input.weight", "head.next_base.weight", "head.prior_scale", "head.mix"} <= moved
 
 
 def test_ends_double_up_to_the_whole():
@@ -205,6 +273,8 @@ def test_length_scale_changes_confidence_not_decisions():
     (dict(pooling="centre"), "bidirectional"),
     (dict(pooling="max", length_scale=True), "mean"),
     (dict(pooling="evidence", direction="bidirectional"), "causal"),
+    (dict(pooling="evidence", gene_order=7), "gene_order"),
+    (dict(gene_order=5), "evidence"),
     (dict(vocab_size=0), "vocab_size"),
     (dict(kmer=1), "kmer"),
     (dict(period=1), "period"),

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli import app
+from seqlab.config import load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ["--set", "model.d_model=16", "--set", "model.n_layer=1", "--set", "model.d_state=4", "--context", "64"]
@@ -312,8 +314,6 @@ def test_used_and_unwritable_output_folders(trained, tmp_path):
 
 
 def test_overwrite_loses_the_old_run_only_to_a_new_one(trained, tmp_path):
-    import shutil
-
     shutil.copytree(trained, tmp_path / "old")
     before = (tmp_path / "old" / "run.json").read_bytes()
     base = ["train", "dna", *TOY, "--max-steps", 1, "--out", tmp_path / "old", "--overwrite"]
@@ -363,8 +363,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(trained, tmp_pa
 
 
 def test_damaged_and_foreign_checkpoints(trained, tmp_path):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(trained, broken)
     weights = broken / "checkpoints" / "best" / "model.safetensors"
@@ -421,3 +419,60 @@ def test_what_is_no_dataset_is_one_line_before_anything_else(task, tmp_path):
     stdout, stderr = run("train", task, "--data", tmp_path / "none", "--out", tmp_path / "out", code=1)
     assert not stdout and len(stderr.splitlines()) == 1 and stderr.startswith("error: ") and "no such dataset" in stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("task", ["dna", "audio", "species", "classify"])
+def test_a_dataset_of_another_kind_is_one_line_before_anything_else(task, trained, tmp_path):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    kind = "audio" if task == "dna" else "dna"
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps({**manifest, "kind": kind}))
+    stdout, stderr = run("train", task, "--data", tmp_path / "data", "--out", tmp_path / "out", code=1)
+    assert not stdout and len(stderr.splitlines()) == 1 and f"is a dataset of kind '{kind}'" in stderr
+    assert not (tmp_path / "out").exists()
+    if task == "dna":
+        assert f"is a dataset of kind '{kind}'" in error_of("eval", trained, "--data", tmp_path / "data")
+
+
+def test_init_makes_the_model_of_that_run_unless_a_config_says_what_it_is(trained, tmp_path):
+    base = ["train", "dna", "--data", trained / "data", "--init", trained, "--max-steps", 1]
+    base += [*TOY[TOY.index("--context") :], "--out", tmp_path / "new"]
+    run(*base)
+    theirs, ours = (load_yaml(folder / "config.yaml")["model"] for folder in (trained, tmp_path / "new"))
+    assert theirs == ours and ours["d_model"] == 16
+    assert "in this model" in error_of(*base, "--overwrite", "--config", "dna_small", "--set", "model.d_model=24")
+    path = tmp_path / "other" / "model.safetensors"
+    shutil.copytree(trained / "checkpoints" / "best", path.parent)
+    path.with_name("config.yaml").write_text("task: audio\n")
+    assert "is of a run of `train audio`; start from one of train dna" in error_of(*base, "--overwrite", "--init", path)
+    path.with_name("config.yaml").unlink()
+    assert "no config.yaml beside" in error_of("eval", path)
+
+
+def test_results_that_could_not_be_written_are_refused_before_the_work(trained, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for arguments in (["eval", trained], ["doctor"], ["prep", "dna", trained / "simulated.fa", "--out", tmp_path / "data"]):
+        message = error_of(*arguments, "--json", tmp_path)
+        assert message == f"error: --json {tmp_path}: is a directory; give a file in it, or - for standard output"
+    assert f"{tmp_path / 'file'} is not a directory" in error_of("eval", trained, "--json", tmp_path / "file" / "x.json")
+    assert f"{tmp_path / 'file'} is not a directory" in error_of("eval", trained, "--out", tmp_path / "file")
+    assert {p.name for p in tmp_path.iterdir()} == {"file"}
+
+
+def test_a_run_file_that_is_no_table_and_a_damaged_trainer_state(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / "last" / "trainer.pt"
+    state.write_bytes(b"junk" * 100)
+    weights = state.with_name("model.safetensors")
+    assert f"start a new run from its weights: --init {weights}" in error_of("train", "dna", "--resume", "--out", tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text('"text"')
+    assert "no readable run.json" in error_of("train", "dna", "--resume", "--out", tmp_path / "run")
+
+
+def test_paths_and_titles_are_printed_as_they_are(trained, tmp_path):
+    """No emoji for :cat:, no markup for [red], no title broken to the width of a narrow table."""
+    folder = tmp_path / "a:cat:[red]b"
+    stdout, stderr = run("prep", "dna", genome(tmp_path / "g.fa"), "--out", folder)
+    assert f"{folder}: 6,000 bases in 1 sequences" in stdout.splitlines()
+    assert str(folder) in stderr
+    assert str(folder) in error_of("prep", "dna", tmp_path / "g.fa", "--out", folder)

@@ -240,6 +240,7 @@ def test_ctrl_c_saves_and_resume_equals_uninterrupted(trained, tmp_path):
         (["--top-p", "0"], "--top-p: must lie in (0, 1]"),
         (["--top-k", "-3"], "--top-k: must be"),
         (["--guidance", "2"], "--guidance: goes with --class"),
+        (["--hold", "2"], "--hold 2: must lie in 0 .. 1"),
         (["--guidance", "-1", "--class", "low"], "--guidance -1.0: must be 0"),
         (["--seconds", "0"], "--seconds 0.0: must be above 0"),
         (["--seconds", "1e9"], "a WAV file holds"),

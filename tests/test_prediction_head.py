@@ -16,6 +16,7 @@ from seqlab.training.parallel import share_mixers
 
 SMALL = {"d_model": 12, "n_layer": 2, "d_state": 4, "vocab_size": 20, "prediction_order": 5}
 UNET = {**SMALL, "architecture": "unet", "pool": (3,)}
+HELD = {**UNET, "prediction_hold": 0.2}
 
 
 def make(**config) -> LanguageModel:
@@ -54,32 +55,44 @@ def test_decaying_sums_equal_the_loop(decay, length):
     torch.testing.assert_close(decaying_sum(x, decay), torch.stack(expected, 1), rtol=1e-7, atol=1e-7)
 
 
-def test_the_predictor_is_the_one_described(monkeypatch):
+@pytest.mark.parametrize("hold", [0.0, 0.2])
+def test_the_predictor_is_the_one_described(monkeypatch, hold):
     """Sample by sample from the formulas, with the correlations of the windowed past computed from the window."""
     monkeypatch.setattr(sample, "PIECE", 64)
     order, n = 4, 150
-    predictor = LinearPredictor(256, order)
+    predictor = LinearPredictor(256, order, hold)
     predictor.prior.copy_(torch.tensor([0.02, 0.01, 0.005, 0.002, 0.001]))
     codes = torch.from_numpy(np.clip(wave(n) * 128 + 128, 0, 255).astype(np.int64))[None]
     x = predictor.levels[codes[0]].double().numpy()
     got, heard = predictor(codes)
-    p = e = 0.0
+    p = e = mean = 0.0
     f0, f1 = predictor.floors()
+    prior = predictor.prior.double().numpy()
+    lags = np.abs(np.arange(order)[:, None] - np.arange(order))
+    noisy = prior * np.where(np.arange(order + 1) == 0, 1 + sample.NOISE, 1)
+    fixed = noisy[0] - noisy[1:] @ np.linalg.solve(noisy[lags], noisy[1:])  # error of one prediction for all
+    sum_of_errors = sample.PAST * math.sqrt(2 / math.pi * fixed)
     for t in range(n):
         age = t - np.arange(t + 1)
         window = (sample.MEMORY**age - sample.ONSET**age) * x[: t + 1]
-        r = np.array([window[k:] @ window[: t + 1 - k] if k <= t else 0.0 for k in range(order + 1)]) + predictor.prior.numpy()
+        r = np.array([window[k:] @ window[: t + 1 - k] if k <= t else 0.0 for k in range(order + 1)]) + prior
         r[0] *= 1 + sample.NOISE
-        c = np.linalg.solve(r[np.abs(np.arange(order)[:, None] - np.arange(order))], r[1:])
+        past = np.array([x[k : t + 1] @ x[: t + 1 - k] if k <= t else 0.0 for k in range(order + 1)]) + sample.PAST * prior
+        r = r + hold * r[0] / past[0] * past
+        c = np.linalg.solve(r[lags], r[1:])
         error, before = x[t] - p, e + f0 + f1 * abs(p)
         e = 0.99 * e + 0.01 * abs(error)
-        p = np.clip(sum(c[k] * x[t - k] for k in range(min(order, t + 1))), -1, 1)
+        mean += (x[t] - mean) / 64
+        p = sum(c[k] * x[t - k] for k in range(min(order, t + 1))) - (mean / 64 if hold else 0.0)
+        p = np.clip(p, -1, 1)
         w = e + f0 + f1 * abs(p)
         told = [np.tanh(error / before), 0.5 * np.log(w) + 2, np.arcsinh(255 * p) / np.arcsinh(255)]
-        np.testing.assert_allclose([got.p[0, t], got.width[0, t]], [p, w], atol=1e-5)
+        sum_of_errors += abs(error)
+        held = w ** (1 - hold) * (sum_of_errors / (sample.PAST + t + 1) + f0 + f1 * abs(p)) ** hold
+        np.testing.assert_allclose([got.p[0, t], got.width[0, t]], [p, held], atol=1e-5)
         np.testing.assert_allclose(got.inputs[0, t], told, atol=1e-4)
     np.testing.assert_allclose(heard[0, :order], x[-order:])
-    assert np.mean(np.square(x[80:] - got.p[0, 79:-1].numpy())) < 0.05 * np.mean(np.square(x[80:]))
+    assert np.mean(np.square(x[80:] - got.p[0, 79:-1].numpy())) < (0.1 if hold else 0.05) * np.mean(np.square(x[80:]))
 
 
 # ------------------------------------------------------------------------------------------------------------ the head
@@ -113,7 +126,7 @@ def test_its_logits_are_a_distribution_over_the_codes_of_unequal_width():
     np.testing.assert_allclose(p, density / density.sum(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("config", [SMALL, UNET], ids=["isotropic", "unet"])
+@pytest.mark.parametrize("config", [SMALL, UNET, HELD], ids=["isotropic", "unet", "held"])
 def test_pieces_and_steps_equal_the_whole(config):
     model = make(**config, n_classes=3)
     ids, classes = torch.randint(0, 20, (2, 31)), torch.tensor([2, 0])
@@ -143,6 +156,10 @@ def test_what_it_cannot_do_is_refused():
         ModelConfig(direction="bidirectional", prediction_order=4)
     with pytest.raises(ValueError, match="prediction_order: must be 0"):
         ModelConfig(prediction_order=-1)
+    with pytest.raises(ValueError, match="prediction_hold: must lie in"):
+        ModelConfig(prediction_order=4, prediction_hold=1.5)
+    with pytest.raises(ValueError, match="set prediction_order too"):
+        ModelConfig(prediction_hold=0.1)
 
 
 # ------------------------------------------------------------------------------------------------------------- classes
@@ -177,3 +194,27 @@ def test_a_checkpoint_from_before_blocks_heard_the_class_gives_what_it_gave(tmp_
     save_file(weights, tmp_path / "damaged.safetensors")
     with pytest.raises(UserError, match="lacks backbone.centre.0.norm.weight"):
         load_model(other, tmp_path / "damaged.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------ keeping a level
+@pytest.mark.parametrize("hold, falls_by", [(0.0, (25, 90)), (0.2, (0, 12))], ids=["free", "held"])
+def test_a_density_a_little_too_narrow_loses_its_level_unless_it_is_held(hold, falls_by):
+    """What generated music died of: the width follows the errors that it made itself."""
+    from seqlab.ops.decode import Decoder, Sampling
+    from seqlab.tokenizers.waveform import QUANTIZERS
+
+    quantizer = QUANTIZERS["mulaw-256"]
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(d_model=8, n_layer=1, vocab_size=256, prediction_order=8, prediction_hold=hold)).eval()
+    prompt = np.convolve(np.random.default_rng(0).standard_normal(4000), 0.9 ** np.arange(40) * np.cos(0.4 * np.arange(40)))[:4000]
+    prompt *= 0.1 / prompt.std()
+    correlations = np.array([np.mean(prompt[k:] * prompt[: len(prompt) - k]) for k in range(9)])
+    model.prediction_head.fit(quantizer.levels, correlations)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.prediction_head.shape.copy_(torch.tensor([0.0, 1.75 - 0.2, 2.6]))  # 1.75: as wide as the errors are
+    decoder = Decoder(model, batch=4, backend="cpu")
+    decoder.prefill(torch.from_numpy(quantizer.encode(prompt.astype(np.float32)).astype(np.int64)))
+    tokens, _ = decoder.generate(4000, Sampling(seed=1))
+    level_db = 10 * np.log10(np.mean(quantizer.decode(tokens[:, -1000:].numpy()) ** 2) / 0.01)
+    assert -falls_by[1] < level_db < -falls_by[0] + (3 if hold else 0)

@@ -136,6 +136,7 @@ def test_correlations_by_hand(tmp_path):
     a, b, c = levels[[100, 150, 128]]
     got = correlations(store, levels, 2)
     np.testing.assert_allclose(got, [(a * a + b * b + c * c) / 3, (a * b + b * c) / 3, a * c / 3])
+    np.testing.assert_array_equal(got[:2], correlations(store, levels, 1))  # those of a lower order are a part of them
 
 
 def test_taking_some_of_the_spans():

@@ -10,7 +10,8 @@
     evidence
             (of a causal backbone) `mean`, and beside it Bayes' rule: each class predicts every next base, and the mean of the
             log-probabilities that it gave to the bases that came speaks for it. Predictions of a class are a linear map
-            of the features, so all classes cost one pass.
+            of the features, so all classes cost one pass. Where each class has a model of its own (seqlab/heads/genes.py), the
+            linear map is added to what that says.
 
 A head makes of features what it adds up with `read`, pools with `pool`, piece by piece, and answers with `forward`; padding (mask False) changes nothing.
 """
@@ -42,8 +43,12 @@ class ClassificationHead(nn.Module):
     log-probabilities add up as Bayes' rule says; below 1 means that bases are not independent witnesses.
     """
 
-    def __init__(self, d_model: int, n_outputs: int, pooling: Pooling = "mean", length_scale: bool = False):
+    def __init__(
+        self, d_model: int, n_outputs: int, pooling: Pooling = "mean", length_scale: bool = False, *, has_prior: bool = False
+    ):
         super().__init__()
+        if has_prior and pooling != "evidence":
+            raise ValueError(f"predictions to begin with belong to pooling: evidence, not to {pooling}")
         if length_scale and pooling not in ADDITIVE:
             raise ValueError(f"length_scale belongs to pooling: mean or evidence, not to {pooling}")
         self.pooling, self.d_model = pooling, d_model
@@ -58,12 +63,18 @@ class ClassificationHead(nn.Module):
             nn.init.zeros_(self.next_base.bias)
             # log of how much a nat a base counts beside the linear map; begins so that 400 bases are independent witnesses
             self.gain = nn.Parameter(torch.tensor([6.0]))
+        self.prior_scale = nn.Parameter(torch.ones(n_outputs)) if has_prior else None
+        # how each class's evidence counts for the others, beside its own: where two predict alike, a third may tell them apart
+        self.mix = nn.Parameter(torch.zeros(n_outputs, n_outputs)) if has_prior else None
+        if has_prior:
+            nn.init.zeros_(self.next_base.weight)  # training begins with what is there
 
-    def read(self, features: Tensor, base: Tensor, before: Tensor | None = None) -> Tensor:
+    def read(self, features: Tensor, base: Tensor, before: Tensor | None = None, prior: Tensor | None = None) -> Tensor:
         """What `pool`, `prefixes` and `segments` add up: features (b l d_model) as they are; for `evidence` beside them, (b l
         d_model + n_outputs), the log-probabilities (nats) that each class gave to each base, 0 where it is not known.
 
         base (b l): 0 .. 3, or -1 for anything but A, C, G, T; before (b d_model): the features just left of these, if any
+        prior (b l n_outputs 4): log-probabilities that each class begins with, if it has a model of its own
         """
         if self.next_base is None:
             return features
@@ -72,6 +83,8 @@ class ClassificationHead(nn.Module):
             first = torch.zeros_like(features[:, 0]) if before is None else before.float()
             seen = torch.cat([first[:, None], features[:, :-1]], 1)
             logits = F.linear(seen, self.next_base.weight.float(), self.next_base.bias.float()).unflatten(-1, (-1, 4))
+            if prior is not None:
+                logits = logits + self.prior_scale.float()[:, None] * prior
             chosen = base.clamp(min=0)[..., None, None].expand(*logits.shape[:-1], 1)
             nats = logits.log_softmax(-1).gather(-1, chosen)[..., 0]  # (b l n_outputs)
             return torch.cat([features, torch.where(base[..., None] >= 0, nats, 0.0)], -1)
@@ -167,10 +180,14 @@ class ClassificationHead(nn.Module):
 
     def _outputs(self, value: Tensor, count: Tensor) -> Tensor:
         with torch.autocast(value.device.type, enabled=False):
-            outputs = F.linear(value[..., : self.d_model], self.linear.weight.float(), self.linear.bias.float())
+            mine = value[..., : self.d_model].contiguous()  # rows of another stride are rounded by where they lie in memory
+            outputs = F.linear(mine, self.linear.weight.float(), self.linear.bias.float())
             if self.next_base is not None:
-                evidence = value[..., self.d_model :]  # what all classes share decides nothing and is large
-                outputs = outputs + self.gain.float().exp() * (evidence - evidence.mean(-1, keepdim=True))
+                evidence = value[..., self.d_model :].contiguous()  # what all classes share decides nothing and is large
+                evidence = evidence - evidence.mean(-1, keepdim=True)
+                if self.mix is not None:
+                    evidence = evidence + F.linear(evidence, self.mix.float())
+                outputs = outputs + self.gain.float().exp() * evidence
             if self.length_scale is None:
                 return outputs
             s0, s1 = self.length_scale.float()

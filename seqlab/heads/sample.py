@@ -22,6 +22,16 @@ three exponentials, so three sums that decay at lambda^2, lambda mu and mu^2 hol
 that is, up to a constant, a Student t distribution around m of 2 a - 1 degrees of freedom, times whatever the language head
 says. The newest error, w and p go into the network too.
 
+Sound that follows its own errors loses its level: log w then is a random walk, and what is a little too narrow or too wide
+everywhere takes it to silence or to full scale. And a fit to the recent past alone sharpens whatever resonance it has just made.
+With `hold` above 0 the whole past has a say too, as if PAST samples of the training split had come before it:
+
+    R_t[k] = R_t-1[k] + x_t x_{t-k};  r[k] += hold r[0] / R[0] R[k]     so that no resonance is all there is
+    M_t = M_t-1 + DRIFT (x_t - M_t-1);  p_t -= DRIFT M_t                so that the mean stays at zero
+    W_t = mean of all |errors| + f0 + f1 |p_t|                          and w^(1 - hold) W^hold takes the place of w in m and s
+
+Then log w goes back to log W at a rate of (1 - nu) hold a sample, and a density that is exp(b) times too wide leaves it b / hold above.
+
 The predictor computes in float64, the head in float32: a prediction 30 dB better than its signal leaves little for rounding.
 """
 
@@ -38,6 +48,8 @@ ONSET = 0.95  # mu
 DECAYS = (MEMORY * MEMORY, MEMORY * ONSET, ONSET * ONSET)
 WIDTH_MEMORY = 0.99  # nu; less, and generated sound wanders off: its errors are as wide as the errors before them
 NOISE = 1e-4  # share of r[0] that is added to it: white noise 40 dB below, which keeps the fit from being too sure
+PAST = 1 << 14  # samples of the training split that the whole past begins with
+DRIFT = 1 / 64  # memory of the mean, and how fast it goes back to zero
 PIECE = 1 << 17  # positions that are worked on at a time
 INPUTS = 3  # numbers that the network is told at every position
 ROWS = 3  # numbers that the network says about the sample that follows
@@ -47,15 +59,20 @@ class SampleState(NamedTuple):
     """State of a language model with a linear prediction between two pieces of a sequence."""
 
     backbone: Any
-    heard: Tensor  # (b 4K+5) float64: the last K amplitudes, oldest first; S_0, S_1, S_2; p; e
+    heard: Tensor  # (b 4K+5) float64: the last K amplitudes, oldest first; S_0, S_1, S_2; p; e. With `hold` (b 5K+9): and R, E, n, M
 
 
 class Prediction(NamedTuple):
     """What `LinearPredictor` says at every position (b l), about the sample that follows."""
 
     p: Tensor
-    width: Tensor  # w, above 0
+    width: Tensor  # w, above 0; with `hold` what takes its place
     inputs: Tensor  # (b l INPUTS)
+
+
+def numbers(order: int, hold: float) -> int:
+    """How many numbers `heard` has for a row."""
+    return 4 * order + 5 + (order + 4 if hold else 0)
 
 
 def levinson(r: Tensor) -> Tensor:
@@ -87,11 +104,12 @@ def decaying_sum(x: Tensor, decay: float) -> Tensor:
 
 
 class LinearPredictor(nn.Module):
-    """forward(ids (b l), heard or None) -> (Prediction, heard). `fit` fills in what it takes from the data."""
+    """forward(ids (b l), heard or None) -> (Prediction, heard). `fit` fills in what it takes from the data. `hold` may be set at any
+    time; states of 0 and of more than 0 differ."""
 
-    def __init__(self, vocab_size: int, order: int):
+    def __init__(self, vocab_size: int, order: int, hold: float = 0.0):
         super().__init__()
-        self.order = order
+        self.order, self.hold = order, hold
         self.register_buffer("levels", torch.linspace(-1, 1, vocab_size))
         self.register_buffer("prior", F.one_hot(torch.tensor(0), order + 1) * 1e-3)
 
@@ -112,11 +130,24 @@ class LinearPredictor(nn.Module):
 
     def start(self, rows: int) -> Tensor:
         """`heard` before the first sample."""
-        return torch.zeros(rows, 4 * self.order + 5, dtype=torch.float64, device=self.levels.device)
+        heard = self.levels.new_zeros(1, numbers(self.order, self.hold), dtype=torch.float64)
+        if self.hold:
+            R, E, n = heard[0, 4 * self.order + 5 :].split([self.order + 1, 1, 2])[:3]
+            R.copy_(self.prior).mul_(PAST)
+            E.copy_(self.longterm_error()).mul_(PAST)
+            n[0] = PAST
+        return heard.expand(rows, -1)
+
+    def longterm_error(self) -> Tensor:
+        """Mean |error| (1) of one prediction for the whole training split, were its errors of a normal distribution."""
+        r = self.prior.double()[:, None].clone()
+        r[0] *= 1 + NOISE
+        return (2 / math.pi * (r[0] - (levinson(r) * r[1:]).sum(0)).clamp_min(0)).sqrt()
 
     def _piece(self, ids: Tensor, heard: Tensor | None) -> tuple[Prediction, Tensor]:
         K, (f0, f1) = self.order, self.floors().unbind()
         heard = self.start(len(ids)) if heard is None else heard
+        heard, past = heard[:, : 4 * K + 5], heard[:, 4 * K + 5 :]
         before, *sums, last, width = heard.split([K, K + 1, K + 1, K + 1, 1, 1], 1)
         x = torch.cat([before, self.levels[ids.long()].double()], 1)  # (b K+l)
         windows = x.unfold(1, K + 1, 1)  # (b l K+1), newest last
@@ -128,8 +159,18 @@ class LinearPredictor(nn.Module):
             ends.append(S[:, -1])
         r = r.permute(2, 0, 1).flatten(1)  # (K+1 b l)
         r[0] *= 1 + NOISE
+        if self.hold:
+            R, E, n, M = past.split([K + 1, 1, 1, 1], 1)
+            R = products.cumsum(1) + R[:, None]
+            r = torch.addcmul(r, self.hold * r[0], (R / R[..., :1]).permute(2, 0, 1).flatten(1))
         c = levinson(r).unflatten(1, ids.shape)  # (K b l)
-        p = (c * windows[..., 1:].flip(-1).permute(2, 0, 1)).sum(0).clamp(-1, 1)
+        p = (c * windows[..., 1:].flip(-1).permute(2, 0, 1)).sum(0)
+        if self.hold:
+            means = DRIFT * x[:, K:]
+            means = torch.cat([means[:, :1] + (1 - DRIFT) * M, means[:, 1:]], 1)
+            means = decaying_sum(means, 1 - DRIFT)
+            p = p - DRIFT * means
+        p = p.clamp(-1, 1)
         errors = x[:, K:] - torch.cat([last, p[:, :-1]], 1)
         widths = (1 - WIDTH_MEMORY) * errors.abs()
         widths[:, :1] += WIDTH_MEMORY * width
@@ -137,16 +178,21 @@ class LinearPredictor(nn.Module):
         wide = widths + f0 + f1 * p.abs()
         earlier = torch.cat([width + f0 + f1 * last.abs(), wide[:, :-1]], 1)
         inputs = [torch.tanh(errors / earlier), 0.5 * wide.log() + 2, torch.asinh(255 * p) / math.asinh(255)]
-        new = torch.cat([x[:, -K:], *ends, p[:, -1:], widths[:, -1:]], 1)
-        return Prediction(p.float(), wide.float(), torch.stack(inputs, -1).float()), new
+        new = [x[:, -K:], *ends, p[:, -1:], widths[:, -1:]]
+        if self.hold:
+            E = errors.abs().cumsum(1) + E
+            n = n + torch.arange(1, ids.shape[1] + 1, device=ids.device)
+            wide = wide * ((E / n + f0 + f1 * p.abs()) / wide) ** self.hold
+            new += [R[:, -1], E[:, -1:], n[:, -1:], means[:, -1:]]
+        return Prediction(p.float(), wide.float(), torch.stack(inputs, -1).float()), torch.cat(new, 1)
 
 
 class PredictionHead(nn.Module):
     """forward(y (b l d_model), Prediction) -> what to add to the logits (b l vocab). `predictor` is its own."""
 
-    def __init__(self, d_model: int, vocab_size: int, order: int):
+    def __init__(self, d_model: int, vocab_size: int, order: int, hold: float = 0.0):
         super().__init__()
-        self.predictor = LinearPredictor(vocab_size, order)
+        self.predictor = LinearPredictor(vocab_size, order, hold)
         self.input = nn.Parameter(torch.zeros(INPUTS, d_model))  # what the network is told
         self.weight = nn.Parameter(torch.zeros(ROWS, d_model))
         self.shape = nn.Parameter(torch.tensor([0.0, 0.0, 0.7]))  # (m - p) / w, log s / w and log a to begin with

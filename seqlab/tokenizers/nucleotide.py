@@ -39,6 +39,8 @@ def _complement_table(size: int) -> np.ndarray:
 
 
 ENCODE = _encode_table()  # byte of text -> id, for bytes.translate
+DIGITS = np.full(256, 4, np.uint8)  # id -> A C G T = 0 1 2 3, anything else 4
+DIGITS[list(BASES)] = 0, 1, 2, 3
 COMPLEMENT = _complement_table(PADDED_VOCAB_SIZE)  # (16,) uint8: id -> id on the other strand
 
 # One character per id keeps coordinates. [UNK] is written N, as FASTA writes a base that is not known.

@@ -76,7 +76,11 @@ def save_model(model: nn.Module, directory: Path, config_text: str) -> None:
 
 
 def load_model(model: nn.Module, path: Path) -> None:
-    """Load `model.safetensors` strictly: every weight present, every shape equal. Raises UserError."""
+    """Load `model.safetensors` strictly: every weight present, every shape equal. Raises UserError.
+
+    A module may name parts of itself in `may_be_absent`: parts that checkpoints older than them lack, and that change
+    nothing as they are made.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give a run directory that `seqlab train` has written")
@@ -95,8 +99,10 @@ def load_model(model: nn.Module, path: Path) -> None:
             )
     pointers = {own[name].data_ptr() for name in weights}
     absent = [name for name, tensor in own.items() if tensor.data_ptr() not in pointers and tensor.numel()]
-    # checkpoints from before every block was told the class: its share is zero there, as in a model that has just been made
-    absent = [name for name in absent if "class_shifts." not in name]
+    newer = tuple(
+        f"{name}.{part}.".lstrip(".") for name, module in model.named_modules() for part in getattr(module, "may_be_absent", ())
+    )
+    absent = [name for name in absent if not name.startswith(newer)]
     if absent:
         raise UserError(f"{path}: lacks {absent[0]} (and {len(absent) - 1} more); it belongs to another model")
     model.load_state_dict(weights, strict=False)
@@ -115,7 +121,8 @@ class AtomicCheckpointIO(CheckpointIO):
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:  # torch raises a dozen kinds for a damaged file
             reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-            raise UserError(f"{path}: damaged trainer state ({reason}); start again with --init {path}") from None
+            weights = Path(path).with_name("model.safetensors")
+            raise UserError(f"{path}: damaged trainer state ({reason}); start a new run from its weights: --init {weights}") from None
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

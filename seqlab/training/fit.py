@@ -254,9 +254,12 @@ def write_run_facts(run_dir: Path, facts: dict) -> None:
 def read_run_facts(run_dir: Path) -> dict:
     path = Path(run_dir) / "run.json"
     try:
-        return json.loads(path.read_text())
+        facts = json.loads(path.read_text())
     except (OSError, ValueError):
-        raise UserError(f"{run_dir}: not a run directory (no readable run.json); give one that `seqlab train` wrote") from None
+        facts = None
+    if not isinstance(facts, dict):
+        raise UserError(f"{run_dir}: not a run directory (no readable run.json); give one that `seqlab train` wrote")
+    return facts
 
 
 def machine() -> str:

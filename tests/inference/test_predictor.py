@@ -15,6 +15,9 @@ def classifier(**options):
     model = SequenceClassifier(ClassifierConfig(**options), 3).eval()
     with torch.no_grad():
         model.head.linear.weight.normal_(std=0.5)
+        if model.genes is not None:  # as if they had been fitted
+            model.genes.emissions.copy_(torch.randn_like(model.genes.emissions).softmax(-1))
+            model.genes.transitions.copy_(torch.randn_like(model.genes.transitions).softmax(-1))
     return model
 
 
@@ -25,11 +28,12 @@ def sequences(lengths, seed=0):
 
 KINDS = [dict(), dict(pooling="last"), dict(direction="bidirectional"), dict(strand="none")]
 EVIDENCE = dict(pooling="evidence", length_scale=True, kmer=3, period=3)
-KINDS += [EVIDENCE]
+GENES = dict(pooling="evidence", length_scale=True, gene_order=3)
+KINDS += [EVIDENCE, GENES]
 CENTRE = dict(direction="bidirectional", pooling="centre")
 
 
-@pytest.mark.parametrize("kind", [dict(), dict(direction="bidirectional"), EVIDENCE], ids=str)
+@pytest.mark.parametrize("kind", [dict(), dict(direction="bidirectional"), EVIDENCE, GENES], ids=str)
 def test_batch_size_and_order_change_no_bit(kind):
     rng = np.random.default_rng(1)
     data = sequences([1, 50, 64, 65, 300, *rng.integers(50, 100, 12)])
@@ -88,7 +92,7 @@ def test_records_without_a_base_have_no_label():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [dict(kmer=4), dict(direction="bidirectional")], ids=str)
+@pytest.mark.parametrize("kind", [dict(kmer=4), dict(direction="bidirectional"), GENES], ids=str)
 def test_company_changes_no_bit_on_a_gpu(kind):
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU here")

@@ -6,6 +6,7 @@ from seqlab.ops import nvrtc
 from seqlab.ops.block import rows
 from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.decode import persistent
+from seqlab.ops.hidden_markov import cuda as markov
 from seqlab.ops.selective_scan import cuda as scan
 
 try:
@@ -107,3 +108,10 @@ def test_cache_folder_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatc
     monkeypatch.setenv(nvrtc.CACHE, str(tmp_path / "file"))
     defines = (("WIDTH", 2), ("VEC", 1), ("BF16", 0), ("PAIRED", 0), ("SILU", 1), ("MASKED", 0))
     assert nvrtc.code(conv.SOURCE, defines, 90)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("states", (1, 7, 32))
+def test_hidden_markov_compiles(arch, states):
+    image = nvrtc.compile_source(nvrtc.source(markov.SOURCE), nvrtc.options(markov.defines(states), arch), markov.SOURCE)
+    assert image[:4] == b"\x7fELF" and b"follow" in image

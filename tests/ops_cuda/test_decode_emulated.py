@@ -19,6 +19,7 @@ MODELS = {
     "classes": {"d_model": 40, "n_layer": 1, "d_conv": 3, "conv_bias": False, "vocab_size": 16, "n_classes": 4},
     "sampled": {"architecture": "unet", "d_model": 16, "n_layer": 1, "pool": (3,), "vocab_size": 70, "prediction_order": 6,
                 "n_classes": 4, "tie_embeddings": False},
+    "held": {"d_model": 16, "n_layer": 1, "vocab_size": 60, "prediction_order": 7, "prediction_hold": 0.3},
 }  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def errors(name, batch, cluster, streams, half=False, steps=11, sampling=None, a
     "name, batch, cluster, streams",
     [("isotropic", 1, 1, 1), ("isotropic", 3, 4, 2), ("unet", 3, 1, 2), ("unet", 3, 4, 2), ("classes", 3, 2, 4),
      ("fixed", 3, 2, 2), ("sampled", 1, 1, 1), ("sampled", 3, 2, 2), ("unet", 3, 4, 4), ("unet", 13, 1, 16),
-     ("isotropic", 9, 2, 8), ("sampled", 9, 2, 8)],
+     ("isotropic", 9, 2, 8), ("sampled", 9, 2, 8), ("held", 1, 1, 1), ("held", 9, 2, 8)],
 )
 def test_steps_equal_the_models(name, batch, cluster, streams):
     worst, same = errors(name, batch, cluster, streams)

@@ -335,6 +335,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(data, trained, tmp_path):
         )
     causal = ["--set", "model.direction=causal", "--set", "model.pooling=evidence"]
     assert "evidence weighs classes that exclude each other" in error_of(*train, "--data", data / "regression", *causal)
+    assert "gene_order" in error_of(*train, "--data", data / "regression", *causal, "--set", "model.gene_order=3")
     assert "kind: binary, but" in error_of(*train, "--data", data / "multi-class", "--set", "kind=binary")
     message = error_of("eval", trained, "--data", data / "multi-class")
     assert "holds multi-class labels (even, lean, rich), this run was trained on binary (lean, rich)" in message

@@ -43,10 +43,10 @@ class Runner:
         self.p[kernels.VOCAB] = program.vocab_size
         self.p[kernels.EMBEDDING] = self._keep(_pad(program.embedding, 1))
         head, bias = _pad(program.head, 0), torch.zeros(program.vocab_size)
-        self._table, floors = torch.zeros(4, 1, dtype=torch.float64), (0.0, 0.0)
+        self._table, floors = torch.zeros(4, 1, dtype=torch.float64), (0.0, 0.0, 0.0)
         if (own := program.prediction) is not None:
             head, bias = torch.cat([head, own.rows]), own.bias
-            self._table, floors = own.table.contiguous(), own.floors
+            self._table, floors = own.table.contiguous(), (*own.floors, own.hold)
             self.p[kernels.LEVELS], self.p[kernels.TOLD] = self._keep(own.levels), self._keep(_pad(own.inputs, 1))
         self._settings = [program.epsilon, request.guidance, *floors]
         bias = bias if request.allowed is None else torch.where(request.allowed, bias, -torch.inf)

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numba import int64, uint64
 
-from seqlab.heads.sample import DECAYS, WIDTH_MEMORY
+from seqlab.heads.sample import DECAYS, DRIFT, WIDTH_MEMORY
 from seqlab.ops.decode.program import BLOCK, DOWN
 from seqlab.ops.lanes import (
     compile_kernel,
@@ -238,19 +238,28 @@ def _mixer(work, op, p, at, scratch, first, streams, epsilon):
 
 
 @helper
-def _hear(heard, table, fit, order, x, f0, f1, told):
-    """A step of the linear predictor of one stream (heads/sample.py): the newest sample x moves in. `heard` (4K+5) is its state,
-    told (3) what the network is told, fit (2K+1) room."""
+def _hear(heard, table, fit, order, x, f0, f1, hold, told):
+    """A step of the linear predictor of one stream (heads/sample.py): the newest sample x moves in. `heard` (4K+5, or 5K+9 with
+    `hold`) is its state, told (3) what the network is told, fit (2K+1) room."""
     e, earlier = x - heard[4 * order + 3], heard[4 * order + 4] + f0 + f1 * abs(heard[4 * order + 3])
     width = WIDTH_MEMORY * heard[4 * order + 4] + (1.0 - WIDTH_MEMORY) * abs(e)
     r, c = fit[: order + 1], fit[order + 1 :]
-    s0, s1, s2 = heard[order:], heard[2 * order + 1 :], heard[3 * order + 2 :]
+    s0, s1, s2, past = heard[order:], heard[2 * order + 1 :], heard[3 * order + 2 :], heard[4 * order + 5 :]
     for k in range(order + 1):
         product = x * (heard[order - k] if k else x)
         s0[k] = DECAYS[0] * s0[k] + product
         s1[k] = DECAYS[1] * s1[k] + product
         s2[k] = DECAYS[2] * s2[k] + product
         r[k] = s0[k] * table[0, k] + s1[k] * table[1, k] + s2[k] * table[2, k] + table[3, k]
+        if hold:
+            past[k] += product
+    if hold:
+        share = hold * r[0] / past[0]
+        for k in range(order + 1):
+            r[k] += share * past[k]
+        past[order + 1] += abs(e)
+        past[order + 2] += 1.0
+        past[order + 3] += DRIFT * (x - past[order + 3])
     for k in range(order - 1):
         heard[k] = heard[k + 1]
     heard[order - 1] = x
@@ -268,6 +277,8 @@ def _hear(heard, table, fit, order, x, f0, f1, told):
     p = 0.0
     for k in range(order):
         p += c[k] * heard[order - 1 - k]
+    if hold:
+        p -= DRIFT * past[order + 3]
     p = min(max(p, -1.0), 1.0)
     heard[4 * order + 3], heard[4 * order + 4] = p, width
     told[0] = math.tanh(e / earlier)
@@ -276,10 +287,14 @@ def _hear(heard, table, fit, order, x, f0, f1, told):
 
 
 @helper
-def _predict(work, logits, rows, heard, order, f0, f1, levels, vocab):
+def _predict(work, logits, rows, heard, order, f0, f1, hold, levels, vocab):
     """logits += the density around the linear prediction; rows: (m - p) / w, log s / w and log a."""
     p = np.float32(heard[4 * order + 3])
-    per = np.float32(1.0 / (heard[4 * order + 4] + f0 + f1 * abs(heard[4 * order + 3])))
+    floor = f0 + f1 * abs(heard[4 * order + 3])
+    width = heard[4 * order + 4] + floor
+    if hold:
+        width *= ((heard[5 * order + 6] / heard[5 * order + 7] + floor) / width) ** hold
+    per = np.float32(1.0 / width)
     move, scale = peek(work, rows), np.float32(math.exp(-peek(work, rows + 4)))
     tail = np.float32(math.exp(peek(work, rows + 8)))
     for v in range(vocab):
@@ -400,14 +415,14 @@ def decode(p, ops, rows, at, settings, heard, table, first, last):
     """COUNT tokens of the streams [first, last). rows (batch 3): address of the stream's base vector, its key, its token.
 
     at: offsets of the scratch areas, then those of the skip slots; settings: temperature, top_p, epsilon, guidance and the floors
-    of the linear prediction (float32), of which heard (batch 4K+5) is the state and table (4 K+1) what program.py says.
+    and hold of the linear prediction (float32), of which heard (batch numbers) is the state and table (4 K+1) what program.py says.
     """
     work = F
     streams, vocab, d = last - first, p[VOCAB], p[D_MODEL]
     pitch = at[PITCH]
     scratch = p[SCRATCH] + first * pitch
     temperature, top_p, epsilon, guidance = settings[0], settings[1], settings[2], settings[3]
-    f0, f1 = np.float64(settings[4]), np.float64(settings[5])
+    f0, f1, hold = np.float64(settings[4]), np.float64(settings[5]), np.float64(settings[6])
     fit, told = np.empty(2 * p[ORDER] + 1), np.empty(3)
     phases = np.empty(p[OPERATIONS], np.int64)
     for o in range(p[OPERATIONS]):
@@ -422,7 +437,7 @@ def decode(p, ops, rows, at, settings, heard, table, first, last):
                 store(work, mine + at[X] + 64 * t, v)
             if p[ORDER]:
                 x = np.float64(peek(work, p[LEVELS] + 4 * rows[first + s, 2]))
-                _hear(heard[first + s], table, fit, p[ORDER], x, f0, f1, told)
+                _hear(heard[first + s], table, fit, p[ORDER], x, f0, f1, hold, told)
                 for t in range((d + 15) // 16):
                     v = load(work, mine + at[X] + 64 * t)
                     for k in range(3):
@@ -480,7 +495,7 @@ def decode(p, ops, rows, at, settings, heard, table, first, last):
             mine = scratch + s * pitch
             if p[ORDER]:
                 _predict(work, mine + at[LOGITS], mine + at[LOGITS] + 4 * _padded(vocab), heard[first + s], p[ORDER], f0,
-                         f1, p[LEVELS], vocab)  # fmt: skip
+                         f1, hold, p[LEVELS], vocab)  # fmt: skip
             if guidance and s % 2:
                 _guide(work, mine + at[LOGITS] - pitch, mine + at[LOGITS], guidance, vocab)
         for s in range(streams - 1, -1, -1):

@@ -35,7 +35,7 @@ struct Params {
     const float* embedding;  // (vocab d_model)
     const float* base;       // (b d_model), added to the embedding, or 0
     const char* arena;       // (CLUSTER arena_stride) bytes: what each block of a cluster reads, most wanted first
-    const float* settings;   // epsilon, temperature, top_p, guidance, f0 and f1 of the linear prediction
+    const float* settings;   // epsilon, temperature, top_p, guidance, f0, f1 and hold of the linear prediction
     const i64* keys;         // (b)
     const i64* forced;       // (b count), or 0
     const i64* tokens;       // (b)
@@ -45,8 +45,8 @@ struct Params {
     const float* levels;     // (vocab), amplitudes of the tokens
     const float* inputs;     // (TOLD d_model), added to the embedding times what the predictor tells
     const double* table;     // (4 K+1): what the sums S weigh, and what is added
-    double* heard;           // (b 4K+5), the predictor's state: the last K amplitudes, oldest first, then S_0, S_1, S_2, p, e
-    i64 operations, batch, count, position, d_model, vocab, head_rows, order, top_k;
+    double* heard;           // (b numbers), the predictor's state: the last K amplitudes, oldest first, then S_0, S_1, S_2, p, e; with hold R, E, n, M
+    i64 operations, batch, count, position, d_model, vocab, head_rows, order, numbers, top_k;
     i64 arena_stride, resident;  // bytes; so many of them are kept in shared memory
     i64 head, head_bias, head_shares;  // places in the arena; the bias is -inf for what may not be drawn
     i64 x_pitch, inner_pitch, slots, row_pitch, part_floats, exchange_rows, small_rows, input_pitch;
@@ -74,6 +74,7 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 #define MEMORY 0.99749686716300011  // of its window and of its width: as in heads/sample.py
 #define ONSET 0.95
 #define WIDTH_MEMORY 0.99
+#define DRIFT 0.015625
 #define EACH ((STATES + LANES - 1) / LANES)
 #define TOGETHER (STREAMS < 4 ? STREAMS : 4)  // streams of a thread's item in the scan
 #define QUEUED (STATES % 16 == 0)
@@ -661,6 +662,7 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
     const double decays[3] = {MEMORY * MEMORY, MEMORY * ONSET, ONSET * ONSET};
     for (int k = lane; k <= K; k += 32) {
         double product = x * (k ? heard[K - k] : x), sum = p.table[3 * (K + 1) + k];
+        if (floors[2] > 0.f) heard[4 * K + 5 + k] += product;
         for (int j = 0; j < 3; j++) {
             double* S = heard + K + j * (K + 1) + k;
             *S = decays[j] * *S + product;
@@ -669,6 +671,17 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
         r[k] = sum;
     }
     __syncwarp();
+    if (floors[2] > 0.f) {
+        double share = (double)floors[2] * r[0] / heard[4 * K + 5];
+        __syncwarp();
+        for (int k = lane; k <= K; k += 32) r[k] += share * heard[4 * K + 5 + k];
+        if (lane == 0) {
+            heard[5 * K + 6] += e < 0. ? -e : e;
+            heard[5 * K + 7] += 1.;
+            heard[5 * K + 8] += DRIFT * (x - heard[5 * K + 8]);
+        }
+        __syncwarp();
+    }
     for (int k = lane; k - lane < K; k += 32) {
         double moved = k < K - 1 ? heard[k + 1] : x;
         __syncwarp();
@@ -691,7 +704,9 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
     }
     double sum = 0.;
     for (int k = lane; k < K; k += 32) sum += c[k] * heard[K - 1 - k];
-    sum = fmin(fmax(warp_sum(sum), -1.), 1.);
+    sum = warp_sum(sum);
+    if (floors[2] > 0.f) sum -= DRIFT * heard[5 * K + 8];
+    sum = fmin(fmax(sum, -1.), 1.);
     if (lane == 0) {
         double earlier = before + width_floor(heard[4 * K + 3], floors), width = WIDTH_MEMORY * before + (1. - WIDTH_MEMORY) * (e < 0. ? -e : e);
         heard[4 * K + 3] = sum;
@@ -708,7 +723,10 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
 DEVICE void predict(const Params& p, float* logits, const double* heard, const float* floors) {
     int vocab = p.vocab, order = p.order;
     float centre = (float)heard[4 * order + 3];
-    float per = 1.f / (float)(heard[4 * order + 4] + width_floor(heard[4 * order + 3], floors));
+    double floor = width_floor(heard[4 * order + 3], floors);
+    float width = (float)(heard[4 * order + 4] + floor);
+    if (floors[2] > 0.f) width *= exp2_fast(floors[2] * log2_fast((float)(heard[5 * order + 6] / heard[5 * order + 7] + floor) / width));
+    float per = 1.f / width;
     float move = logits[vocab], scale = exp2_fast(-LOG2E * logits[vocab + 1]), tail = LN2 * exp2_fast(LOG2E * logits[vocab + 2]);
     for (int v = threadIdx.x % 32; v < vocab; v += 32) {
         float z = ((__ldg(p.levels + v) - centre) * per - move) * scale;
@@ -758,7 +776,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     m.settings = next; next += 8;
     m.token = (int*)next; next += round_up(STREAMS, 4);
     m.phase = (int*)next; next += round_up((int)p.operations, 4);
-    int order = p.order, state = 4 * order + 5, room = 2 * order + 1;
+    int order = p.order, state = (int)p.numbers, room = 2 * order + 1;
     m.heard = (double*)next; next += order ? round_up(2 * STREAMS * state, 4) : 0;
     m.fit = (double*)next; next += order ? round_up(2 * (STREAMS < WARPS ? STREAMS : WARPS) * room, 4) : 0;
 
@@ -772,7 +790,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     }
     const uint4* head = (const uint4*)PLACE(p.head);
     const float* head_bias = (const float*)PLACE(p.head_bias);
-    if (threadIdx.x < 6) m.settings[threadIdx.x] = p.settings[threadIdx.x];
+    if (threadIdx.x < 7) m.settings[threadIdx.x] = p.settings[threadIdx.x];
     ROLLED for (float* q = m.x + threadIdx.x; q < zero_end; q += THREADS) *q = 0.f;
     ROLLED for (int i = threadIdx.x; i < p.operations; i += THREADS) m.phase[i] = (int)p.phases[i];
     ROLLED for (int s = threadIdx.x; s < STREAMS; s += THREADS) m.token[s] = s < streams ? (int)p.tokens[first + s] : 0;

@@ -153,7 +153,7 @@ def sizes(program: Program, shape: Shape) -> dict[str, int]:
     queued = min(s, 4) * 8 * shape.warps * program.d_state if program.d_state % 16 == 0 else 0  # states on their way
     floats += max(queued, 2 * s * _up(head_rows(program), 4)) + 4 * s + 2 * _up(s, 4) + 8 + _up(len(operations), 4)
     if program.order:  # float64
-        floats += _up(2 * s * (4 * program.order + 5), 4) + _up(2 * min(s, shape.warps) * (2 * program.order + 1), 4)
+        floats += _up(2 * s * program.heard, 4) + _up(2 * min(s, shape.warps) * (2 * program.order + 1), 4)
     return {**out, "shared": 4 * floats}
 
 
@@ -271,7 +271,7 @@ class Runner:
 
     def __init__(self, request: Request, device: Device | None = None, shape: Shape | None = None):
         self.batch, self._torch_device = request.batch, request.device
-        self._classes, self._guidance, self._floors = request.classes, request.guidance, (0.0, 0.0)
+        self._classes, self._guidance, self._floors = request.classes, request.guidance, (0.0, 0.0, 0.0)
         self._device = Device(request.device.index) if device is None else device
         program = self._program = Program(request.model)
         self.shape = shape or plan(program, request.batch, request.dtype == torch.bfloat16, self._device, bool(request.guidance))
@@ -284,7 +284,7 @@ class Runner:
         share, cell = _up(-(-program.d_model // self.shape.cluster), self.shape.unit), next(cells)
         head, bias = program.head, torch.zeros(program.vocab_size, device=request.device)
         if (own := program.prediction) is not None:
-            head, bias, self._floors = torch.cat([head, own.rows]), own.bias, own.floors
+            head, bias, self._floors = torch.cat([head, own.rows]), own.bias, (*own.floors, own.hold)
         if request.allowed is not None:
             bias = bias.masked_fill(~request.allowed, -torch.inf)
         bias = bias if own is None else torch.cat([bias, own.biases])
@@ -318,6 +318,7 @@ class Runner:
             "vocab": program.vocab_size,
             "head_rows": head_rows(program),
             "order": program.order,
+            "numbers": program.heard,
             "levels": 0 if own is None else self._keep(own.levels),
             "inputs": 0 if own is None else self._keep(own.inputs),
             "table": 0 if own is None else self._keep(own.table),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from seqlab.backbones.mamba import MambaMixer, MixerState
 from seqlab.backbones.s4d import S4DMixer
 from seqlab.backbones.unet import PoolState, UNet, UNetState
-from seqlab.heads.sample import NOISE, PredictionHead, SampleState, window_weights
+from seqlab.heads.sample import NOISE, PredictionHead, SampleState, numbers, window_weights
 
 BLOCK, DOWN, UP = 0, 1, 2
 PARAMETERS = re.compile(
@@ -68,13 +68,15 @@ class LinearPrediction(NamedTuple):
     inputs: Tensor  # (3 d_model): what is added to a token's embedding, times the three numbers of the predictor
     table: Tensor  # (4 K+1) float64: the weights of the sums S_0, S_1, S_2 and the prior, with 1 + NOISE at k = 0
     floors: tuple[float, float]
+    hold: float
+    start: Tensor  # (1 n) float64: the predictor's state before the first sample
 
     @classmethod
     def of(cls, head: PredictionHead, gain: Tensor) -> "LinearPrediction":
         own = head.predictor
         table = torch.cat([window_weights(own.order, gain.device), own.prior.double()[None]])
         table[:, 0] *= 1 + NOISE
-        return cls(_copy(head.weight) * gain, _copy(head.shape), _copy(own.levels), _copy(head.bias), _copy(head.input), table, tuple(own.floors().tolist()))
+        return cls(_copy(head.weight) * gain, _copy(head.shape), _copy(own.levels), _copy(head.bias), _copy(head.input), table, tuple(own.floors().tolist()), own.hold, own.start(1))
 
 
 class Program:
@@ -106,6 +108,7 @@ class Program:
         self.head = _copy(model.lm_head.weight) * gain
         self.order = config.prediction_order
         self.prediction = LinearPrediction.of(model.prediction_head, gain) if self.order else None
+        self.heard = numbers(self.order, config.prediction_hold if self.prediction is None else self.prediction.hold)
 
     @property
     def blocks(self) -> list[Operation]:
@@ -213,7 +216,7 @@ def reason(model: nn.Module) -> str | None:
 class Carried:
     """The state of a program, one tensor a block and pool, float32, written in place by the back ends.
 
-    conv[i] (b d_conv-1 d_inner), ssm[i] (b d_inner states), pending[l] (b p-1 d), held[l] (b p d), phase[l] int; heard (b 4K+5) float64.
+    conv[i] (b d_conv-1 d_inner), ssm[i] (b d_inner states), pending[l] (b p-1 d), held[l] (b p d), phase[l] int; heard (b 4K+5), or with `hold` (b 5K+9), float64.
     """
 
     def __init__(self, program: Program, batch: int, device: torch.device):
@@ -229,7 +232,8 @@ class Carried:
         self.held = [zeros(o.pool, o.d_model) for o in down]
         self.phase = [0] * len(down)
         self.pools, self.order = program.pools, program.order
-        self.heard = zeros(4 * program.order + 5).double()
+        self.heard = zeros(program.heard).double()
+        self._start = None if program.prediction is None else program.prediction.start
 
     def load(self, state) -> None:
         """Take over a model's state (None: the start of a sequence)."""
@@ -237,6 +241,8 @@ class Carried:
             tensor.zero_()
         self.phase = [0] * len(self.pending)
         if state is None:
+            if self._start is not None:
+                self.heard.copy_(self._start)
             return
         if isinstance(state, SampleState):
             self.heard.copy_(state.heard)

@@ -1,0 +1,85 @@
+"""Gene models inside a classifier: before every base, what each species' hidden Markov model makes of it.
+
+`GenePredictor` holds one model for each species (seqlab/genes.py), fitted to the training split before training begins and
+constant from then on. In one pass it gives
+
+    log p (b l n 4)     each species' log-probabilities of A, C, G and T at each position, from the bases before it
+    frame (b l n s)     after each position, the probabilities of the states of the next one: in which reading frame of which
+                        strand each species takes itself to be
+    lead (b l n)        the log-probability that each species gave to the base that came, less their mean; 0 where it is not known
+
+The classification head lets each species' predictions begin at log p, and the network is told frame and lead. Sequences in
+pieces are exact: the last bases and the newest frames are carried.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from seqlab import genes
+from seqlab.ops.hidden_markov import hidden_markov
+
+
+class GeneState(NamedTuple):
+    """What is carried from one piece of a sequence to the next."""
+
+    before: Tensor  # (b order) int32: the last bases, -1 where not known or before the beginning
+    frame: Tensor  # (b n s)
+
+
+class GenePrediction(NamedTuple):
+    log_p: Tensor  # (b l n 4)
+    frame: Tensor  # (b l n s)
+    lead: Tensor  # (b l n)
+
+
+class GenePredictor(nn.Module):
+    """forward(base (b l), state or None) -> (GenePrediction, GeneState). `fit` fills in the models; before, every base is as
+    likely as another."""
+
+    def __init__(self, n_species: int, order: int):
+        super().__init__()
+        self.order = order
+        states = genes.STATES
+        self.register_buffer("emissions", torch.full((n_species, genes.context_count(order), states, 4), 0.25))
+        self.register_buffer("transitions", torch.full((n_species, states, states), 1 / states))
+        self.register_buffer("start", torch.full((n_species, states), 1 / states))
+
+    @torch.no_grad()
+    def fit(self, models: list[genes.GeneModel]) -> None:
+        """Take over one model for each species, in their order."""
+        for i, model in enumerate(models):
+            for name in ("emissions", "transitions", "start"):
+                getattr(self, name)[i].copy_(torch.from_numpy(getattr(model, name)))
+
+    @torch.no_grad()
+    def forward(self, base: Tensor, state: GeneState | None = None) -> tuple[GenePrediction, GeneState]:
+        """base (b l): 0 to 3, -1 where not known."""
+        base = base.to(torch.int32)
+        if state is None:
+            start = self.start.expand(len(base), -1, -1)
+            state = GeneState(base.new_full((len(base), self.order), -1), start)
+        line = torch.cat([state.before, base], 1)  # (b order+l)
+        tables = self.emissions.float(), self.transitions.float()
+        log_p, frame = hidden_markov(base, contexts(line, self.order), *tables, state.frame.float())
+        last = frame[:, -1] if base.shape[1] else state.frame
+        came = base.clamp(min=0).long()[..., None, None].expand(*log_p.shape[:3], 1)
+        nats = log_p.gather(-1, came)[..., 0]
+        lead = torch.where(base[..., None] >= 0, nats - nats.mean(-1, keepdim=True), 0.0)
+        return GenePrediction(log_p, frame, lead), GeneState(line[:, line.shape[1] - self.order :], last)
+
+
+def contexts(line: Tensor, order: int) -> Tensor:
+    """(b order+l) bases int32, -1 where not known -> (b l) int32: the context before each of the last l, see
+    `genes.context_count`: as many of the `order` bases before it as are known without a gap."""
+    length = line.shape[1] - order
+    code = torch.zeros_like(line[:, order:])
+    known = torch.ones_like(code, dtype=torch.bool)
+    context = code
+    for j in range(1, order + 1):
+        digit = line[:, order - j : order - j + length]
+        known = known & (digit >= 0)
+        code = code + digit * 4 ** (j - 1)
+        context = torch.where(known, genes.context_count(j - 1) + code, context)
+    return context

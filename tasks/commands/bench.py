@@ -1,0 +1,121 @@
+"""`seqlab bench`: this machine's numbers."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from seqlab.errors import UserError
+from tasks.commands.options import Json, parse_context, resolve_device
+from tasks.commands.terminal import command, emit, note, print_table
+
+group = typer.Typer(no_args_is_help=True, help="This machine's numbers, beside whatever peers are installed.")
+
+
+@command(group, "scan")
+def bench_scan(
+    batch: Annotated[int, typer.Option("--batch")] = 1,
+    d_inner: Annotated[int, typer.Option("--d-inner", help="Channels.")] = 512,
+    d_state: Annotated[int, typer.Option("--d-state", help="States a channel.")] = 16,
+    min_length: Annotated[str, typer.Option("--min-length")] = "1024",
+    max_length: Annotated[Optional[str], typer.Option("--max-length", help="Default: 1,048,576 on a GPU, 16,384 on a CPU.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[Optional[str], typer.Option("--precision", help="bf16 or fp32; default: bf16 on a GPU.")] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="Most time a contender may take at one length.")] = 10.0,
+    attention: Annotated[bool, typer.Option("--attention/--no-attention", help="Causal attention of the same width too.")] = True,
+    plot: Annotated[Optional[Path], typer.Option("--plot", help="Write a plot (PNG) here.")] = None,
+    json_out: Json = None,
+) -> None:
+    """Selective scan by length: parity with float64 first, then every back end and peer installed here, side by side.
+
+    Example:  seqlab bench scan --max-length 4096 --plot scan.png
+    """
+    import torch
+
+    from seqlab.bench import scan
+
+    device = resolve_device(device)
+    if precision not in (None, "bf16", "bfloat16", "fp32", "float32"):
+        raise UserError(f"--precision {precision}: unknown; use bf16 or fp32")
+    half = device == "cuda" if precision is None else precision in ("bf16", "bfloat16")
+    longest = max_length or (2**20 if device == "cuda" else 2**14)
+    settings = scan.Settings(
+        batch=batch,
+        d_inner=d_inner,
+        d_state=d_state,
+        min_length=parse_context(min_length, "--min-length"),
+        max_length=parse_context(longest, "--max-length"),
+        device=device,
+        dtype=torch.bfloat16 if half else torch.float32,
+        attention=attention,
+        seconds=seconds,
+    )
+    console = Console(stderr=True)
+    with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
+        result = scan.run(settings, (lambda text: status.update(text)) if status else (lambda text: None))
+    if plot is not None:
+        scan.plot(result, plot)
+
+    def human() -> None:
+        shown = f"batch {batch}, d_inner {d_inner}, d_state {d_state}, {result.settings['dtype']}, {result.machine}"
+        print_table("Error against the float64 reference", *scan.error_table(result))
+        print_table(f"Forward / forward + backward, ms: {shown}", *scan.table(result))
+        for name, why in {**result.absent, **result.dropped}.items():
+            note(f"{name}: {why}")
+        if plot is not None:
+            note(f"Plot: {plot}")
+        print(json.dumps(result.as_dict()))
+
+    emit(json_out, result.as_dict(), human=human)
+
+
+@command(group, "generate")
+def bench_generate(
+    shape: Annotated[Optional[list[str]], typer.Option("--shape", help="Model shape; may be repeated. Default: all.")] = None,
+    batch: Annotated[Optional[list[int]], typer.Option("--batch", help="Streams side by side; may be repeated.")] = None,
+    backend: Annotated[Optional[list[str]], typer.Option("--backend", help="Back end; may be repeated. Default: auto.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    prompt: Annotated[str, typer.Option("--prompt", help="Length of the prompt that is timed; 0: none.")] = "160000",
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long one timing runs.")] = 0.5,
+    json_out: Json = None,
+) -> None:
+    """Tokens a second while generating: parity with the parallel forward pass first, then beside mamba_ssm if installed.
+
+    Example:  seqlab bench generate --shape youtubemix_1m --batch 1 --prompt 0
+    """
+    import torch
+
+    from seqlab.bench import generate
+    from seqlab.dataset import nearest
+    from seqlab.ops import decode
+
+    device = resolve_device(device)
+    for name in backend or []:
+        if name not in ("auto", *decode.BACKENDS):
+            raise UserError(f"--backend {name}: unknown; {nearest(name, ('auto', *decode.BACKENDS))}")
+    on_gpu = device == "cuda"
+    settings = generate.Settings(
+        shapes=tuple(shape or generate.SHAPES),
+        batches=tuple(batch or ((1, 64, 512) if on_gpu else (1, 16))),
+        dtypes=(torch.float32, torch.bfloat16) if on_gpu else (torch.float32,),
+        backends=tuple(backend or ("auto",)),
+        prompt=0 if prompt == "0" else parse_context(prompt, "--prompt"),
+        seconds=seconds,
+        device=device,
+    )
+    console = Console(stderr=True)
+    with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
+        result = generate.run(settings, (lambda text: status.update(text)) if status else (lambda text: None))
+
+    def human() -> None:
+        print_table(f"Generation, {result.machine}", *generate.table(result))
+        print_table("Prompt and state", *generate.facts(result))
+        note(f"largest difference from the parallel forward pass: {max(result.errors.values()):.1e}")
+        for name, why in result.absent.items():
+            note(f"{name}: {why}")
+        print(json.dumps(result.as_dict()))
+
+    emit(json_out, result.as_dict(), human=human)

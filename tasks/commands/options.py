@@ -1,0 +1,51 @@
+"""Options that several commands have, and what their values mean."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from seqlab.errors import UserError
+
+Fasta = Annotated[Optional[list[Path]], typer.Option("--fasta", help="FASTA file, plain, gzip or bgzip; may be repeated.")]
+Splits = Annotated[Optional[Path], typer.Option("--splits", help="BED: chrom start end train|valid|test.")]
+Valid = Annotated[Optional[list[str]], typer.Option("--valid", help="Sequence to validate on; may be repeated.")]
+Test = Annotated[Optional[list[str]], typer.Option("--test", help="Sequence to test on; may be repeated.")]
+Block = Annotated[Optional[int], typer.Option("--block", help="Bases in a block of the default split.")]
+Json = Annotated[Optional[str], typer.Option("--json", help="Write results as JSON to this file; - for standard output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+# of every `seqlab train`
+Set = Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")]
+Seed = Annotated[Optional[int], typer.Option("--seed")]
+Devices = Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")]
+Precision = Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")]
+MaxSteps = Annotated[Optional[int], typer.Option("--max-steps")]
+MaxMinutes = Annotated[Optional[float], typer.Option("--max-minutes")]
+
+
+def show_context(context: int | str) -> str:
+    return "whole sequences" if context == "whole" else f"{context:,}"
+
+
+def parse_context(text: str, option: str) -> int:
+    try:
+        number = int(str(text).replace(",", "").replace("_", ""))
+    except ValueError:
+        raise UserError(f"{option} {text}: expected a whole number, for example 131072 or 1_000_000") from None
+    if number < 2:
+        raise UserError(f"{option} {text}: must be 2 or more")
+    return number
+
+
+def resolve_device(device: str) -> str:
+    """--device: "cpu" or "cuda" for auto, cpu or cuda. Raises UserError where there is no such device."""
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: unknown; use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use cpu, or run `seqlab doctor` for the reason")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device

@@ -1,0 +1,95 @@
+"""`seqlab predict`: sequences -> table of labels."""
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seqlab.errors import UserError
+from tasks.commands.options import Json, Overwrite, resolve_device
+from tasks.commands.terminal import check_output_file, emit, note, progress_bar
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run directory or checkpoint of a classifier.")],
+    reads: Annotated[str, typer.Argument(help="FASTA or FASTQ, plain or gzip; - for standard input.")],
+    out: Annotated[str, typer.Option("--out", help="TSV to write; - for standard output.")] = "-",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences looked at together; changes no answer.")] = 1024,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Label sequences of any length, in order: name, label, a probability for each class, length.
+
+    Example:  seqlab predict runs/apes reads.fa.gz | cut -f 1,2
+    """
+    from collections import Counter
+
+    from seqlab.inference.classify import predict_records
+
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: must be 1 or more")
+    if out == "-" and json_out == "-":
+        raise UserError("--json -: standard output is taken by the table; give --out FILE, or --json FILE")
+    device = resolve_device(device)
+    from data_prep.records import read_records
+    from tasks import runs
+
+    loaded = runs.load_run(run)
+    module = runs.task_module(loaded.task)
+    if not hasattr(module, "interpret"):
+        raise UserError(f"{run}: is a run of `train {loaded.task}`, which gives no labels; give one of train species or classify")
+    counts, unknown, total, started = Counter(), [], 0, time.monotonic()
+    bar, update = progress_bar("predicting", "k bases", 1e3)
+    with _table_out(out, overwrite) as file, bar:
+        names = module.output_names(loaded.config)
+        file.write("\t".join(["name", "label", *names, "length"]) + "\n")
+        records = predict_records(
+            loaded.model, read_records(reads), lambda outputs: module.interpret(loaded.config, outputs),
+            device=device, precision=loaded.config.train.precision, batch_size=batch_size,
+        )
+        for name, label, values, length in records:
+            cells = ["."] * len(names) if values is None else [f"{value:.4f}" for value in values]
+            file.write("\t".join([name, label or ".", *cells, str(length)]) + "\n")
+            counts[label or "."] += 1
+            total += length
+            if label is None:
+                unknown.append(name)
+            update(total, None)
+        n = sum(counts.values())
+        if not n:
+            raise UserError(f"{reads}: no sequence in it")
+        if len(unknown) == n:
+            raise UserError(f"{reads}: none of its {n:,} sequences holds an A, C, G or T, so none has a label")
+    seconds = max(time.monotonic() - started, 1e-9)
+    note(
+        f"{n:,} sequences, {total:,} bases in {seconds:.1f} s: {n / seconds:,.0f} sequences/s, {total / seconds:,.0f} bases/s "
+        f"on the {device.upper()}."
+    )
+    if unknown:
+        note(f"{len(unknown):,} without any A, C, G or T have no label (first: {unknown[0]}).")
+    summary = {"sequences": n, "bases": total, "seconds": seconds, "labels": dict(counts), "device": device}
+    emit(json_out, summary, human=lambda: None)
+
+
+@contextlib.contextmanager
+def _table_out(out: str, overwrite: bool):
+    """Standard output, or a file that appears only when it is complete."""
+    if out == "-":
+        yield sys.stdout
+        return
+    path = Path(out)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists; choose another --out or add --overwrite")
+    check_output_file(out, "--out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
