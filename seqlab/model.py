@@ -30,8 +30,6 @@ class ModelConfig(BackboneConfig):
     n_classes: int = 0  # above 0: class-conditional generation
     # above 0: the logits follow a linear prediction from so many samples before (heads/sample.py); for sampled signals
     prediction_order: int = 0
-    # how much the whole past has to say beside the recent one, in 0 .. 1: keeps the level of generated sound (heads/sample.py)
-    prediction_hold: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,10 +48,6 @@ class ModelConfig(BackboneConfig):
             raise ValueError(f"prediction_order: must be 0 or more, got {self.prediction_order}")
         if self.prediction_order and self.direction != "causal":
             raise ValueError("prediction_order: only a causal model predicts the next sample; use direction: causal")
-        if not 0 <= self.prediction_hold <= 1:
-            raise ValueError(f"prediction_hold: must lie in 0 .. 1, got {self.prediction_hold}")
-        if self.prediction_hold and not self.prediction_order:
-            raise ValueError("prediction_hold: holds a linear prediction; set prediction_order too")
 
 
 class LanguageModel(nn.Module):
@@ -81,7 +75,7 @@ class LanguageModel(nn.Module):
         tied = self.embedding if config.tie_embeddings else None
         self.lm_head = LanguageHead(config.d_model, config.vocab_size, tied_to=tied)
         order = config.prediction_order
-        self.prediction_head = PredictionHead(config.d_model, config.vocab_size, order, config.prediction_hold) if order else None
+        self.prediction_head = PredictionHead(config.d_model, config.vocab_size, order) if order else None
 
     def forward(
         self,

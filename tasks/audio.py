@@ -109,6 +109,15 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class GenerationConfig:
+    hold: float = 0.0  # of the linear prediction (heads/sample.py), where `generate audio --hold` does not say otherwise
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hold <= 1:
+            raise ValueError(f"hold: must lie in 0 .. 1, got {self.hold}")
+
+
+@dataclass(frozen=True)
 class AudioConfig:
     """One run of `seqlab train audio`."""
 
@@ -121,6 +130,7 @@ class AudioConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
         if self.model.vocab_size != VOCAB:

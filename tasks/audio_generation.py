@@ -61,7 +61,7 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 0.0  # above 0: follow the class more closely than the model would
-    hold: float | None = None  # `prediction_hold` of the model instead of its own
+    hold: float | None = None  # None: what the run's config says
     seed: int = 0
     candidates: int | None = None
     rank_by: str = "likelihood"
@@ -140,10 +140,11 @@ class Generator:
         self.sound = self.config.sound
         self.quantizer = QUANTIZERS[self.sound.quantizer]
         self.rate = int(self.sound.sample_rate)
-        if settings.hold is not None:
-            if run.model.prediction_head is None:
-                raise UserError("--hold: this run has no linear prediction that could be held (model.prediction_order: 0)")
-            run.model.prediction_head.predictor.hold = settings.hold
+        if run.model.prediction_head is not None:
+            hold = self.config.generation.hold if settings.hold is None else settings.hold
+            run.model.prediction_head.predictor.hold = hold
+        elif settings.hold is not None:
+            raise UserError("--hold: this run has no linear prediction that could be held (model.prediction_order: 0)")
         self.samples = max(1, round(settings.seconds * self.rate))
         self.progress = progress or (lambda done, total: None)
         self.classes = [class_index(self.sound.labels, name) for name in settings.classes]

@@ -201,7 +201,7 @@ def test_raw_pcm_on_standard_output(trained, tmp_path):
 
 
 def test_ctrl_c_saves_and_resume_equals_uninterrupted(trained, tmp_path):
-    base = ["generate", "audio", trained / "run", "--num", 2, "--class", "low", "--guidance", 1.5]
+    base = ["generate", "audio", trained / "run", "--num", 2, "--class", "low", "--guidance", 1.5, "--hold", 0.3]
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", *map(str, base), "--seconds", "100000", "--out", str(tmp_path / "cut")],
         cwd=ROOT,

@@ -24,7 +24,8 @@ says. The newest error, w and p go into the network too.
 
 Sound that follows its own errors loses its level: log w then is a random walk, and what is a little too narrow or too wide
 everywhere takes it to silence or to full scale. And a fit to the recent past alone sharpens whatever resonance it has just made.
-With `hold` above 0 the whole past has a say too, as if PAST samples of the training split had come before it:
+With `hold` above 0, which is for generation (it costs likelihood), the whole past has a say too, as if PAST samples of the
+training split had come before it:
 
     R_t[k] = R_t-1[k] + x_t x_{t-k};  r[k] += hold r[0] / R[0] R[k]     so that no resonance is all there is
     M_t = M_t-1 + DRIFT (x_t - M_t-1);  p_t -= DRIFT M_t                so that the mean stays at zero
@@ -104,12 +105,12 @@ def decaying_sum(x: Tensor, decay: float) -> Tensor:
 
 
 class LinearPredictor(nn.Module):
-    """forward(ids (b l), heard or None) -> (Prediction, heard). `fit` fills in what it takes from the data. `hold` may be set at any
-    time; states of 0 and of more than 0 differ."""
+    """forward(ids (b l), heard or None) -> (Prediction, heard). `fit` fills in what it takes from the data. `hold` (0) may be set
+    before a sequence begins: states of 0 and of more than 0 differ."""
 
-    def __init__(self, vocab_size: int, order: int, hold: float = 0.0):
+    def __init__(self, vocab_size: int, order: int):
         super().__init__()
-        self.order, self.hold = order, hold
+        self.order, self.hold = order, 0.0
         self.register_buffer("levels", torch.linspace(-1, 1, vocab_size))
         self.register_buffer("prior", F.one_hot(torch.tensor(0), order + 1) * 1e-3)
 
@@ -190,9 +191,9 @@ class LinearPredictor(nn.Module):
 class PredictionHead(nn.Module):
     """forward(y (b l d_model), Prediction) -> what to add to the logits (b l vocab). `predictor` is its own."""
 
-    def __init__(self, d_model: int, vocab_size: int, order: int, hold: float = 0.0):
+    def __init__(self, d_model: int, vocab_size: int, order: int):
         super().__init__()
-        self.predictor = LinearPredictor(vocab_size, order, hold)
+        self.predictor = LinearPredictor(vocab_size, order)
         self.input = nn.Parameter(torch.zeros(INPUTS, d_model))  # what the network is told
         self.weight = nn.Parameter(torch.zeros(ROWS, d_model))
         self.shape = nn.Parameter(torch.tensor([0.0, 0.0, 0.7]))  # (m - p) / w, log s / w and log a to begin with

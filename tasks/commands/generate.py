@@ -32,7 +32,7 @@ def generate_audio(
     guidance: Annotated[float, typer.Option("--guidance", help="Above 0: follow --class more closely than learned.")] = 0.0,
     hold: Annotated[
         Optional[float],
-        typer.Option("--hold", help="0 to 1: how much the whole past keeps level and spectrum where they were; as trained if not given."),
+        typer.Option("--hold", help="0 to 1: how much the whole past keeps level and spectrum where they were; by default what the run's config says."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     rank: Annotated[Optional[int], typer.Option("--rank", help="Make so many and keep the --num likeliest.")] = None,

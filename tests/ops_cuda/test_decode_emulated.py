@@ -19,7 +19,7 @@ MODELS = {
     "classes": {"d_model": 40, "n_layer": 1, "d_conv": 3, "conv_bias": False, "vocab_size": 16, "n_classes": 4},
     "sampled": {"architecture": "unet", "d_model": 16, "n_layer": 1, "pool": (3,), "vocab_size": 70, "prediction_order": 6,
                 "n_classes": 4, "tie_embeddings": False},
-    "held": {"d_model": 16, "n_layer": 1, "vocab_size": 60, "prediction_order": 7, "prediction_hold": 0.3},
+    "held": {"d_model": 16, "n_layer": 1, "vocab_size": 60, "prediction_order": 7},
 }  # fmt: skip
 
 
@@ -41,6 +41,8 @@ def make(name: str):
                 parameter.mul_(20)
             if any(name in parameter_name for name in ("class_shifts", "prediction_head.weight", "prediction_head.input")):  # they start as zero
                 parameter.normal_(std=0.05)
+    if name == "held":
+        model.prediction_head.predictor.hold = 0.3
     return model
 
 

@@ -108,7 +108,7 @@ class Program:
         self.head = _copy(model.lm_head.weight) * gain
         self.order = config.prediction_order
         self.prediction = LinearPrediction.of(model.prediction_head, gain) if self.order else None
-        self.heard = numbers(self.order, config.prediction_hold if self.prediction is None else self.prediction.hold)
+        self.heard = numbers(self.order, 0.0 if self.prediction is None else self.prediction.hold)
 
     @property
     def blocks(self) -> list[Operation]:
