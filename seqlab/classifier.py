@@ -186,9 +186,14 @@ class SequenceClassifier(nn.Module):
         return 0.5 * (there + back)
 
     def features(
-        self, ids: Tensor, mask: Tensor | None = None, before: StreamState | None = None, return_state: bool = False
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        before: StreamState | None = None,
+        return_state: bool = False,
+        fold: Tensor | None = None,
     ) -> Features:
-        """Of one strand, ids (b l), or of a piece of it that comes after `before`."""
+        """Of one strand, ids (b l), or of a piece of it that comes after `before`. fold (b): see `GenePredictor`."""
         before = StreamState(None, None) if before is None else before
         x = self.embedding(ids.long())
         if self.kmer_embedding is not None:
@@ -197,15 +202,16 @@ class SequenceClassifier(nn.Module):
             x = x + self.clock((before.position + torch.arange(ids.shape[1], device=ids.device)) % self.config.period)
         prior, genes = None, None
         if self.genes is not None:
-            prediction, genes = self.genes(_base(ids), before.genes)
+            prediction, genes = self.genes(_base(ids), before.genes, fold)
             prior = prediction.log_p
             x = x + self.gene_input(torch.cat([prediction.frame.flatten(2), prediction.lead], -1))
         value, backbone = self.backbone(self.dropout(x), before.backbone, mask, return_state=return_state)
         return Features(value, prior, backbone, genes)
 
-    def read(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the head adds up (see `ClassificationHead.read`) at every position of whole sequences (b l), one strand."""
-        features = self.features(ids, mask)
+    def read(self, ids: Tensor, mask: Tensor | None = None, fold: Tensor | None = None) -> Tensor:
+        """What the head adds up (see `ClassificationHead.read`) at every position of whole sequences (b l), one strand. fold (b):
+        see `GenePredictor`."""
+        features = self.features(ids, mask, fold=fold)
         return self.head.read(features.value, _base(ids), None, features.prior)
 
     def feed(

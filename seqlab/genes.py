@@ -9,6 +9,10 @@ Where fewer than `order` known bases come before a base, these decide:
 
 Fitted by expectation and maximisation (Baum et al. 1970) on both strands, from long stretches without a stop codon; a genome
 in which there are none is described all the same, by states that mean something else.
+
+A model knows the bases that it was fitted to better than others, by a nat in 260 of E. coli's, by more in small genomes. Whoever
+learns from what the models say of those same bases would trust them too much: `held_out` has emissions that were fitted without
+a fold of the pieces, for each fold (stacked generalisation, Wolpert 1992).
 """
 
 from collections.abc import Iterator
@@ -22,7 +26,8 @@ MAX_ORDER = 6
 SMOOTHING = 30.0  # a, bases
 ROUNDS = 20  # at most; and it ends when a round gains less than
 LEAST_GAIN = 1e-4  # bits a base
-PIECE = 1 << 16  # bases that are followed at a time
+PIECE = 1 << 14  # bases that are followed at a time
+FOLDS = 4  # piece i is of fold i modulo this
 MOST = 4_000_000  # bases of a genome that are looked at, pieces evenly spread
 OPEN_FRAME = 300  # bases without a stop codon that are taken for a gene to begin with
 _UNKNOWN = 4
@@ -31,11 +36,13 @@ _UNKNOWN = 4
 @dataclass(frozen=True)
 class GeneModel:
     """emissions (contexts states 4) and transitions (states states), start (states): where a sequence begins that is cut out
-    anywhere; float32. bits: a base of what it was fitted to, round by round."""
+    anywhere; held_out (folds contexts states 4): emissions without the counts of a fold; float32. bits: a base of what it was
+    fitted to, round by round."""
 
     emissions: np.ndarray
     transitions: np.ndarray
     start: np.ndarray
+    held_out: np.ndarray
     bits: tuple[float, ...]
 
 
@@ -50,7 +57,9 @@ def fit(stretches: list[np.ndarray], order: int, threads: int = 1) -> GeneModel:
     the number of threads."""
     from seqlab import gene_kernels
 
-    pieces = [side for piece in _take(stretches) for side in (piece, reverse_complement(piece))]
+    taken = _take(stretches)
+    pieces = [side for _, piece in taken for side in (piece, reverse_complement(piece))]
+    folds = np.repeat([number % FOLDS for number, _ in taken], 2)
     contexts = [gene_kernels.contexts(piece, order) for piece in pieces]
     first = context_count(order) - 4**order
     known = sum(int((piece < _UNKNOWN).sum()) for piece in pieces)
@@ -63,19 +72,33 @@ def fit(stretches: list[np.ndarray], order: int, threads: int = 1) -> GeneModel:
         return gene_kernels.expect(pieces[i], contexts[i], emissions, transitions, start, first, *sums), *sums
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        while True:
+        for _ in range(ROUNDS):
             emissions, start = emissions_of(counts), _stationary(transitions)
-            if len(bits) == ROUNDS or (len(bits) > 1 and bits[-2] - bits[-1] < LEAST_GAIN):
-                return GeneModel(emissions, transitions, start, tuple(bits))
-            counts, moves, nats = np.zeros((4**order, STATES, 4)), np.full((STATES, STATES), 1e-3), 0.0
-            for nats_of_piece, counts_of_piece, moves_of_piece in pool.map(expect, range(len(pieces))):
-                nats, counts, moves = nats + nats_of_piece, counts + counts_of_piece, moves + moves_of_piece
+            by_fold, moves, nats = np.zeros((FOLDS, 4**order, STATES, 4)), np.full((STATES, STATES), 1e-3), 0.0
+            for fold, (nats_of_piece, counts_of_piece, moves_of_piece) in zip(folds, pool.map(expect, range(len(pieces)))):
+                by_fold[fold] += counts_of_piece
+                nats, moves = nats + nats_of_piece, moves + moves_of_piece
+            counts = by_fold.sum(0)
             transitions = (moves / moves.sum(1, keepdims=True)).astype(np.float32)
             bits.append(-nats / known / np.log(2))
+            if len(bits) > 1 and bits[-2] - bits[-1] < LEAST_GAIN:
+                break
+    held_out = np.stack([emissions_of(counts - mine) for mine in by_fold])
+    return GeneModel(emissions_of(counts), transitions, _stationary(transitions), held_out, tuple(bits))
 
 
 def reverse_complement(digits: np.ndarray) -> np.ndarray:
     return np.where(digits < _UNKNOWN, 3 - digits, _UNKNOWN)[::-1].astype(np.uint8)
+
+
+def fold_of(offset: np.ndarray, first_piece: np.ndarray) -> np.ndarray:
+    """The fold of a base `offset` into a stretch, before whose first piece there were `first_piece` of the same genome."""
+    return (first_piece + offset // PIECE) % FOLDS
+
+
+def pieces_of(length: int) -> int:
+    """How many pieces a stretch makes."""
+    return -(-length // PIECE)
 
 
 def emissions_of(counts: np.ndarray) -> np.ndarray:
@@ -91,9 +114,9 @@ def emissions_of(counts: np.ndarray) -> np.ndarray:
     return np.concatenate(out).astype(np.float32)
 
 
-def _take(stretches: list[np.ndarray]) -> list[np.ndarray]:
-    """Pieces of the stretches, all or evenly spread over them."""
-    pieces = [digits[at : at + PIECE] for digits in stretches for at in range(0, len(digits), PIECE)]
+def _take(stretches: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:
+    """Pieces of the stretches and their numbers, all or evenly spread over them."""
+    pieces = list(enumerate(digits[at : at + PIECE] for digits in stretches for at in range(0, len(digits), PIECE)))
     most = max(1, MOST // PIECE)
     return pieces if len(pieces) <= most else [pieces[i * len(pieces) // most] for i in range(most)]
 

@@ -182,8 +182,7 @@ class SpeciesTask:
 
     metric = "bits per window"
 
-    def __init__(self, config: Config, store: TokenStore, init: Path | None = None, *, fits_genes: bool = True):
-        self.fits_genes = fits_genes  # False: a checkpoint will bring them
+    def __init__(self, config: Config, store: TokenStore, init: Path | None = None):
         self.windows = ClassWindows(store, "train", config.data.max_unknown)
         self.valid = ClassWindows(store, "valid", config.data.max_unknown)
         classes = tuple(self.windows.classes)
@@ -195,6 +194,13 @@ class SpeciesTask:
         self.config, self.store, self.init = replace(config, classes=classes), store, init
         self._fixed: dict[int, Windows] = {}  # length -> validation windows
         self._genes: list[genes.GeneModel] | None = None
+        # starts of the training split's stretches, ascending, and how many pieces of the same species come before each
+        stretches = [
+            (int(start), number)
+            for mine in self.windows.intervals
+            for (start, _), number in zip(mine, np.cumsum([0, *(genes.pieces_of(int(end - start)) for start, end in mine)]))
+        ]
+        self._stretches = np.array(sorted(stretches)).T
         model = config.model
         self.is_causal = model.direction == "causal"
         self.ask = config.loss.ask
@@ -211,7 +217,7 @@ class SpeciesTask:
 
     def build_model(self) -> nn.Module:
         model = build_model(self.config)
-        if model.genes is not None and self.fits_genes:
+        if model.genes is not None:
             model.genes.fit(self.gene_models())
         if self.init is not None:
             load_init(model, self.init, self.config, self.store)
@@ -255,7 +261,7 @@ class SpeciesTask:
         mine = np.arange(rank * share, (rank + 1) * share)
         micro = max(1, (config.train.micro_batch_tokens or len(mine) * length) // length)
         parts = np.split(mine, range(micro, len(mine), micro))
-        if not (config.loss.substitutions or self._masks):
+        if not (config.loss.substitutions or self._masks or config.model.gene_order):
             return [self._batch(drawn[part]) for part in parts]
         # the noise of a step is drawn for all of its rows, so it does not depend on how they are dealt to ranks or micro-batches
         whole = self._batch(drawn, np.random.Generator(np.random.Philox(key=step_seed(config.train.seed, "noise", step))))
@@ -268,7 +274,7 @@ class SpeciesTask:
 
     def _batch(self, windows: Windows, noise: np.random.Generator | None = None) -> Batch:
         """ids (b l), label (b), start (b), and where rows are padded mask (b l). With `noise`, for training: ids with some
-        bases substituted or masked, and for masked language modelling target and scored (b l)."""
+        bases substituted or masked, for masked language modelling target and scored (b l), for gene models fold (b)."""
         ids, mask = windows.tokens(self.store)
         batch = {"label": windows.label, "start": windows.start}
         loss = self.config.loss
@@ -279,6 +285,9 @@ class SpeciesTask:
         if noise is not None and self._masks:
             batch["target"] = ids
             ids, batch["scored"] = mask_tokens(ids, MaskingConfig(rate=loss.mask_rate), noise)
+        if self.config.model.gene_order and noise is not None:
+            at = np.searchsorted(self._stretches[0], windows.start, side="right") - 1
+            batch["fold"] = genes.fold_of(windows.start - self._stretches[0][at], self._stretches[1][at])
         batch["ids"] = ids
         if mask is not None:
             batch["mask"] = mask
@@ -309,7 +318,7 @@ class SpeciesTask:
         loss = self.config.loss
         positions, shortest = None, min(ids.shape[1], self.config.data.min_context or ids.shape[1])
         if loss.language_model or self.ask != "whole":
-            positions = model.read(ids, mask)
+            positions = model.read(ids, mask, batch.get("fold"))
         if self.ask == "segments":
             levels = model.head.segments(positions, shortest, mask)
         elif self.ask == "prefixes":
@@ -403,7 +412,7 @@ def train(config: Config, dataset: Path, run_dir: Path, *, init: Path | None = N
     """Train on a prepared dataset into `run_dir`; `init`: a checkpoint of `train dna` or `train species` to start from.
     Nothing is created before the configuration is known to fit."""
     store = TokenStore.open(dataset)
-    task = SpeciesTask(config, store, None if resume else init, fits_genes=not resume)
+    task = SpeciesTask(config, store, None if resume else init)
     task.build_model()
     result = runs.train(task, run_dir, dataset, store.hash, pretrained=init, resume=resume)
     if config.calibrate and result.ended != "interrupted" and is_main_process():

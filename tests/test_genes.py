@@ -112,5 +112,25 @@ def test_of_a_large_genome_evenly_spread_pieces_are_looked_at(monkeypatch):
     monkeypatch.setattr(genes, "MOST", 1000)
     stretches = [np.zeros(2050, np.uint8), np.ones(40, np.uint8), np.full(3000, 2, np.uint8)]
     taken = genes._take(stretches)
-    assert len(taken) == 10 and {int(piece[0]) for piece in taken} >= {0, 2}
-    assert sum(map(len, genes._take([stretches[1]]))) == 40
+    assert len(taken) == 10 and {int(piece[0]) for _, piece in taken} >= {0, 2}
+    assert [(number, len(piece)) for number, piece in genes._take([stretches[1]])] == [(0, 40)]
+    assert [genes.pieces_of(len(stretch)) for stretch in stretches] == [21, 1, 30]
+
+
+def test_held_out_emissions_have_not_seen_their_fold(monkeypatch):
+    monkeypatch.setattr(genes, "PIECE", 2000)
+    digits, _ = simulated(60, seed=2)
+    stretches = [digits[:30_001], digits[30_001:]]
+    model = genes.fit(stretches, 2)
+    assert model.held_out.shape == (genes.FOLDS, *model.emissions.shape)
+    # what is in a fold only: a word that occurs nowhere else
+    at = 7 * 2000 + 500  # piece 7 of the first stretch, fold 3
+    marked = [stretches[0].copy(), stretches[1]]
+    marked[0][at : at + 300] = 0
+    assert genes.fold_of(np.array([at]), np.array([0])).tolist() == [3]
+    assert genes.fold_of(np.array([0, 5000]), np.array([genes.pieces_of(30_001)] * 2)).tolist() == [0, 2]
+    other = genes.fit(marked, 2)
+    run_of_a = genes.context_count(1) + 0  # after AA
+    seen = [float((m.held_out[f, run_of_a, :, 0] * m.start).sum()) for m in (model, other) for f in range(genes.FOLDS)]
+    gain = np.array(seen[genes.FOLDS :]) - np.array(seen[: genes.FOLDS])
+    assert gain[:3].min() > 0.005 and abs(gain[3]) < 0.2 * gain[:3].min()

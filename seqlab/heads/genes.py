@@ -1,7 +1,8 @@
 """Gene models inside a classifier: before every base, what each species' hidden Markov model makes of it.
 
 `GenePredictor` holds one model for each species (seqlab/genes.py), fitted to the training split before training begins and
-constant from then on. In one pass it gives
+constant from then on. Training windows it reads with emissions that were fitted without their fold of the genome: what it says of them is then
+what it would say of sequence that it has not seen. In one pass it gives
 
     log p (b l n 4)     each species' log-probabilities of A, C, G and T at each position, from the bases before it
     frame (b l n s)     after each position, the probabilities of the states of the next one: in which reading frame of which
@@ -45,6 +46,7 @@ class GenePredictor(nn.Module):
         self.register_buffer("emissions", torch.full((n_species, genes.context_count(order), states, 4), 0.25))
         self.register_buffer("transitions", torch.full((n_species, states, states), 1 / states))
         self.register_buffer("start", torch.full((n_species, states), 1 / states))
+        self.register_buffer("held_out", None, persistent=False)  # (n folds*contexts s 4), for training
 
     @torch.no_grad()
     def fit(self, models: list[genes.GeneModel]) -> None:
@@ -52,17 +54,23 @@ class GenePredictor(nn.Module):
         for i, model in enumerate(models):
             for name in ("emissions", "transitions", "start"):
                 getattr(self, name)[i].copy_(torch.from_numpy(getattr(model, name)))
+        self.held_out = torch.stack([torch.from_numpy(model.held_out).flatten(0, 1) for model in models]).to(self.emissions)
 
     @torch.no_grad()
-    def forward(self, base: Tensor, state: GeneState | None = None) -> tuple[GenePrediction, GeneState]:
-        """base (b l): 0 to 3, -1 where not known."""
+    def forward(
+        self, base: Tensor, state: GeneState | None = None, fold: Tensor | None = None
+    ) -> tuple[GenePrediction, GeneState]:
+        """base (b l): 0 to 3, -1 where not known; fold (b): of training windows, whose fold the emissions are to leave out."""
         base = base.to(torch.int32)
         if state is None:
             start = self.start.expand(len(base), -1, -1)
             state = GeneState(base.new_full((len(base), self.order), -1), start)
         line = torch.cat([state.before, base], 1)  # (b order+l)
-        tables = self.emissions.float(), self.transitions.float()
-        log_p, frame = hidden_markov(base, contexts(line, self.order), *tables, state.frame.float())
+        context, emissions = contexts(line, self.order), self.emissions
+        if fold is not None and self.held_out is not None:
+            context = context + fold.to(torch.int32)[:, None] * emissions.shape[1]
+            emissions = self.held_out
+        log_p, frame = hidden_markov(base, context, emissions.float(), self.transitions.float(), state.frame.float())
         last = frame[:, -1] if base.shape[1] else state.frame
         came = base.clamp(min=0).long()[..., None, None].expand(*log_p.shape[:3], 1)
         nats = log_p.gather(-1, came)[..., 0]

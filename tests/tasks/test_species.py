@@ -272,7 +272,8 @@ def test_gene_models_learn_from_the_training_split_and_stay_as_they_are(data, tm
     config = toy_config()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, pooling="evidence", gene_order=2))
     task = species.SpeciesTask(config, store)
-    kept = [tensor.clone() for tensor in task.build_model().genes.buffers()]
+    kept = {name: tensor.clone() for name, tensor in task.build_model().genes.state_dict().items()}
+    assert set(kept) == {"emissions", "transitions", "start"}
     at = store.intervals("train")[:, 0]
     moved = np.array(store.tokens)
     for split in ("valid", "test"):
@@ -280,18 +281,40 @@ def test_gene_models_learn_from_the_training_split_and_stay_as_they_are(data, tm
             moved[start:end] = nucleotide.A
     monkeypatch.setattr(store, "tokens", moved)
     other = species.SpeciesTask(config, store)
-    assert all(torch.equal(a, b) for a, b in zip(kept, other.build_model().genes.buffers(), strict=True))
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in other.build_model().genes.state_dict().items())
     moved[at[0] : at[0] + 100] = nucleotide.A
     other = species.SpeciesTask(config, store)
-    assert not torch.equal(kept[0], other.build_model().genes.emissions)
-    # trained, resumed (nothing is fitted then) and loaded, they are what they were
+    assert not torch.equal(kept["emissions"], other.build_model().genes.emissions)
+    # trained, resumed and loaded, they are what they were
     short = ["train", "species", "--data", data, *TOY, *QUICK, "--set", "eval.baselines=[]", "--set", "model.pooling=evidence"]
     run(*short, "--set", "model.gene_order=2", "--set", "train.ema_decay=0.9", "--out", tmp_path / "a", "--max-steps", 3)
-    monkeypatch.setattr(species.genes, "fit", None)
     run("train", "species", "--resume", "--out", tmp_path / "a", "--max-steps", 5)
     model = runs.load_run(tmp_path / "a").model
-    assert all(torch.equal(a, b) for a, b in zip(kept, model.genes.buffers(), strict=True))
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.genes.state_dict().items())
     assert model.head.next_base.weight.abs().max() > 0
+
+
+def test_training_windows_are_read_without_their_fold(data, monkeypatch):
+    monkeypatch.setattr(species.genes, "PIECE", 512)
+    store, config = TokenStore.open(data), toy_config()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, pooling="evidence", gene_order=2))
+    task = species.SpeciesTask(config, store)
+    model = task.build_model().train()
+    (batch,) = task.train_batches(1, 0, 1)
+    for start, label, fold in zip(batch["start"].tolist(), batch["label"].tolist(), batch["fold"].tolist()):
+        before, mine = 0, task.windows.intervals[label]
+        for first, end in sorted(mine.tolist()):
+            if first <= start < end:
+                assert fold == (before + (start - first) // 512) % 4
+            before += -(-(end - first) // 512)
+    loss, _ = task.loss(model, batch)
+    with torch.no_grad():
+        alone = [model.genes(torch.zeros(1, 9, dtype=torch.long), fold=torch.tensor([f]))[0].log_p for f in range(4)]
+        model.genes.emissions.copy_(model.genes.held_out[:, : model.genes.emissions.shape[1]])  # all without fold 0
+        assert torch.equal(model.genes(torch.zeros(1, 9, dtype=torch.long))[0].log_p, alone[0])
+        assert not torch.allclose(alone[0], alone[1], atol=1e-3)
+    assert torch.equal(task.loss(model, batch)[0], loss)  # which takes nothing from the whole's
+    assert "fold" not in next(iter(task.validation_batches(0, 1)))
 
 
 def test_init_from_a_language_model_takes_its_shape(data, tmp_path):
