@@ -10,7 +10,7 @@ Where fewer than `order` known bases come before a base, these decide:
 Fitted by expectation and maximisation (Baum et al. 1970) on both strands, from long stretches without a stop codon; a genome
 in which there are none is described all the same, by states that mean something else.
 
-A model knows the bases that it was fitted to better than others, by a nat in 260 of E. coli's, by more in small genomes. Whoever
+A model knows the bases that it was fitted to better than others, by a nat in 280 bases of E. coli, by more in small genomes. Whoever
 learns from what the models say of those same bases would trust them too much: `held_out` has emissions that were fitted without
 a fold of the pieces, for each fold (stacked generalisation, Wolpert 1992).
 """
