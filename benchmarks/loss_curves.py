@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seqlab.training.callbacks import read_history
+from seqlab.training.history import read_history
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -95,8 +95,9 @@ def new_figure(width: float = 7.0, height: float = 4.2):
 def save_figure(figure, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    from seqlab.training.checkpoint import write_atomic
+
+    write_atomic(path, figure.savefig)
     plt.close(figure)
     return path
 

@@ -37,10 +37,10 @@ from seqlab.model import ModelConfig
 from seqlab.model import build_model as build_language_model
 from seqlab.predictors import AdaptivePredictor, CodeMarkov, correlations
 from seqlab.tokenizers.waveform import QUANTIZERS
-from seqlab.training.callbacks import read_history
 from seqlab.training.checkpoint import write_json, write_text
-from seqlab.training.fit import FitResult, read_run_facts
-from seqlab.training.module import TrainConfig, step_seed
+from seqlab.training.config import TrainConfig, step_seed
+from seqlab.training.facts import FitResult, read_run_facts
+from seqlab.training.history import read_history
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Batch
 from tasks import runs

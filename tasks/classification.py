@@ -42,8 +42,8 @@ from seqlab.errors import UserError
 from seqlab.inference.classify import Predictor
 from seqlab.tokenizers import nucleotide
 from seqlab.training.checkpoint import load_model, write_atomic, write_json, write_text
-from seqlab.training.fit import FitResult, read_run_facts, write_run_facts
-from seqlab.training.module import TrainConfig, step_seed
+from seqlab.training.config import TrainConfig, step_seed
+from seqlab.training.facts import FitResult, read_run_facts, write_run_facts
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Batch
 from tasks import runs

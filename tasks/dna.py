@@ -9,9 +9,9 @@ from seqlab import report
 from seqlab.dataset import TokenStore
 from seqlab.errors import UserError
 from seqlab.markov import MarkovModels, fit
-from seqlab.training.callbacks import read_history
 from seqlab.training.checkpoint import write_json, write_text
-from seqlab.training.fit import FitResult, read_run_facts
+from seqlab.training.facts import FitResult, read_run_facts
+from seqlab.training.history import read_history
 from seqlab.training.task import Batch
 from tasks import runs
 from tasks.language_modeling import (

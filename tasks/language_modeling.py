@@ -26,7 +26,7 @@ from seqlab.heads.language import weighted_cross_entropy
 from seqlab.markov import MarkovModels
 from seqlab.model import ModelConfig, build_model, language_model
 from seqlab.tokenizers import nucleotide
-from seqlab.training.module import TrainConfig, step_seed
+from seqlab.training.config import TrainConfig, step_seed
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Batch
 

@@ -12,7 +12,7 @@ import torch
 
 from seqlab.errors import UserError
 from seqlab.training import planner
-from seqlab.training.fit import resolve_accelerator
+from seqlab.training.config import resolve_accelerator
 from tasks.runs import task_module
 
 

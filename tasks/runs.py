@@ -21,8 +21,7 @@ import torch
 from seqlab.config import dump_yaml, from_dict, load_yaml
 from seqlab.errors import UserError
 from seqlab.training.checkpoint import load_model, write_text
-from seqlab.training.fit import FitResult, read_run_facts, write_run_facts
-from seqlab.training.fit import fit as fit_task
+from seqlab.training.facts import FitResult, read_run_facts, write_run_facts
 from seqlab.training.task import Task
 
 MODULES = {"audio": "tasks.audio", "classify": "tasks.classification", "dna": "tasks.dna", "species": "tasks.species"}
@@ -83,6 +82,8 @@ def train(
             raise UserError(f"{dataset}: is not the dataset that {run_dir} was trained on; resume with the same one")
         facts["init"] = saved.get("init")
     write_run_facts(run_dir, {**facts, "ended": "running"})
+    from seqlab.training.fit import fit as fit_task  # Lightning, which nothing but training needs
+
     result = fit_task(task, config.optim, config.train, run_dir, init=init, resume=resume)
     write_run_facts(run_dir, {**facts, "ended": result.ended, "result": result.__dict__})
     return result

@@ -50,10 +50,10 @@ from seqlab.heads.classification import ADDITIVE, evenly_spread_ends
 from seqlab.inference.classify import Predictor
 from seqlab.processes import is_main_process
 from seqlab.tokenizers import nucleotide
-from seqlab.training.callbacks import read_history
 from seqlab.training.checkpoint import load_model, save_model, write_atomic, write_json, write_text
-from seqlab.training.fit import FitResult, read_run_facts
-from seqlab.training.module import TrainConfig, step_seed
+from seqlab.training.config import TrainConfig, step_seed
+from seqlab.training.facts import FitResult, read_run_facts
+from seqlab.training.history import read_history
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Batch
 from tasks import runs

@@ -414,6 +414,23 @@ def test_importing_the_library_costs_torch_alone():
     assert "typer" in again, "this test can fail"
 
 
+def test_reading_a_run_costs_neither_lightning_nor_plots(trained):
+    """They take seconds, which `predict` and `generate` would pay as well."""
+    heavy = "{'lightning', 'matplotlib', 'sklearn', 'torchaudio', 'transformers'}"
+    script = "import sys, tasks.audio_generation, tasks.classification, tasks.species\nfrom tasks.runs import load_run\n"
+    script += f"load_run({str(trained)!r})\nprint(sorted({heavy} & set(sys.modules)))"
+    for first, expected in (("", "[]"), ("import lightning\n", "'lightning'")):
+        done = subprocess.run([sys.executable, "-c", first + script], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert expected in done.stdout
+
+
+def test_help_needs_neither_torch_nor_numpy():
+    script = "import sys\nfrom cli import app\ntry:\n    app(['train', 'dna', '--help'])\nexcept SystemExit:\n    pass\n"
+    script += "print(sorted({'torch', 'numpy', 'yaml', 'tasks.runs', 'tasks.commands.train'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['tasks.commands.train']"
+
+
 @pytest.mark.parametrize("task", ["dna", "audio", "species", "classify"])
 def test_what_is_no_dataset_is_one_line_before_anything_else(task, tmp_path):
     stdout, stderr = run("train", task, "--data", tmp_path / "none", "--out", tmp_path / "out", code=1)
@@ -456,6 +473,12 @@ def test_results_that_could_not_be_written_are_refused_before_the_work(trained, 
         assert message == f"error: --json {tmp_path}: is a directory; give a file in it, or - for standard output"
     assert f"{tmp_path / 'file'} is not a directory" in error_of("eval", trained, "--json", tmp_path / "file" / "x.json")
     assert f"{tmp_path / 'file'} is not a directory" in error_of("eval", trained, "--out", tmp_path / "file")
+    if os.geteuid():
+        shutil.copytree(trained, tmp_path / "run")
+        (tmp_path / "run").chmod(0o500)
+        assert "is not writable; give --out DIR" in error_of("eval", tmp_path / "run")
+        (tmp_path / "run").chmod(0o700)
+        shutil.rmtree(tmp_path / "run")
     assert {p.name for p in tmp_path.iterdir()} == {"file"}
 
 

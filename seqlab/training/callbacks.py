@@ -17,8 +17,10 @@ from seqlab.errors import UserError
 from seqlab.training import memory as modes
 from seqlab.training import planner
 from seqlab.training.checkpoint import save_model, write_text
+from seqlab.training.config import TrainConfig
+from seqlab.training.history import read_history
 from seqlab.training.memory import Memory
-from seqlab.training.module import TrainConfig, TrainingModule
+from seqlab.training.module import TrainingModule
 
 
 class MemoryChoice(Callback):
@@ -205,12 +207,6 @@ class History(Callback):
 
 def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:.6g}"
-
-
-def read_history(path: Path) -> list[dict[str, float]]:
-    """Rows of metrics.csv as numbers; NaN where a cell is empty."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{k: float(v) if v else math.nan for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 class Validation(Callback):

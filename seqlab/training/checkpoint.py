@@ -19,8 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,13 +27,15 @@ from seqlab.errors import UserError
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary)`, then fsync and rename to `path`. Nothing is left behind if it fails."""
+    """Call `write(temporary)`, then fsync and rename to `path`. Nothing is left behind if it fails, with UserError where the
+    file could not be written. The temporary name ends as `path` does."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -46,10 +46,15 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose --out") from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # safetensors and torch.save have words of their own for what went wrong with a file
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or ("No space left on device?" if isinstance(error, RuntimeError) else str(error))
+        raise UserError(f"{path}: cannot be written ({reason}); free some space or choose another place") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -106,23 +111,3 @@ def load_model(model: nn.Module, path: Path) -> None:
     if absent:
         raise UserError(f"{path}: lacks {absent[0]} (and {len(absent) - 1} more); it belongs to another model")
     model.load_state_dict(weights, strict=False)
-
-
-class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's trainer state in one file, written atomically and read with `weights_only=True`."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        write_atomic(Path(path), lambda temporary: torch.save(checkpoint, temporary))
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: nothing to resume; the run has not saved a checkpoint yet, start it again")
-        try:
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except Exception as error:  # torch raises a dozen kinds for a damaged file
-            reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-            weights = Path(path).with_name("model.safetensors")
-            raise UserError(f"{path}: damaged trainer state ({reason}); start a new run from its weights: --init {weights}") from None
-
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)

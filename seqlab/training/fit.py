@@ -2,48 +2,33 @@
 
 import contextlib
 import ctypes
-import json
 import logging
-import platform
 import signal
-import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import lightning
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import seqlab
 from seqlab.config import dump_yaml
 from seqlab.errors import UserError
 from seqlab.processes import end_with_parent, launched
 from seqlab.training.callbacks import Clock, History, MemoryChoice, ProgressBar, Validation
-from seqlab.training.checkpoint import AtomicCheckpointIO, load_model, write_json
+from seqlab.training.checkpoint import load_model
+from seqlab.training.config import TrainConfig, resolve_accelerator
+from seqlab.training.facts import FitResult
 from seqlab.training.memory import MODES, unavailable
-from seqlab.training.module import TrainConfig, TrainingModule
+from seqlab.training.module import TrainingModule
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Task
+from seqlab.training.trainer_state import AtomicCheckpointIO
 
 LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
 """Whose thread in the first process watches those that it started, and kills all, itself too, when one has ended badly."""
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """How a run ended. `best` is the validation metric of `checkpoints/best`."""
-
-    steps: int
-    minutes: float
-    best: float
-    best_step: int
-    tokens: int
-    tokens_per_second: float
-    ended: str  # "finished", "stopped early" or "interrupted"
 
 
 def fit(
@@ -215,68 +200,8 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-def resolve_accelerator(train: TrainConfig) -> str:
-    """"cpu" or "gpu"; UserError when the devices asked for are not there."""
-    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    accelerator = train.accelerator
-    if accelerator == "auto":
-        accelerator = "gpu" if present else "cpu"
-    if accelerator == "gpu" and not present:
-        raise UserError("train.accelerator=gpu, but torch sees no GPU here; use cpu, or run `seqlab doctor` for the reason")
-    if accelerator == "gpu" and train.devices > present and not launched():
-        raise UserError(f"--devices {train.devices}, but torch sees {present} GPU(s) here; use --devices {present}")
-    return accelerator
-
-
 def quiet_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
-
-
-def write_run_facts(run_dir: Path, facts: dict) -> None:
-    """run.json: versions, commit and whatever else is needed to say later how a number came about."""
-    write_json(
-        Path(run_dir) / "run.json",
-        {
-            "seqlab": seqlab.__version__,
-            "git": git_commit(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "machine": machine(),
-            **facts,
-        },
-    )
-
-
-def read_run_facts(run_dir: Path) -> dict:
-    path = Path(run_dir) / "run.json"
-    try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError):
-        facts = None
-    if not isinstance(facts, dict):
-        raise UserError(f"{run_dir}: not a run directory (no readable run.json); give one that `seqlab train` wrote")
-    return facts
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def git_commit() -> str | None:
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(seqlab.__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqlab.errors import UserError
 from seqlab.training import memory as modes
+from seqlab.training.config import TrainConfig
 from seqlab.training.memory import MODES, Memory, Mode
-from seqlab.training.module import TrainConfig
 from seqlab.training.task import Batch, Task
 
 GIB = 2**30

@@ -1,5 +1,6 @@
 """`seqlab eval`, and the same evaluation after training: every kind of run beside its baselines."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -36,6 +37,8 @@ def eval_(
     if out is not None:
         check_output_file(str(out / "report.md"), "--out")
     loaded = runs.load_run(run)
+    if out is None and not os.access(loaded.directory, os.W_OK):
+        raise UserError(f"{loaded.directory}: is not writable; give --out DIR for the plot and the table")
     loaded = dataclasses.replace(loaded, config=lay_over(type(loaded.config), to_dict(loaded.config), {}, set_ or [], "--set"))
     if "dataset" not in loaded.facts:
         raise UserError(f"{run}: no run.json beside the checkpoint, so its training split is unknown; give the run directory")

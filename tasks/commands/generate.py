@@ -8,7 +8,7 @@ import typer
 
 from seqlab.errors import UserError
 from tasks.commands.options import Json, Overwrite, resolve_device
-from tasks.commands.terminal import command, emit, note, print_table, program, progress_bar
+from tasks.commands.terminal import check_output_file, command, emit, note, print_table, program, progress_bar
 
 group = typer.Typer(no_args_is_help=True, help="Make sequences with a trained model.")
 
@@ -159,6 +159,7 @@ def generate_dna(
     device = resolve_device(device)
     if out != "-" and Path(out).exists() and not overwrite:
         raise UserError(f"{out}: exists; choose another --out, or add --overwrite")
+    check_output_file(out, "--out")
     try:
         sampling = Sampling(temperature, top_k, top_p, seed)
     except ValueError as error:

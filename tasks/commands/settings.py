@@ -83,7 +83,7 @@ def train_options(
 def make_room(data: dict, options: dict, overrides: list[str]) -> dict:
     """`options` with a larger train.tokens_per_step if --context asks for a window that a step of `data` does not hold."""
     from seqlab.config import merge, parse_override
-    from seqlab.training.module import TrainConfig
+    from seqlab.training.config import TrainConfig
 
     context = options.get("data", {}).get("context")
     if context in (None, "whole"):

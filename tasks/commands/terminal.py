@@ -1,5 +1,6 @@
 """How commands talk: the error line and exit code, notes, tables, JSON, progress bars."""
 
+import errno
 import functools
 import inspect
 import json
@@ -26,6 +27,8 @@ def command(group: typer.Typer, name: str):
         @functools.wraps(function)
         def wrapper(*args, debug: bool = False, **kwargs):
             try:
+                if sys.stdout is None:
+                    raise UserError("standard output is closed; leave it open, or send it to /dev/null")
                 check_output_file(kwargs.get("json_out"), "--json")
                 return function(*args, **kwargs)
             except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -44,7 +47,9 @@ def command(group: typer.Typer, name: str):
                 if isinstance(error, UserError):
                     fail(str(error))
                 if isinstance(error, OSError) and error.strerror:
-                    fail(f"{error.filename or 'input/output'}: {error.strerror}")
+                    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                    advice = "; free some space, or write somewhere else" if full else ""
+                    fail(f"{error.filename or 'input/output'}: {error.strerror}{advice}")
                 first = (str(error).strip().splitlines() or [""])[0][:200]
                 fail(f"{type(error).__name__}: {first} (unexpected; repeat with --debug for the whole story)")
 

@@ -89,7 +89,7 @@ def train_dna(
             run_dir, dataset, settings = _new_run(
                 out, data, fasta, config, set_, train_options(**options), splits, valid, test, checkpoint, overwrite, undo
             )
-        from seqlab.training.fit import resolve_accelerator
+        from seqlab.training.config import resolve_accelerator
 
         accelerator = resolve_accelerator(settings.train)
         model = settings.model
@@ -194,7 +194,7 @@ def train_species(
 
     Example:  seqlab train species --data data/apes --context 4096 --max-minutes 30
     """
-    from seqlab.training.fit import resolve_accelerator
+    from seqlab.training.config import resolve_accelerator
     from tasks import runs, species
 
     options = dict(
@@ -275,7 +275,7 @@ def train_classify(
 
     Example:  seqlab train classify --data data/promoters --init runs/dna --seeds 5
     """
-    from seqlab.training.fit import resolve_accelerator
+    from seqlab.training.config import resolve_accelerator
     from tasks import classification, runs
 
     options = dict(seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
@@ -378,7 +378,7 @@ def train_audio(
             if is_main_process():
                 in_use = [path for path in (data, checkpoint) if path is not None]
                 undo.enter_context(fresh_directory(run_dir, overwrite, in_use))
-        from seqlab.training.fit import resolve_accelerator
+        from seqlab.training.config import resolve_accelerator
 
         accelerator, model = resolve_accelerator(settings.train), settings.model
         kind = f"U-Net with pools of {list(model.pool)}," if model.architecture == "unet" else "Mamba,"
@@ -410,7 +410,7 @@ def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path],
     """(run directory, dataset, settings) of a run to go on with: its own settings, with a longer end if asked. `given`:
     arguments of train_options; `refused`: option -> value, of options that a resumed run takes from itself."""
     from seqlab.config import load_yaml
-    from seqlab.training.fit import read_run_facts
+    from seqlab.training.facts import read_run_facts
 
     own = {**refused, "--context": given.get("context"), "--seed": given.get("seed")}
     if any(value not in (None, [], ()) for value in own.values()):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from seqlab.errors import UserError
 from seqlab.training.callbacks import read_history
+from seqlab.training.checkpoint import write_atomic
 from seqlab.training.fit import fit
 from seqlab.training.module import DivergedError, TrainConfig, TrainingModule
 from seqlab.training.optim import OptimConfig, learning_rate, parameter_groups
@@ -245,3 +246,33 @@ def test_schedule_warms_up_and_ends_at_the_floor():
     assert learning_rate(config, 0.1) == pytest.approx(1.0)
     assert learning_rate(config, 0.55) == pytest.approx(0.505)
     assert learning_rate(config, 1.0) == learning_rate(config, 1.7) == pytest.approx(0.01)
+
+
+WRITERS = {
+    "trainer.pt": "from seqlab.training.trainer_state import AtomicCheckpointIO as IO; IO().save_checkpoint({'x': torch.zeros(9999)}, path)",
+    "model.safetensors": "from seqlab.training.checkpoint import save_model; save_model(torch.nn.Linear(99, 99), path.parent, '')",
+    "plot.png": "from seqlab import report; report.save_figure(report.new_figure()[0], path)",
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_does_not_fit_on_the_disk_is_a_user_error_and_leaves_nothing(name, tmp_path):
+    """A limit on file size stands in for a full disk."""
+    pytest.importorskip("resource", reason="needs a Unix system")
+    script = "import pathlib, resource, signal, torch\nfrom seqlab.errors import UserError\n"
+    script += f"path = pathlib.Path({str(tmp_path / name)!r})\n"
+    script += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+    script += f"try:\n    {WRITERS[name]}\nexcept UserError as error:\n    print(error)\n"
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "MPLCONFIGDIR": str(tmp_path.parent)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert f"{tmp_path / name}: cannot be written (" in done.stdout, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} <= {"config.yaml"}
+
+
+def test_an_error_of_what_is_written_is_no_error_of_the_disk(tmp_path):
+    def write(path):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        write_atomic(tmp_path / "file", write)
+    assert not list(tmp_path.iterdir())
