@@ -30,6 +30,7 @@ class ModelConfig(BackboneConfig):
     n_classes: int = 0  # above 0: class-conditional generation
     # above 0: the logits follow a linear prediction from so many samples before (heads/sample.py); for sampled signals
     prediction_order: int = 0
+    prediction_memory: float = 0.995  # weight of products a sample ago in the fit: 0.998 remembers 500 samples
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +49,8 @@ class ModelConfig(BackboneConfig):
             raise ValueError(f"prediction_order: must be 0 or more, got {self.prediction_order}")
         if self.prediction_order and self.direction != "causal":
             raise ValueError("prediction_order: only a causal model predicts the next sample; use direction: causal")
+        if not 0.9025 < self.prediction_memory < 1:  # the window's onset remembers 0.95^2
+            raise ValueError(f"prediction_memory: must lie between 0.9025 and 1, got {self.prediction_memory}")
 
 
 class LanguageModel(nn.Module):
@@ -75,7 +78,7 @@ class LanguageModel(nn.Module):
         tied = self.embedding if config.tie_embeddings else None
         self.lm_head = LanguageHead(config.d_model, config.vocab_size, tied_to=tied)
         order = config.prediction_order
-        self.prediction_head = PredictionHead(config.d_model, config.vocab_size, order) if order else None
+        self.prediction_head = PredictionHead(config.d_model, config.vocab_size, order, config.prediction_memory) if order else None
 
     def forward(
         self,

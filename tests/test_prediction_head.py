@@ -54,12 +54,12 @@ def test_decaying_sums_equal_the_loop(decay, length):
     torch.testing.assert_close(decaying_sum(x, decay), torch.stack(expected, 1), rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("hold", [0.0, 0.2])
-def test_the_predictor_is_the_one_described(monkeypatch, hold):
+@pytest.mark.parametrize("hold, memory", [(0.0, 0.995), (0.2, 0.995), (0.0, 0.98)])
+def test_the_predictor_is_the_one_described(monkeypatch, hold, memory):
     """Sample by sample from the formulas, with the correlations of the windowed past computed from the window."""
     monkeypatch.setattr(sample, "PIECE", 64)
     order, n = 4, 150
-    predictor = LinearPredictor(256, order)
+    predictor = LinearPredictor(256, order, memory)
     predictor.hold = hold
     predictor.prior.copy_(torch.tensor([0.02, 0.01, 0.005, 0.002, 0.001]))
     codes = torch.from_numpy(np.clip(wave(n) * 128 + 128, 0, 255).astype(np.int64))[None]
@@ -74,7 +74,7 @@ def test_the_predictor_is_the_one_described(monkeypatch, hold):
     sum_of_errors = sample.PAST * math.sqrt(2 / math.pi * fixed)
     for t in range(n):
         age = t - np.arange(t + 1)
-        window = (sample.MEMORY**age - sample.ONSET**age) * x[: t + 1]
+        window = (memory ** (age / 2) - sample.ONSET**age) * x[: t + 1]
         r = np.array([window[k:] @ window[: t + 1 - k] if k <= t else 0.0 for k in range(order + 1)]) + prior
         r[0] *= 1 + sample.NOISE
         past = np.array([x[k : t + 1] @ x[: t + 1 - k] if k <= t else 0.0 for k in range(order + 1)]) + sample.PAST * prior

@@ -44,9 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MEMORY = 0.995**0.5  # lambda
 ONSET = 0.95  # mu
-DECAYS = (MEMORY * MEMORY, MEMORY * ONSET, ONSET * ONSET)
 WIDTH_MEMORY = 0.99  # nu; less, and generated sound wanders off: its errors are as wide as the errors before them
 NOISE = 1e-4  # share of r[0] that is added to it: white noise 40 dB below, which keeps the fit from being too sure
 PAST = 1 << 14  # samples of the training split that the whole past begins with
@@ -88,10 +86,10 @@ def levinson(r: Tensor) -> Tensor:
     return c
 
 
-def window_weights(order: int, device: torch.device) -> Tensor:
-    """(3 K+1) float64: what S_0, S_1 and S_2 weigh in r."""
+def window_weights(order: int, memory: float, device: torch.device) -> Tensor:
+    """(3 K+1) float64: what S_0, S_1 and S_2 weigh in r; memory: lambda^2."""
     k = torch.arange(order + 1, device=device, dtype=torch.float64)
-    slow, fast = MEMORY**k, ONSET**k
+    slow, fast = memory ** (k / 2), ONSET**k
     return torch.stack([slow, -slow - fast, fast])
 
 
@@ -108,9 +106,10 @@ class LinearPredictor(nn.Module):
     """forward(ids (b l), heard or None) -> (Prediction, heard). `fit` fills in what it takes from the data. `hold` (0) may be set
     before a sequence begins: states of 0 and of more than 0 differ."""
 
-    def __init__(self, vocab_size: int, order: int):
+    def __init__(self, vocab_size: int, order: int, memory: float = 0.995):
         super().__init__()
-        self.order, self.hold = order, 0.0
+        self.order, self.memory, self.hold = order, memory, 0.0
+        self.decays = (memory, memory**0.5 * ONSET, ONSET * ONSET)
         self.register_buffer("levels", torch.linspace(-1, 1, vocab_size))
         self.register_buffer("prior", F.one_hot(torch.tensor(0), order + 1) * 1e-3)
 
@@ -154,7 +153,7 @@ class LinearPredictor(nn.Module):
         windows = x.unfold(1, K + 1, 1)  # (b l K+1), newest last
         products = windows[..., -1:] * windows.flip(-1)
         r, ends = self.prior.double(), []
-        for weight, decay, S in zip(window_weights(K, x.device), DECAYS, sums, strict=True):
+        for weight, decay, S in zip(window_weights(K, self.memory, x.device), self.decays, sums, strict=True):
             S = decaying_sum(torch.cat([products[:, :1] + decay * S[:, None], products[:, 1:]], 1), decay)
             r = r + weight * S
             ends.append(S[:, -1])
@@ -191,9 +190,9 @@ class LinearPredictor(nn.Module):
 class PredictionHead(nn.Module):
     """forward(y (b l d_model), Prediction) -> what to add to the logits (b l vocab). `predictor` is its own."""
 
-    def __init__(self, d_model: int, vocab_size: int, order: int):
+    def __init__(self, d_model: int, vocab_size: int, order: int, memory: float = 0.995):
         super().__init__()
-        self.predictor = LinearPredictor(vocab_size, order)
+        self.predictor = LinearPredictor(vocab_size, order, memory)
         self.input = nn.Parameter(torch.zeros(INPUTS, d_model))  # what the network is told
         self.weight = nn.Parameter(torch.zeros(ROWS, d_model))
         self.shape = nn.Parameter(torch.tensor([0.0, 0.0, 0.7]))  # (m - p) / w, log s / w and log a to begin with

@@ -19,7 +19,7 @@ MODELS = {
     "classes": {"d_model": 40, "n_layer": 1, "d_conv": 3, "conv_bias": False, "vocab_size": 16, "n_classes": 4},
     "sampled": {"architecture": "unet", "d_model": 16, "n_layer": 1, "pool": (3,), "vocab_size": 70, "prediction_order": 6,
                 "n_classes": 4, "tie_embeddings": False},
-    "held": {"d_model": 16, "n_layer": 1, "vocab_size": 60, "prediction_order": 7},
+    "held": {"d_model": 16, "n_layer": 1, "vocab_size": 60, "prediction_order": 7, "prediction_memory": 0.98},
 }  # fmt: skip
 
 

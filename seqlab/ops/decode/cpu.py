@@ -43,7 +43,7 @@ class Runner:
         self.p[kernels.VOCAB] = program.vocab_size
         self.p[kernels.EMBEDDING] = self._keep(_pad(program.embedding, 1))
         head, bias = _pad(program.head, 0), torch.zeros(program.vocab_size)
-        self._table, floors = torch.zeros(4, 1, dtype=torch.float64), (0.0, 0.0, 0.0)
+        self._table, floors = torch.zeros(1, dtype=torch.float64), (0.0, 0.0, 0.0)
         if (own := program.prediction) is not None:
             head, bias = torch.cat([head, own.rows]), own.bias
             self._table, floors = own.table.contiguous(), (*own.floors, own.hold)

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numba import int64, uint64
 
-from seqlab.heads.sample import DECAYS, DRIFT, WIDTH_MEMORY
+from seqlab.heads.sample import DRIFT, WIDTH_MEMORY
 from seqlab.ops.decode.program import BLOCK, DOWN
 from seqlab.ops.lanes import (
     compile_kernel,
@@ -243,14 +243,14 @@ def _hear(heard, table, fit, order, x, f0, f1, hold, told):
     `hold`) is its state, told (3) what the network is told, fit (2K+1) room."""
     e, earlier = x - heard[4 * order + 3], heard[4 * order + 4] + f0 + f1 * abs(heard[4 * order + 3])
     width = WIDTH_MEMORY * heard[4 * order + 4] + (1.0 - WIDTH_MEMORY) * abs(e)
-    r, c = fit[: order + 1], fit[order + 1 :]
+    r, c, n = fit[: order + 1], fit[order + 1 :], order + 1
     s0, s1, s2, past = heard[order:], heard[2 * order + 1 :], heard[3 * order + 2 :], heard[4 * order + 5 :]
     for k in range(order + 1):
         product = x * (heard[order - k] if k else x)
-        s0[k] = DECAYS[0] * s0[k] + product
-        s1[k] = DECAYS[1] * s1[k] + product
-        s2[k] = DECAYS[2] * s2[k] + product
-        r[k] = s0[k] * table[0, k] + s1[k] * table[1, k] + s2[k] * table[2, k] + table[3, k]
+        s0[k] = table[4 * n] * s0[k] + product
+        s1[k] = table[4 * n + 1] * s1[k] + product
+        s2[k] = table[4 * n + 2] * s2[k] + product
+        r[k] = s0[k] * table[k] + s1[k] * table[n + k] + s2[k] * table[2 * n + k] + table[3 * n + k]
         if hold:
             past[k] += product
     if hold:
@@ -415,7 +415,7 @@ def decode(p, ops, rows, at, settings, heard, table, first, last):
     """COUNT tokens of the streams [first, last). rows (batch 3): address of the stream's base vector, its key, its token.
 
     at: offsets of the scratch areas, then those of the skip slots; settings: temperature, top_p, epsilon, guidance and the floors
-    and hold of the linear prediction (float32), of which heard (batch numbers) is the state and table (4 K+1) what program.py says.
+    and hold of the linear prediction (float32), of which heard (batch numbers) is the state and table what program.py says.
     """
     work = F
     streams, vocab, d = last - first, p[VOCAB], p[D_MODEL]

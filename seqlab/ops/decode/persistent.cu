@@ -44,7 +44,7 @@ struct Params {
     // if there is a linear prediction of `order` K (heads/sample.py):
     const float* levels;     // (vocab), amplitudes of the tokens
     const float* inputs;     // (TOLD d_model), added to the embedding times what the predictor tells
-    const double* table;     // (4 K+1): what the sums S weigh, and what is added
+    const double* table;     // (4 (K+1) + 3): what the sums S weigh, and what is added; what they decay by
     double* heard;           // (b numbers), the predictor's state: the last K amplitudes, oldest first, then S_0, S_1, S_2, p, e; with hold R, E, n, M
     i64 operations, batch, count, position, d_model, vocab, head_rows, order, numbers, top_k;
     i64 arena_stride, resident;  // bytes; so many of them are kept in shared memory
@@ -71,9 +71,7 @@ enum { BLOCK_OP, DOWN_OP, UP_OP };
 #define DEEP 4   // loads of weights that a warp has on their way, tensor cores
 #define LANES 4  // threads that share the states of a channel
 #define TOLD 3               // numbers that a linear predictor tells the network
-#define MEMORY 0.99749686716300011  // of its window and of its width: as in heads/sample.py
-#define ONSET 0.95
-#define WIDTH_MEMORY 0.99
+#define WIDTH_MEMORY 0.99  // as in heads/sample.py
 #define DRIFT 0.015625
 #define EACH ((STATES + LANES - 1) / LANES)
 #define TOGETHER (STREAMS < 4 ? STREAMS : 4)  // streams of a thread's item in the scan
@@ -659,13 +657,12 @@ DEVICE double width_floor(double p, const float* floors) { return (double)floors
 DEVICE void hear(const Params& p, double* heard, double* fit, float* told, double x, const float* floors) {
     int K = p.order, lane = threadIdx.x % 32;
     double *r = fit, *c = fit + K + 1, e = x - heard[4 * K + 3], before = heard[4 * K + 4];
-    const double decays[3] = {MEMORY * MEMORY, MEMORY * ONSET, ONSET * ONSET};
     for (int k = lane; k <= K; k += 32) {
         double product = x * (k ? heard[K - k] : x), sum = p.table[3 * (K + 1) + k];
         if (floors[2] > 0.f) heard[4 * K + 5 + k] += product;
         for (int j = 0; j < 3; j++) {
             double* S = heard + K + j * (K + 1) + k;
-            *S = decays[j] * *S + product;
+            *S = p.table[4 * (K + 1) + j] * *S + product;
             sum += *S * p.table[j * (K + 1) + k];
         }
         r[k] = sum;

@@ -66,7 +66,7 @@ class LinearPrediction(NamedTuple):
     levels: Tensor  # (vocab)
     bias: Tensor  # (vocab)
     inputs: Tensor  # (3 d_model): what is added to a token's embedding, times the three numbers of the predictor
-    table: Tensor  # (4 K+1) float64: the weights of the sums S_0, S_1, S_2 and the prior, with 1 + NOISE at k = 0
+    table: Tensor  # (4 (K+1) + 3) float64: the weights of the sums S_0, S_1, S_2 and the prior, with 1 + NOISE at k = 0; the decays
     floors: tuple[float, float]
     hold: float
     start: Tensor  # (1 n) float64: the predictor's state before the first sample
@@ -74,8 +74,9 @@ class LinearPrediction(NamedTuple):
     @classmethod
     def of(cls, head: PredictionHead, gain: Tensor) -> "LinearPrediction":
         own = head.predictor
-        table = torch.cat([window_weights(own.order, gain.device), own.prior.double()[None]])
+        table = torch.cat([window_weights(own.order, own.memory, gain.device), own.prior.double()[None]])
         table[:, 0] *= 1 + NOISE
+        table = torch.cat([table.flatten(), table.new_tensor(own.decays)])
         return cls(_copy(head.weight) * gain, _copy(head.shape), _copy(own.levels), _copy(head.bias), _copy(head.input), table, tuple(own.floors().tolist()), own.hold, own.start(1))
 
 

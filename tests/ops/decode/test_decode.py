@@ -25,7 +25,7 @@ MODELS = {
     "predicted": {"d_model": 16, "n_layer": 2, "vocab_size": 50, "prediction_order": 7, "n_classes": 3},
     "sampled": {"architecture": "unet", "d_model": 24, "n_layer": 1, "pool": (4,), "vocab_size": 256, "prediction_order": 32,
                 "n_classes": 3, "tie_embeddings": False},
-    "held": {"d_model": 16, "n_layer": 1, "vocab_size": 60, "prediction_order": 7},
+    "held": {"d_model": 16, "n_layer": 1, "vocab_size": 60, "prediction_order": 7, "prediction_memory": 0.98},
     "shifted": {"d_model": 64, "n_layer": 3, "vocab_size": 50, "n_classes": 3, "expand": 1},
     "odd": {"d_model": 20, "n_layer": 2, "d_state": 16, "d_conv": 3, "expand": 1, "conv_bias": False, "vocab_size": 16},
 }  # fmt: skip
