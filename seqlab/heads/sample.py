@@ -1,7 +1,7 @@
 """Linear prediction inside a model of sampled signals: what the network is told about it, and the head that follows it.
 
 A code stands for an amplitude, `levels[code]`. `LinearPredictor` has no weights: at every sample it fits K coefficients to the
-recent past (backward-adaptive linear predictive coding, the autocorrelation method with a recursive window):
+recent past (backward-adaptive linear predictive coding, the autocorrelation method with a recursive window; lambda^2 is `memory`):
 
     v_t[n] = (lambda^n - mu^n) x_{t-n}                     the windowed past; x: amplitudes, zero before the beginning
     r_t[k] = sum_n v_t[n] v_t[n+k] + prior[k]              k = 0 ... K, its correlations, and the training split's
