@@ -395,6 +395,17 @@ def test_eval_at_an_impossible_context(trained, context, expected):
     assert expected in error_of("eval", trained, "--context", context)
 
 
+def test_a_back_end_that_cannot_be_had_is_one_line(trained, monkeypatch):
+    import torch
+
+    monkeypatch.setenv("SEQLAB_BACKEND", "refrence")
+    assert "SEQLAB_BACKEND 'refrence' is not a back end; allowed: auto, " in error_of("eval", trained, "--context", 32)
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("SEQLAB_BACKEND", "cuda")
+        message = error_of("eval", trained, "--context", 32)
+        assert "back end 'cuda' (asked for by SEQLAB_BACKEND) cannot run this" in message and "reference: can run this" in message
+
+
 def test_debug_shows_the_traceback(tmp_path):
     result = CliRunner().invoke(app, ["eval", str(tmp_path / "none"), "--debug"])
     assert result.exit_code == 1 and "Traceback" in result.stderr

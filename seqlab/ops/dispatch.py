@@ -18,6 +18,8 @@ from types import ModuleType
 
 import torch
 
+from seqlab.errors import UserError
+
 ORDER = ("cuda", "mamba_ssm", "cpu", "reference")
 """What "auto" tries, fastest first."""
 
@@ -52,12 +54,16 @@ def reasons(modules: dict[str, ModuleType], request: Request | None = None) -> d
 
 
 def check_name(name: str, modules: dict[str, ModuleType], where: str) -> None:
-    """Raise ValueError for a back end that does not exist, naming the nearest one that does."""
+    """Raise UserError for a back end that does not exist, naming the nearest one that does."""
     if name == "auto" or name in modules:
         return
     near = difflib.get_close_matches(str(name), ["auto", *modules], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{where} {name!r} is not a back end; allowed: {', '.join(['auto', *modules])}{hint}")
+    raise UserError(f"{where} {name!r} is not a back end; allowed: {', '.join(['auto', *modules])}{hint}")
+
+
+class CannotRun(UserError, RuntimeError):
+    """A back end cannot run what it was asked for, and why; a command shows it as the user's to mend."""
 
 
 def choose(op: str, modules_of: Callable[[], dict[str, ModuleType]], backend: str, **facts) -> str:
@@ -67,8 +73,8 @@ def choose(op: str, modules_of: Callable[[], dict[str, ModuleType]], backend: st
     first that is right and logs that once per process. While compiling, the answer is a constant of the graph.
 
     Raises:
-        ValueError: no such back end.
-        RuntimeError: the one asked for cannot run this; the message lists every back end with its reason.
+        UserError (a ValueError): no such back end.
+        CannotRun (a UserError and a RuntimeError): the one asked for cannot run this; the message lists every back end with its reason.
     """
     where = "argument backend"
     if backend == "auto":
@@ -88,9 +94,9 @@ def choose(op: str, modules_of: Callable[[], dict[str, ModuleType]], backend: st
                 if known is not None and name == ORDER[0]:
                     _chosen[known] = name
                 return name
-        raise RuntimeError(f"{op}: no back end can run this. {_listing(modules, request)}")
+        raise CannotRun(f"{op}: no back end can run this. {_listing(modules, request)}")
     if modules[backend].unavailable(request) is not None:
-        raise RuntimeError(
+        raise CannotRun(
             f"{op}: back end {backend!r} (asked for by {where}) cannot run this. {_listing(modules, request)}"
         )
     return backend
