@@ -25,6 +25,7 @@ from seqlab.training.memory import MODES, unavailable
 from seqlab.training.module import TrainingModule
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Task
+from seqlab.training.termination import Termination
 from seqlab.training.trainer_state import AtomicCheckpointIO
 
 LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
@@ -67,7 +68,7 @@ def fit(
         num_nodes=started.nodes if started else 1,
         precision={"float32": "32-true", "bfloat16": "bf16-mixed"}[precision],
         max_steps=train.max_steps,
-        callbacks=[MemoryChoice(train), clock, history, validation, bar],
+        callbacks=[MemoryChoice(train), clock, history, validation, bar, Termination(lost_contact_advice(run_dir))],
         logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,

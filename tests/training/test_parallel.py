@@ -329,6 +329,39 @@ def test_ctrl_c_ends_all_ranks_with_the_step(tmp_path, genome):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_scheduler_that_ends_the_run_gets_a_checkpoint_of_the_step(tmp_path, genome):
+    options = ["--fasta", genome, *TOY.split(), "--set", "train.max_steps=100000", "--context-parallel", "2"]
+    process = command(tmp_path, "run", *options, launcher=[*TORCHRUN, "2"])
+    rank_of_run(tmp_path / "run", 1)
+    process.send_signal(signal.SIGTERM)  # torchrun tells its processes, and waits for them
+    started = time.monotonic()
+    _, stderr = process.communicate(timeout=240)
+    assert time.monotonic() - started < 25 and "saved. Go on with:" in stderr, stderr[-3000:]
+    rows = read_history(tmp_path / "run" / "metrics.csv")
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last" / "trainer.pt", weights_only=True)
+    assert state["global_step"] == rows[-1]["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_process_that_waits_for_one_that_is_gone_ends_soon_when_told_to(tmp_path, genome):
+    """One that is stopped stands in for one that is gone: with gloo, unlike NCCL, its end would be noticed."""
+    options = ["--fasta", genome, *TOY.split(), "--set", "train.max_steps=100000", "--context-parallel", "2"]
+    process = command(tmp_path, "run", *options, launcher=[*TORCHRUN, "2"])
+    other, waiting = (rank_of_run(tmp_path / "run", rank) for rank in (1, 0))
+    os.kill(other, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(waiting, signal.SIGTERM)
+    started = time.monotonic()
+    while Path(f"/proc/{waiting}/cmdline").is_file() and Path(f"/proc/{waiting}/cmdline").read_bytes():
+        assert time.monotonic() - started < 20, "it still waits"
+        time.sleep(0.1)
+    os.kill(other, signal.SIGKILL)
+    assert "lost contact with the other processes of this run" in finish(process, code=1)
+
+
+@pytest.mark.slow
 def test_srun_starts_the_processes_too(tmp_path, genome):
     """Slurm's environment, without Slurm: ranks and the mesh come from it."""
     slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
