@@ -653,10 +653,10 @@ DEVICE double warp_sum(double v) {
 
 DEVICE double width_floor(double p, const float* floors) { return (double)floors[0] + (double)floors[1] * (p < 0. ? -p : p); }
 
-// A step of the linear predictor of one stream by one warp (heads/sample.py): the newest sample x moves in. `fit` (2K+1) is room.
+// A step of the linear predictor of one stream by one warp (heads/sample.py): the newest sample x moves in. `fit` (3K+2) is room.
 DEVICE void hear(const Params& p, double* heard, double* fit, float* told, double x, const float* floors) {
     int K = p.order, lane = threadIdx.x % 32;
-    double *r = fit, *c = fit + K + 1, e = x - heard[4 * K + 3], before = heard[4 * K + 4];
+    double *r = fit, *b = r + K + 1, *c = b + K + 1, e = x - heard[4 * K + 3], before = heard[4 * K + 4];
     for (int k = lane; k <= K; k += 32) {
         double product = x * (k ? heard[K - k] : x), sum = p.table[3 * (K + 1) + k];
         if (floors[2] > 0.f) heard[4 * K + 5 + k] += product;
@@ -685,15 +685,22 @@ DEVICE void hear(const Params& p, double* heard, double* fit, float* told, doubl
         if (k < K) heard[k] = moved;
         __syncwarp();
     }
+    for (int k = lane; k <= K; k += 32) b[k] = r[k];
+    __syncwarp();
+    // Levinson's coefficients by Schur's recursion: it keeps what every lag has left, r[i + 1] after i rounds what its sum of products
+    // would give, so that no round waits for a sum over the warp.
     double error = r[0];
-    for (int i = 0; i < K; i++) {  // Levinson's recursion
-        double sum = 0.;
-        for (int j = lane; j < i; j += 32) sum += c[j] * r[i - j];
-        double reflection = (r[i + 1] - warp_sum(sum)) / error;
+    for (int i = 0; i < K; i++) {
+        double reflection = r[i + 1] / error;
+        for (int j = 1 + lane; j < K - i; j += 32) {
+            double forwards = r[i + 1 + j], backwards = b[j];
+            r[i + 1 + j] = forwards - reflection * backwards;
+            b[j] = backwards - reflection * forwards;
+        }
         for (int j = lane; j < (i + 1) / 2; j += 32) {
-            double a = c[j], b = c[i - 1 - j];
-            c[j] = a - reflection * b;
-            c[i - 1 - j] = b - reflection * a;
+            double one = c[j], other = c[i - 1 - j];
+            c[j] = one - reflection * other;
+            c[i - 1 - j] = other - reflection * one;
         }
         if (lane == 0) c[i] = reflection;
         error *= 1. - reflection * reflection;
@@ -773,7 +780,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, WARPS >= 16 ? 1 : 2) decode(const Params p) {
     m.settings = next; next += 8;
     m.token = (int*)next; next += round_up(STREAMS, 4);
     m.phase = (int*)next; next += round_up((int)p.operations, 4);
-    int order = p.order, state = (int)p.numbers, room = 2 * order + 1;
+    int order = p.order, state = (int)p.numbers, room = 3 * order + 2;
     m.heard = (double*)next; next += order ? round_up(2 * STREAMS * state, 4) : 0;
     m.fit = (double*)next; next += order ? round_up(2 * (STREAMS < WARPS ? STREAMS : WARPS) * room, 4) : 0;
 

@@ -153,7 +153,7 @@ def sizes(program: Program, shape: Shape) -> dict[str, int]:
     queued = min(s, 4) * 8 * shape.warps * program.d_state if program.d_state % 16 == 0 else 0  # states on their way
     floats += max(queued, 2 * s * _up(head_rows(program), 4)) + 4 * s + 2 * _up(s, 4) + 8 + _up(len(operations), 4)
     if program.order:  # float64
-        floats += _up(2 * s * program.heard, 4) + _up(2 * min(s, shape.warps) * (2 * program.order + 1), 4)
+        floats += _up(2 * s * program.heard, 4) + _up(2 * min(s, shape.warps) * (3 * program.order + 2), 4)
     return {**out, "shared": 4 * floats}
 
 
