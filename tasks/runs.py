@@ -20,6 +20,7 @@ import torch
 
 from seqlab.config import dump_yaml, from_dict, load_yaml
 from seqlab.errors import UserError
+from seqlab.processes import is_main_process
 from seqlab.training.checkpoint import load_model, write_text
 from seqlab.training.facts import FitResult, read_run_facts, write_run_facts
 from seqlab.training.task import Task
@@ -64,9 +65,10 @@ def train(
         UserError: the dataset is not the one that the run to resume was trained on, or whatever training meets.
     """
     config = task.resolved_config()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "checkpoints").mkdir(exist_ok=True)
-    if not resume:
+    is_main = is_main_process()  # the others write nothing: the main one may not even have looked yet whether run_dir is free
+    if is_main:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if is_main and not resume:
         write_text(run_dir / "config.yaml", dump_yaml(config))
         write_text(run_dir / "manifest.json", (Path(dataset) / "manifest.json").read_text())
     facts = {
@@ -81,11 +83,13 @@ def train(
         if saved.get("dataset_hash") != dataset_hash:
             raise UserError(f"{dataset}: is not the dataset that {run_dir} was trained on; resume with the same one")
         facts["init"] = saved.get("init")
-    write_run_facts(run_dir, {**facts, "ended": "running"})
+    if is_main:
+        write_run_facts(run_dir, {**facts, "ended": "running"})
     from seqlab.training.fit import fit as fit_task  # Lightning, which nothing but training needs
 
     result = fit_task(task, config.optim, config.train, run_dir, init=init, resume=resume)
-    write_run_facts(run_dir, {**facts, "ended": result.ended, "result": result.__dict__})
+    if is_main:
+        write_run_facts(run_dir, {**facts, "ended": result.ended, "result": result.__dict__})
     return result
 
 

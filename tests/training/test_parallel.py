@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from seqlab.training.fit import several_processes
 from seqlab.training.module import TrainConfig
 from seqlab.training.parallel import share_mixers, share_sequences
 from seqlab.training.place import Place
+from tests.training.toy import ToyTask
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -245,6 +247,25 @@ def test_a_process_ends_with_the_one_that_started_it():
     started = time.monotonic()
     assert process.stdout.read() == ""  # ends when nobody holds the pipe any more
     assert time.monotonic() - started < 20
+
+
+def test_only_the_first_process_writes_before_training(tmp_path, monkeypatch):
+    """With torchrun the others may get there before the first one has looked whether the folder is free."""
+    from seqlab.training import fit as fitting
+    from tasks import runs
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    run, task = tmp_path / "run", ToyTask(TrainConfig())
+    task.resolved_config = lambda: SimpleNamespace(task="toy", optim=None, train=None)
+    monkeypatch.setattr(runs, "dump_yaml", lambda config: "task: toy\n")
+    seen = []
+    result = SimpleNamespace(ended="finished")
+    monkeypatch.setattr(fitting, "fit", lambda *a, **k: (seen.append(sorted(p.name for p in run.glob("*"))), result)[1])
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        runs.train(task, run, tmp_path / "data", "0")
+    assert seen == [[], ["checkpoints", "config.yaml", "manifest.json", "run.json"]]
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
