@@ -81,7 +81,7 @@ class Sizes:
         scan = self.depth * 4 * (n // 4) * THREADS[SCAN] + 2 * 4 * pitch + 4 * (16 * self.x_groups + 4)
         scan += max(4 * pitch, THREADS[SCAN] // 32 * 4 * 16 * self.x_groups)
         self.shared = {
-            IN: size * (IN_ROWS * d + self.in_streams * self._pitch(d)) + 4 * self.in_streams,
+            IN: size * (IN_ROWS * d + self.in_streams * self._pitch(d)) + 4 * (self.in_streams + (2 + program.d_conv) * IN_ROWS),
             SCAN: 4 * scan,
             OUT: size * (OUT_ROWS * inner + self.out_streams * self._pitch(inner)) + 4 * 4 * 128 * out_tiles,
             FINISH: 4 * (8 * (_up(d, 32) + 8) + 16 + 16 * (_up(program.vocab_size, 16) + 4)),
@@ -100,10 +100,12 @@ class Sizes:
                     return sizes
         return None
 
-    def defines(self, d_state: int, d_conv: int) -> tuple[tuple[str, int], ...]:
+    def defines(self, program: Program) -> tuple[tuple[str, int], ...]:
         """The kernels' macros."""
-        return (("STATES", d_state), ("WIDTH", d_conv), ("BF16", int(self.half)), ("PAIRED", 0), ("IN_TILES", self.in_tiles),
-                ("OUT_TILES", self.out_tiles), ("X_GROUPS", self.x_groups), ("DEPTH", self.depth))  # fmt: skip
+        o = program.operations[0]
+        return (("D_MODEL", o.d_model), ("INNER", o.d_inner), ("RANK", self.rank), ("VOCAB", program.vocab_size), ("STATES", program.d_state),
+                ("WIDTH", program.d_conv), ("BF16", int(self.half)), ("PAIRED", 0), ("IN_TILES", self.in_tiles),
+                ("OUT_TILES", self.out_tiles), ("DEPTH", self.depth))  # fmt: skip
 
 
 def price(request: Request) -> float:
@@ -135,7 +137,7 @@ class Runner:
         program = self._program = Program(request.model)
         self._sizes = Sizes.of(program, half, self._device.shared_limit)
         self._carried = Carried(program, batch, where)
-        self._module = self._device.module(self._sizes.defines(program.d_state, program.d_conv), SOURCE)
+        self._module = self._device.module(self._sizes.defines(program), SOURCE)
         self._kept: list[Tensor] = []
         self._early = getattr(self._device, "clusters", False)  # compute capability 9.0
         self._batch, self._torch_device = batch, where
@@ -162,7 +164,7 @@ class Runner:
             "y": zeros(batch, inner, dtype=request.dtype), "settings": self._settings, "numbers": self._numbers, "keys": self._keys,
             "forced": self._forced, "out": self._tokens, "log_probs": self._log_probs, "steps": self._steps,
         }  # fmt: skip
-        self._scalars = {"batch": batch, "d_model": d, "inner": inner, "rank": program.operations[0].rank, "vocab": program.vocab_size, "room": ROOM}
+        self._scalars = {"batch": batch, "room": ROOM}
         layers = [self._layer(o, following) for o, following in zip(program.operations, [*shifts[1:], None])]
         rows = _up(program.vocab_size, 16)
         end = self._params(

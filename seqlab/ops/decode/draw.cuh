@@ -88,7 +88,8 @@ DEVICE int draw(int vocab, int top_k, const float* settings, const float* logits
     float threshold = r * lane_from(running, 31);
     running -= own;
     float found = 1e9f, last = 0.f;
-    ROLLED for (int v = begin; v < end; v++) {
+#pragma unroll 4
+    for (int v = begin; v < end; v++) {
         if (weights[v] > 0.f) {
             running += weights[v];
             last = v;

@@ -12,8 +12,8 @@
 // Products: in_proj and head 8 threads a row, 64 rows a time; x_proj the same; out_proj 512 / D_MODEL threads a row. Sums are float32;
 // BF16 says how in_proj, out_proj and head are stored.
 //
-// Set from outside: CLUSTER, D_MODEL, INNER, RANK (a multiple of 4), STATES (a multiple of 16), WIDTH, HEAD_ROWS (of a block, a multiple of
-// 4), BF16.
+// Set from outside: CLUSTER, D_MODEL, INNER, RANK (a multiple of 4), STATES (a multiple of 16), WIDTH, VOCAB, HEAD_ROWS (of a block, a
+// multiple of 4), BF16.
 
 #include "decode/draw.cuh"
 #include "decode/cluster.cuh"
@@ -33,7 +33,7 @@ struct Params {
     const i64* tokens;               // (b)
     i64* out;                        // (b count)
     float* log_probs;                // (b count)
-    i64 layers, batch, count, position, vocab, top_k;
+    i64 layers, batch, count, position, top_k;
 };
 
 #define THREADS 512
@@ -180,7 +180,6 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) solo(const Params p) {
     cluster_barrier();  // nobody sends to a block that has not begun
 
     const float epsilon = settings[0], per = 1.f / D_MODEL, base = p.base ? p.base[(i64)stream * D_MODEL + out_row] : 0.f;
-    const int vocab = p.vocab;
     const i64 key = p.keys[stream];
     u32 parity = 0, head_parity = 0;
     for (i64 step = 0; step < p.count; step++) {
@@ -312,7 +311,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) solo(const Params p) {
                 int row = 64 * j + eighth;
                 if (64 * j + 4 * warp < HEAD_ROWS) {
                     int v = rank * HEAD_ROWS + row;
-                    float bias = v < vocab ? __ldg(p.head_bias + v) : 0.f;
+                    float bias = v < VOCAB ? __ldg(p.head_bias + v) : 0.f;
                     send4(logits + rank * HEAD_ROWS + 64 * j + 4 * warp, scale * sum[j] + bias, barriers + 2);
                 }
             }
@@ -321,7 +320,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) solo(const Params p) {
         head_parity ^= 1;
         if (warp == 0) {
             float normaliser;
-            int drawn = draw(vocab, (int)p.top_k, settings, logits, weights, uniform(key, p.position + step), &normaliser);
+            int drawn = draw(VOCAB, (int)p.top_k, settings, logits, weights, uniform(key, p.position + step), &normaliser);
             i64 place = stream * p.count + step;
             if (p.forced) drawn = (int)p.forced[place];
             if (lane == 0) {

@@ -78,6 +78,7 @@ class Sizes(NamedTuple):
     rank: int  # a multiple of 4
     states: int
     width: int
+    vocab: int
     head_rows: int  # of a block
     half: bool
     layers: int
@@ -94,7 +95,7 @@ class Sizes(NamedTuple):
                 continue
             rows = _up(-(-program.vocab_size // cluster), 4)
             rank = _up(o.rank, 4)
-            sizes = cls(cluster, o.d_model, o.d_inner, rank, program.d_state, program.d_conv, rows, half, len(program.operations))
+            sizes = cls(cluster, o.d_model, o.d_inner, rank, program.d_state, program.d_conv, program.vocab_size, rows, half, len(program.operations))
             if sizes.possible(limit):
                 return sizes
         return None
@@ -143,7 +144,7 @@ class Sizes(NamedTuple):
     def defines(self) -> tuple[tuple[str, int], ...]:
         """The kernel's macros."""
         return (("CLUSTER", self.cluster), ("D_MODEL", self.d_model), ("INNER", self.inner), ("RANK", self.rank), ("STATES", self.states),
-                ("WIDTH", self.width), ("HEAD_ROWS", self.head_rows), ("BF16", int(self.half)), ("PAIRED", 0))  # fmt: skip
+                ("WIDTH", self.width), ("VOCAB", self.vocab), ("HEAD_ROWS", self.head_rows), ("BF16", int(self.half)), ("PAIRED", 0))  # fmt: skip
 
 
 def _up(n: int, to: int) -> int:
@@ -219,7 +220,7 @@ class Runner:
             **{name: torch.tensor(value, device=request.device) for name, value in addresses.items()},
         }
         self._fixed = {name: 0 if t is None else self._keep(t) for name, t in tensors.items()}
-        self._fixed |= {"layers": len(operations), "batch": request.batch, "vocab": program.vocab_size}
+        self._fixed |= {"layers": len(operations), "batch": request.batch}
 
     def _keep(self, tensor: Tensor) -> int:
         tensor = tensor.contiguous()
