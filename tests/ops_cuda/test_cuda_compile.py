@@ -2,10 +2,12 @@
 
 import pytest
 
+from seqlab.model import ModelConfig, build_model
 from seqlab.ops import nvrtc
 from seqlab.ops.block import rows
 from seqlab.ops.causal_conv1d import cuda as conv
-from seqlab.ops.decode import persistent
+from seqlab.ops.decode import batched, persistent, solo
+from seqlab.ops.decode.program import Program
 from seqlab.ops.hidden_markov import cuda as markov
 from seqlab.ops.selective_scan import cuda as scan
 
@@ -70,6 +72,17 @@ def test_decoder_compiles(arch, cluster, streams, half):
     values = persistent.defines(persistent.Shape(cluster, streams, bool(half)), 16, 4)
     image = nvrtc.compile_source(nvrtc.source(persistent.SOURCE), nvrtc.options(values, arch), persistent.SOURCE)
     assert image[:4] == b"\x7fELF" and persistent.KERNEL.encode() in image
+
+
+@pytest.mark.parametrize("arch, module, d_model, half", [(80, batched, 96, 1), (90, batched, 256, 0), (90, solo, 256, 1), (100, solo, 64, 0)])
+def test_decoders_of_one_size_compile(arch, module, d_model, half):
+    program = Program(build_model(ModelConfig(d_model=d_model, n_layer=1, vocab_size=64)))
+    sizes = module.Sizes.of(program, bool(half), 227 * 1024)
+    values = sizes.defines(program) if module is batched else sizes.defines()
+    image = nvrtc.compile_source(nvrtc.source(module.SOURCE), nvrtc.options(values, arch), module.SOURCE)
+    assert image[:4] == b"\x7fELF"
+    for kernel in batched.KERNELS if module is batched else (solo.KERNEL,):
+        assert kernel.encode() in image
 
 
 def test_error_carries_the_compilers_words():
