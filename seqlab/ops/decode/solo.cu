@@ -1,13 +1,14 @@
 // Token after token of one stream by one cluster of CLUSTER blocks, drawing included, in one launch: for stacks of equal
 // mixers that a cluster's registers and shared memory can serve without ever waiting for a weight.
 //
-// Blocks own channels as in persistent.cu, and meet twice a mixer: behind x_proj and behind out_proj each sends its part of every
-// sum to all. Here, sizes are constants, and
+// Blocks own channels as in persistent.cu. Behind x_proj each sends its part of every sum to all. Behind out_proj that would be 16 KB
+// into every block, more than the way between multiprocessors takes in a hurry: each sum's parts go to one block, which adds them up
+// and sends x to all. So the cluster meets three times a mixer. Sizes are constants, and
 //
 //   - a thread's weights of the next mixer are in its registers before their turn comes: it asks for them as soon as those of this
 //     mixer are used up. A block reads every weight once a token and nobody waits for it. The head counts as a mixer more;
 //   - states, convolutions' pasts and all vectors stay in shared memory from the first token to the last;
-//   - threads that share a row lie in one warp, so that sums need no barrier: the block meets four times a mixer.
+//   - threads that share a row lie in one warp, so that sums need no barrier: the block meets three times a mixer.
 //
 // Products: in_proj and head 8 threads a row, 64 rows a time; x_proj the same; out_proj 512 / D_MODEL threads a row. Sums are float32;
 // BF16 says how in_proj, out_proj and head are stored.
@@ -46,11 +47,12 @@ struct Params {
 #define PER_ROW (THREADS / D_MODEL)              // threads of a row of out_proj
 #define OUT_PIECES (OWN / (PER_ROW * PIECE))
 #define WARP_ROWS (32 / PER_ROW)                 // rows of out_proj of a warp
-#define QUADS (WARP_ROWS / 4)
+#define QUADS (WARP_ROWS / 4)                    // of these, four each
 #define HEAD_ROUNDS ((HEAD_ROWS + 63) / 64)
 #define EACH (STATES / 4)
 #define X_PITCH (X_ROWS + 4)                     // other banks for other blocks' sums
-#define OUT_PITCH (D_MODEL + WARP_ROWS)
+#define SHARE (D_MODEL / CLUSTER)                // rows of x that a block adds up
+#define OUT_PITCH (SHARE + 4)
 // of `small`, in floats
 #define AT_B_IN 0
 #define AT_W_CONV (AT_B_IN + 2 * OWN)
@@ -132,7 +134,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) solo(const Params p) {
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, part = tid % 8, eighth = tid / 8;
     const int out_row = tid / PER_ROW, out_part = tid % PER_ROW;
     float* next = shared;
-    u64* barriers = (u64*)next; next += 8;
+    u64* barriers = (u64*)next; next += 8;  // sums of x_proj, of out_proj, logits, x
     float* settings = next; next += 4;
     int* token = (int*)next; next += 4;
     float* x = next; next += D_MODEL;
@@ -173,7 +175,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) solo(const Params p) {
                 small[l * SMALL + AT_B_OUT + i] += p.shifts[((i64)(l + 1) * p.batch + stream) * D_MODEL + i];
     if (tid < 3) settings[tid] = p.settings[tid];
     if (tid == 0) {
-        arrivals_begin(barriers, 3);
+        arrivals_begin(barriers, 4);
         *token = (int)p.tokens[stream];
     }
     __syncthreads();
@@ -183,8 +185,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) solo(const Params p) {
     const i64 key = p.keys[stream];
     u32 parity = 0, head_parity = 0;
     for (i64 step = 0; step < p.count; step++) {
-        float residual = __ldg(p.embedding + (i64)*token * D_MODEL + out_row) + base;  // the row's threads all have it
-        if (out_part == 0) x[out_row] = residual;
+        if (out_part == 0) x[out_row] = __ldg(p.embedding + (i64)*token * D_MODEL + out_row) + base;
         __syncthreads();
         for (int l = 0; l < layers; l++) {
             const float* own = small + l * SMALL;
@@ -270,34 +271,36 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) solo(const Params p) {
                 if (quarter == 0) y[c] = (sum[0] + D * own_u) * z;
             }
             __syncthreads();
-            if (tid == 0) arrivals_expect(barriers + 1, CLUSTER * D_MODEL * 4);
+            if (tid == 0) {
+                arrivals_expect(barriers + 1, D_MODEL * 4);
+                arrivals_expect(barriers + 3, D_MODEL * 4);
+            }
             {  // out_proj
                 float sum[1] = {0.f};
 #pragma unroll
                 for (int i = 0; i < OUT_PIECES; i++) sum[0] = dot(sum[0], outs[i], (const float4*)(y + (i * PER_ROW + out_part) * PIECE), 1);
                 sum_over(sum, PER_ROW);
                 load_pieces(outs, w_out + (l + 1 < layers ? l + 1 : 0) * out_step);
-                int quad = lane % QUADS;
+                const int quad = lane % QUADS, first = warp * WARP_ROWS + 4 * quad;
                 float4 v;
                 v.x = lane_from(sum[0], 4 * quad * PER_ROW);
                 v.y = lane_from(sum[0], (4 * quad + 1) * PER_ROW);
                 v.z = lane_from(sum[0], (4 * quad + 2) * PER_ROW);
                 v.w = lane_from(sum[0], (4 * quad + 3) * PER_ROW);
-                float* to = from_out + rank * OUT_PITCH + warp * WARP_ROWS + 4 * quad;
-#pragma unroll
-                for (int r = lane / QUADS; r < CLUSTER; r += 32 / QUADS) remote_store(to, r, v, barriers + 1);
+                if (lane < QUADS) remote_store(from_out + rank * OUT_PITCH + first % SHARE, first / SHARE, v, barriers + 1);
             }
-            float bias = own[AT_B_OUT + out_row];
+            const bool adds = 4 * warp < SHARE;  // eight threads a row again
+            const int x_row = rank * SHARE + eighth;
+            float before = adds ? x[x_row] + own[AT_B_OUT + x_row] : 0.f;
             arrivals_wait(barriers + 1, parity);
-            {
+            if (adds) {
                 float sum[1] = {0.f};
 #pragma unroll
-                for (int r = 0; r < CLUSTER; r += PER_ROW) if (r + out_part < CLUSTER) sum[0] += from_out[(r + out_part) * OUT_PITCH + out_row];
-                sum_over(sum, PER_ROW);
-                residual += sum[0] + bias;
-                if (out_part == 0) x[out_row] = residual;
+                for (int r = 0; r < CLUSTER; r += 8) if (r + part < CLUSTER) sum[0] += from_out[(r + part) * OUT_PITCH + eighth];
+                sum_over(sum, 8);
+                send4(x + rank * SHARE + 4 * warp, before + sum[0], barriers + 3);
             }
-            __syncthreads();
+            arrivals_wait(barriers + 3, parity);
             parity ^= 1;
         }
         if (tid == 0) arrivals_expect(barriers + 2, CLUSTER * HEAD_ROWS * 4);

@@ -138,7 +138,7 @@ class Sizes(NamedTuple):
     def shared(self) -> int:
         """Bytes of shared memory."""
         floats = 16 + self.d_model + 3 * self.own + self.x_rows + self.cluster * (self.x_rows + 4)
-        floats += self.cluster * (self.d_model + 32 // self.per_row + 2 * self.head_rows)
+        floats += self.cluster * (self.d_model // self.cluster + 4 + 2 * self.head_rows)
         return 4 * (floats + self.layers * (self.small + self.own * (self.states + self.width - 1)))
 
     def defines(self) -> tuple[tuple[str, int], ...]:
