@@ -25,6 +25,8 @@ from seqlab.errors import UserError
 from seqlab.genes import MAX_ORDER
 from seqlab.heads.classification import ADDITIVE, ClassificationHead, Pooled, Pooling
 from seqlab.heads.genes import GenePredictor, GeneState
+from seqlab.heads.repeats import RepeatCounter
+from seqlab.repeats import MAX_LENGTH
 from seqlab.tokenizers import nucleotide
 
 
@@ -48,6 +50,9 @@ class ClassifierConfig(BackboneConfig):
     # pooling: evidence; each class has a hidden Markov model of genes of this order, fitted to the training split, and the
     # network says how the next base differs from what that says; 0: none. See seqlab/heads/genes.py
     gene_order: int = 0
+    # pooling: evidence; words of this many bases that a class's training split holds more than once count for it; 0: none. See
+    # seqlab/heads/repeats.py
+    repeat_word: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +73,10 @@ class ClassifierConfig(BackboneConfig):
             raise ValueError(f"gene_order: must be 0 (none) or lie in 1 .. {MAX_ORDER}, got {self.gene_order}")
         if self.gene_order and self.pooling != "evidence":
             raise ValueError(f"gene_order: {self.gene_order} needs pooling: evidence, got pooling: {self.pooling}; set gene_order: 0")
+        if self.repeat_word and not 8 <= self.repeat_word <= MAX_LENGTH:
+            raise ValueError(f"repeat_word: must be 0 (none) or lie in 8 .. {MAX_LENGTH}, got {self.repeat_word}")
+        if self.repeat_word and self.pooling != "evidence":
+            raise ValueError(f"repeat_word: {self.repeat_word} needs pooling: evidence, got pooling: {self.pooling}; set repeat_word: 0")
         if self.pooling == "centre" and self.direction == "causal":
             raise ValueError(
                 "pooling: centre needs direction: bidirectional (the middle of a causal model has seen half of the sequence); "
@@ -90,7 +99,7 @@ class StreamState(NamedTuple):
 
     backbone: list[MixerState] | None
     pooled: Pooled | None
-    tail: Tensor | None = None  # (b k-1) the last ids, for the k-mers of the next piece
+    tail: Tensor | None = None  # (b k-1) the last ids, for the k-mers and repeats of the next piece
     position: int = 0  # where the next piece begins
     last: Tensor | None = None  # (b d_model) the features there, for the evidence of the next piece's first base
     genes: GeneState | None = None
@@ -101,6 +110,7 @@ class Features(NamedTuple):
 
     value: Tensor  # (b l d_model)
     prior: Tensor | None  # (b l n_outputs 4) log-probabilities of the bases, from those before them
+    repeats: Tensor | None  # (b l n_outputs); outside training
     backbone: list[MixerState] | None  # if asked for
     genes: GeneState | None
 
@@ -161,8 +171,11 @@ class SequenceClassifier(nn.Module):
             nn.init.normal_(self.clock.weight, std=0.02)
         self.dropout = nn.Dropout(config.dropout)
         self.backbone = build_backbone(config)
-        has_genes = config.gene_order > 0
-        self.head = ClassificationHead(config.d_model, n_outputs, config.pooling, config.length_scale, has_prior=has_genes)
+        has_genes, has_repeats = config.gene_order > 0, config.repeat_word > 0
+        self.head = ClassificationHead(
+            config.d_model, n_outputs, config.pooling, config.length_scale, has_prior=has_genes, has_repeats=has_repeats
+        )
+        self.repeats = RepeatCounter(n_outputs, config.repeat_word) if has_repeats else None
         self.genes = GenePredictor(n_outputs, config.gene_order) if has_genes else None
         # what the network is told: the reading frame that each species sees, and how well each foretells the bases
         self.gene_input = nn.Linear(self.genes.start.numel() + n_outputs, config.d_model, bias=False) if has_genes else None
@@ -192,27 +205,35 @@ class SequenceClassifier(nn.Module):
         before: StreamState | None = None,
         return_state: bool = False,
         fold: Tensor | None = None,
+        clean: Tensor | None = None,
     ) -> Features:
-        """Of one strand, ids (b l), or of a piece of it that comes after `before`. fold (b): see `GenePredictor`."""
+        """Of one strand, ids (b l), or of a piece of it that comes after `before`. In training, fold (b): see `GenePredictor`;
+        clean (b l): the sequence itself where ids have noise, for the gene models."""
         before = StreamState(None, None) if before is None else before
         x = self.embedding(ids.long())
         if self.kmer_embedding is not None:
-            x = x + self.kmer_embedding(ids, before.tail)
+            x = x + self.kmer_embedding(ids, None if before.tail is None else before.tail[:, 1 - self.config.kmer :])
         if self.clock is not None:
             x = x + self.clock((before.position + torch.arange(ids.shape[1], device=ids.device)) % self.config.period)
-        prior, genes = None, None
+        prior, genes, repeats = None, None, None
+        if self.repeats is not None and not self.training:  # of training windows every word is counted in themselves
+            tail = None if before.tail is None else _base(before.tail[:, 1 - self.config.repeat_word :])
+            repeats = self.repeats(_base(ids), tail)
         if self.genes is not None:
-            prediction, genes = self.genes(_base(ids), before.genes, fold)
+            prediction, genes = self.genes(_base(ids if clean is None else clean), before.genes, fold)
             prior = prediction.log_p
             x = x + self.gene_input(torch.cat([prediction.frame.flatten(2), prediction.lead], -1))
         value, backbone = self.backbone(self.dropout(x), before.backbone, mask, return_state=return_state)
-        return Features(value, prior, backbone, genes)
+        return Features(value, prior, repeats, backbone, genes)
 
-    def read(self, ids: Tensor, mask: Tensor | None = None, fold: Tensor | None = None) -> Tensor:
-        """What the head adds up (see `ClassificationHead.read`) at every position of whole sequences (b l), one strand. fold (b):
-        see `GenePredictor`."""
-        features = self.features(ids, mask, fold=fold)
-        return self.head.read(features.value, _base(ids), None, features.prior)
+    def read(
+        self, ids: Tensor, mask: Tensor | None = None, fold: Tensor | None = None, clean: Tensor | None = None
+    ) -> Tensor:
+        """What the head adds up (see `ClassificationHead.read`) at every position of whole sequences (b l), one strand. In
+        training, fold (b): see `GenePredictor`; clean (b l): the sequence itself, whose bases are to be foretold, where the
+        network reads ids with noise."""
+        features = self.features(ids, mask, fold=fold, clean=clean)
+        return self.head.read(features.value, _base(ids if clean is None else clean), None, features.prior, features.repeats)
 
     def feed(
         self, ids: Tensor, mask: Tensor | None = None, state: StreamState | None = None, more: bool = False
@@ -221,11 +242,12 @@ class SequenceClassifier(nn.Module):
         before = StreamState(None, None) if state is None else state
         carried = more and self.backbone.is_causal
         features = self.features(ids, mask, before, carried)
-        read = self.head.read(features.value, _base(ids), before.last, features.prior)
+        read = self.head.read(features.value, _base(ids), before.last, features.prior, features.repeats)
         tail = None
-        if more and self.config.kmer:
+        word = max(self.config.kmer, self.config.repeat_word)
+        if more and word:
             tail = ids if before.tail is None else torch.cat([before.tail, ids], 1)
-            tail = F.pad(tail, (self.config.kmer, 0), value=nucleotide.PAD)[:, 1 - self.config.kmer :]
+            tail = F.pad(tail, (word, 0), value=nucleotide.PAD)[:, 1 - word :]
         pooled = self.head.pool(read, mask, before.pooled)
         last = features.value[:, -1] if carried else None
         return StreamState(features.backbone, pooled, tail, before.position + ids.shape[1], last, features.genes)

@@ -121,8 +121,9 @@ class Config:
             )
         if self.kind == "regression" and self.class_weights != "none":
             raise ValueError("class_weights: a regression has no classes; use none")
-        if self.model.gene_order:
-            raise ValueError("model.gene_order: gene models are fitted to genomes, by `train species`; set it to 0")
+        for name in ("gene_order", "repeat_word"):
+            if getattr(self.model, name):
+                raise ValueError(f"model.{name}: is fitted to genomes, by `train species`; set it to 0")
         if self.kind in ("multi-label", "regression") and self.model.pooling == "evidence":
             raise ValueError(f"model.pooling: evidence weighs classes that exclude each other, and this is {self.kind}; use mean")
 

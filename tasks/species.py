@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlab import genes, report
+from seqlab import genes, repeats, report
 from seqlab.classification import published
 from seqlab.classification.baselines import BaselineResult, Sequences, cnn_baseline, kmer_baseline
 from seqlab.classification.metrics import evaluate_predictions, plot_calibration, plot_confusion
@@ -107,7 +107,7 @@ class LossConfig:
     mask_rate: float = 0.1  # bidirectional with language_model: share of bases masked
     label_smoothing: float = 0.0
     substitutions: float = 0.0  # training replaces bases at random, in each window a share between 0 and this: long exact
-    # matches teach less
+    # matches teach less. With pooling: evidence in what the network reads, not in what the species are to foretell
 
     def __post_init__(self) -> None:
         if self.language_model < 0:
@@ -194,6 +194,7 @@ class SpeciesTask:
         self.config, self.store, self.init = replace(config, classes=classes), store, init
         self._fixed: dict[int, Windows] = {}  # length -> validation windows
         self._genes: list[genes.GeneModel] | None = None
+        self._repeats: tuple[np.ndarray, np.ndarray] | None = None
         # starts of the training split's stretches, ascending, and how many pieces of the same species come before each
         stretches = [
             (int(start), number)
@@ -219,6 +220,8 @@ class SpeciesTask:
         model = build_model(self.config)
         if model.genes is not None:
             model.genes.fit(self.gene_models())
+        if model.repeats is not None:
+            model.repeats.fit(*self.repeated_words())
         if self.init is not None:
             load_init(model, self.init, self.config, self.store)
         if self.config.freeze == "backbone":
@@ -228,10 +231,20 @@ class SpeciesTask:
     def gene_models(self) -> list[genes.GeneModel]:
         """A model of each species' training split, fitted once."""
         if self._genes is None:
-            order, known, threads = self.config.model.gene_order, self.windows.intervals, torch.get_num_threads()
-            digits = [[nucleotide.DIGITS[self.store.tokens[start:end]] for start, end in mine.tolist()] for mine in known]
-            self._genes = [genes.fit(stretches, order, threads) for stretches in digits]
+            order, threads = self.config.model.gene_order, torch.get_num_threads()
+            self._genes = [genes.fit(stretches, order, threads) for stretches in self._digits()]
         return self._genes
+
+    def repeated_words(self) -> tuple[np.ndarray, np.ndarray]:
+        """Words that occur more than once in the training split of a species, and their counts; found once."""
+        if self._repeats is None:
+            self._repeats = repeats.fit(list(self._digits()), self.config.model.repeat_word)
+        return self._repeats
+
+    def _digits(self) -> Iterator[list[np.ndarray]]:
+        """The stretches of each species' training split."""
+        for mine in self.windows.intervals:
+            yield [nucleotide.DIGITS[self.store.tokens[start:end]] for start, end in mine.tolist()]
 
     def resolved_config(self) -> Config:
         return self.config
@@ -274,13 +287,16 @@ class SpeciesTask:
 
     def _batch(self, windows: Windows, noise: np.random.Generator | None = None) -> Batch:
         """ids (b l), label (b), start (b), and where rows are padded mask (b l). With `noise`, for training: ids with some
-        bases substituted or masked, for masked language modelling target and scored (b l), for gene models fold (b)."""
+        bases substituted or masked, for masked language modelling target and scored (b l), for gene models fold (b),
+        for evidence clean (b l), which is ids without the substitutions."""
         ids, mask = windows.tokens(self.store)
         batch = {"label": windows.label, "start": windows.start}
         loss = self.config.loss
         if noise is not None and loss.substitutions:
             rate = noise.random((len(ids), 1), dtype=np.float32) * loss.substitutions
             chosen = (noise.random(ids.shape, dtype=np.float32) < rate) & is_base(ids)
+            if self.config.model.pooling == "evidence":
+                batch["clean"] = ids
             ids = np.where(chosen, noise.integers(FIRST_BASE, LAST_BASE + 1, ids.shape, dtype=np.uint8), ids)
         if noise is not None and self._masks:
             batch["target"] = ids
@@ -318,7 +334,7 @@ class SpeciesTask:
         loss = self.config.loss
         positions, shortest = None, min(ids.shape[1], self.config.data.min_context or ids.shape[1])
         if loss.language_model or self.ask != "whole":
-            positions = model.read(ids, mask, batch.get("fold"))
+            positions = model.read(ids, mask, batch.get("fold"), batch.get("clean"))
         if self.ask == "segments":
             levels = model.head.segments(positions, shortest, mask)
         elif self.ask == "prefixes":
@@ -421,19 +437,19 @@ def train(config: Config, dataset: Path, run_dir: Path, *, init: Path | None = N
 
 
 def calibration_windows(lengths: Sequence[int], longest: int, trained: int, classes: int) -> dict[int, int]:
-    """Length -> windows of each class to calibrate on: 32 to 200 at the lengths of training, and at longer ones 8 or more where
-    they fit a budget of a twentieth of the tokens that were `trained` (each window is read on both strands)."""
+    """Length -> windows of each class to calibrate on: 32 to 200 at the lengths of training, and at each longer one as many as a
+    twentieth of the tokens that were `trained` allows, if that is 4 or more (each window is read on both strands)."""
     within = [length for length in lengths if length <= longest]
     longer = []
     while within and (longer or within)[-1] * 4 <= longest:
         longer.append((longer or within)[-1] * 4)
-    each = trained // 20 // (2 * classes * max(1, len(within + longer)))  # tokens of a class at a length
+    each = trained // 20 // (2 * classes)  # tokens of a class at a length
     chosen = {length: min(200, max(32, each // length)) for length in within}
-    return chosen | {length: min(200, each // length) for length in longer if each // length >= 8}
+    return chosen | {length: min(200, each // length) for length in longer if each // length >= 4}
 
 
 def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
-    """Fit the biases and the length scale of the best checkpoint's head on fixed windows of the validation split
+    """Fit the biases, the length scale and what repeats count of the best checkpoint's head on fixed windows of the validation split
     (`calibration_windows`); the checkpoint is replaced. Nothing else of the model changes (vector scaling without the vector,
     Guo et al. 2017). Returns the cross-entropy (nats) before and after, which are written into run.json."""
     run = runs.load_run(run_dir, task=NAME)
@@ -446,15 +462,18 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
     device = "cuda" if config.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     predictor = Predictor(model, device, config.train.precision)
     parts = []
+    if model.repeats is not None:
+        model.head.repeat_scale.zero_()
     for length in lengths:
         fixed, _ = windows.fixed(length, chosen[length])
+        repeated = _mean_repeats(model, fixed, store)
         outputs = np.stack(list(predictor.outputs(fixed.sequence(store, i) for i in range(len(fixed)))))
         # each length counts as much as another, and each species within it
         weight = 1 / (np.bincount(fixed.label, minlength=len(config.classes))[fixed.label] * len(config.classes) * len(lengths))
-        parts.append((outputs, fixed.label, np.full(len(fixed), float(length)), weight))
+        parts.append((outputs, fixed.label, np.full(len(fixed), float(length)), weight, repeated))
     if not parts:
         return {}
-    outputs, label, length, weight = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts))
+    outputs, label, length, weight, repeated = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts))
     outputs, weight = outputs.double(), weight.double()
     head = model.head
     has_scale = head.length_scale is not None
@@ -463,13 +482,17 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
     raw = outputs / torch.exp(old[0] + old[1] * logs)[:, None]
     shift = torch.zeros(len(config.classes), dtype=torch.float64, requires_grad=True)
     scale = old.clone().requires_grad_(has_scale)
+    repeat = torch.tensor([0.0, 0.5], dtype=torch.float64, requires_grad=model.repeats is not None)  # log of the scale, exponent
 
-    def nats() -> Tensor:
+    def nats(with_repeats: bool = model.repeats is not None) -> Tensor:
         scaled = (raw + shift) * torch.exp(scale[0] + scale[1] * logs)[:, None]
+        if with_repeats:
+            scaled = scaled + torch.exp(repeat[0] + repeat[1] * logs)[:, None] * repeated
         return (F.cross_entropy(scaled, label, reduction="none") * weight).sum()
 
-    optimizer = torch.optim.LBFGS([shift, scale] if has_scale else [shift], max_iter=200, line_search_fn="strong_wolfe")
-    before = nats().item()
+    fitted = [shift, *([scale] if has_scale else []), *([repeat] if model.repeats is not None else [])]
+    optimizer = torch.optim.LBFGS(fitted, max_iter=200, line_search_fn="strong_wolfe")
+    before = nats(with_repeats=False).item()
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -485,9 +508,25 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
         head.linear.bias += shift.detach().to(head.linear.bias)
         if has_scale:
             head.length_scale.copy_(scale.detach())
+        if model.repeats is not None:
+            head.repeat_scale.copy_(torch.stack([repeat[0].exp(), repeat[1]]).detach())
     save_model(model.cpu(), run.checkpoint.parent, dump_yaml(config))
     write_json(run.directory / "run.json", {**facts, "calibration": {"before": before, "after": after, "lengths": lengths}})
     return {"before": before, "after": after}
+
+
+@torch.inference_mode()
+def _mean_repeats(model: SequenceClassifier, windows: Windows, store: TokenStore) -> np.ndarray:
+    """(n classes) float64: what the head takes the repeats of each window for, less the mean over classes; zeros without."""
+    if model.repeats is None:
+        return np.zeros((len(windows), model.head.linear.out_features))
+    rows, means = max(1, (1 << 18) // int(windows.length.max())), []
+    for at in range(0, len(windows), rows):
+        digits = nucleotide.DIGITS[windows[at : at + rows].tokens(store)[0]].astype(np.int64)
+        base = torch.from_numpy(np.where(digits < 4, digits, -1)).to(model.head.linear.bias.device)
+        means.append(model.repeats(base).double().mean(1).cpu())
+    mean = torch.cat(means)
+    return (mean - mean.mean(1, keepdim=True)).numpy()
 
 
 # -- prediction ----------------------------------------------------------------------------------------------------

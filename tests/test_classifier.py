@@ -38,6 +38,10 @@ def classifier(n_outputs=3, **options):
             model.gene_input.weight.normal_()
             model.head.mix.normal_(std=0.3)
             model.head.prior_scale.copy_(torch.tensor([0.7, 1.0, 1.2]))
+        if model.repeats is not None:  # every other word
+            words = np.arange(4**model.repeats.length, step=2)
+            model.repeats.fit(words, np.stack([words % 7, words % 3, words % 5], 1).astype(np.uint8))
+            model.head.repeat_scale.copy_(torch.tensor([5.0, 0.5]))
     return model
 
 
@@ -54,6 +58,8 @@ KINDS = [
     dict(kmer=3, period=3),
     dict(pooling="evidence", length_scale=True),
     dict(pooling="evidence", gene_order=2),
+    dict(pooling="evidence", repeat_word=8),
+    dict(pooling="evidence", gene_order=2, kmer=3, repeat_word=8),
     dict(direction="bidirectional"),
     dict(direction="bidirectional", pooling="max", strand="equivariant"),
     dict(direction="bidirectional", pooling="centre", strand="equivariant"),
@@ -235,6 +241,30 @@ def test_gene_models_are_what_the_predictions_of_the_bases_begin_with():
         assert torch.allclose(model(ids)[0], expected, atol=1e-4)
 
 
+def test_repeats_count_outside_training_alone():
+    model = classifier(pooling="evidence", strand="none", repeat_word=8)
+    ids = torch.cat([sequence(20), torch.tensor([[nucleotide.N]], dtype=torch.uint8), sequence(15, seed=3)], 1)
+    text = nucleotide.decode(ids[0].numpy())
+    found = np.zeros((36, 3))
+    for end in range(8, 37):
+        word = text[end - 8 : end]
+        if "N" not in word:
+            other = word[::-1].translate(str.maketrans("ACGT", "TGCA"))
+            code = min(int("".join(str("ACGT".index(c)) for c in w), 4) for w in (word, other))
+            found[end - 1] = np.log1p([code % 7, code % 3, code % 5]) * (code % 2 == 0)
+    assert (found > 0).any(0).all()
+    with torch.no_grad():
+        read = model.read(ids)[0]
+        assert torch.allclose(read[:, 19:].double(), torch.from_numpy(found), atol=1e-5)
+        with_them, scale = model(ids)[0].double(), model.head.repeat_scale.clone()
+        model.head.repeat_scale.zero_()
+        mean = torch.from_numpy(found.mean(0))
+        expected = model(ids)[0].double() + 5.0 * (36 / 1024) ** 0.5 * (mean - mean.mean())
+        assert torch.allclose(with_them, expected, atol=1e-4)
+        model.head.repeat_scale.copy_(scale)
+        assert model.train().read(ids)[0, :, 19:].abs().max() == 0
+
+
 def test_a_fresh_head_predicts_what_the_gene_models_do():
     torch.manual_seed(0)
     model = SequenceClassifier(ClassifierConfig(**SMALL, pooling="evidence", gene_order=2, strand="none"), 3).eval()
@@ -275,6 +305,8 @@ def test_length_scale_changes_confidence_not_decisions():
     (dict(pooling="evidence", direction="bidirectional"), "causal"),
     (dict(pooling="evidence", gene_order=7), "gene_order"),
     (dict(gene_order=5), "evidence"),
+    (dict(repeat_word=24), "evidence"),
+    (dict(pooling="evidence", repeat_word=32), "repeat_word"),
     (dict(vocab_size=0), "vocab_size"),
     (dict(kmer=1), "kmer"),
     (dict(period=1), "period"),

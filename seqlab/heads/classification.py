@@ -11,7 +11,9 @@
             (of a causal backbone) `mean`, and beside it Bayes' rule: each class predicts every next base, and the mean of the
             log-probabilities that it gave to the bases that came speaks for it. Predictions of a class are a linear map
             of the features, so all classes cost one pass. Where each class has a model of its own (seqlab/heads/genes.py), the
-            linear map is added to what that says.
+            linear map is added to what that says. Where repeats are counted (seqlab/heads/repeats.py), their mean counts
+            too, by a scale that training leaves at 0 and calibration fits: of training windows every word is counted in
+            themselves.
 
 A head makes of features what it adds up with `read`, pools with `pool`, piece by piece, and answers with `forward`; padding (mask False) changes nothing.
 """
@@ -30,7 +32,7 @@ ADDITIVE = ("mean", "evidence")  # pooled by adding positions up
 class Pooled(NamedTuple):
     """What a head remembers of the pieces so far."""
 
-    # (b d_model) float64: sum, maximum, or the features of the last real position or the middle; evidence: (b d_model + n_outputs)
+    # (b d_model) float64: sum, maximum, or the features of the last real position or the middle; evidence: (b d_model + n_outputs), with repeats (b d_model + 2 n_outputs)
     value: Tensor
     count: Tensor  # (b) float64: real positions
 
@@ -44,11 +46,18 @@ class ClassificationHead(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, n_outputs: int, pooling: Pooling = "mean", length_scale: bool = False, *, has_prior: bool = False
+        self,
+        d_model: int,
+        n_outputs: int,
+        pooling: Pooling = "mean",
+        length_scale: bool = False,
+        *,
+        has_prior: bool = False,
+        has_repeats: bool = False,
     ):
         super().__init__()
-        if has_prior and pooling != "evidence":
-            raise ValueError(f"predictions to begin with belong to pooling: evidence, not to {pooling}")
+        if (has_prior or has_repeats) and pooling != "evidence":
+            raise ValueError(f"models of each class belong to pooling: evidence, not to {pooling}")
         if length_scale and pooling not in ADDITIVE:
             raise ValueError(f"length_scale belongs to pooling: mean or evidence, not to {pooling}")
         self.pooling, self.d_model = pooling, d_model
@@ -66,15 +75,25 @@ class ClassificationHead(nn.Module):
         self.prior_scale = nn.Parameter(torch.ones(n_outputs)) if has_prior else None
         # how each class's evidence counts for the others, beside its own: where two predict alike, a third may tell them apart
         self.mix = nn.Parameter(torch.zeros(n_outputs, n_outputs)) if has_prior else None
+        # what the repeats of 1,024 bases count, and the exponent with which that grows with the length
+        self.register_buffer("repeat_scale", torch.zeros(2) if has_repeats else None)
         if has_prior:
             nn.init.zeros_(self.next_base.weight)  # training begins with what is there
 
-    def read(self, features: Tensor, base: Tensor, before: Tensor | None = None, prior: Tensor | None = None) -> Tensor:
+    def read(
+        self,
+        features: Tensor,
+        base: Tensor,
+        before: Tensor | None = None,
+        prior: Tensor | None = None,
+        repeats: Tensor | None = None,
+    ) -> Tensor:
         """What `pool`, `prefixes` and `segments` add up: features (b l d_model) as they are; for `evidence` beside them, (b l
         d_model + n_outputs), the log-probabilities (nats) that each class gave to each base, 0 where it is not known.
 
         base (b l): 0 .. 3, or -1 for anything but A, C, G, T; before (b d_model): the features just left of these, if any
         prior (b l n_outputs 4): log-probabilities that each class begins with, if it has a model of its own
+        repeats (b l n_outputs): what the last n_outputs columns are then, if repeats are counted; None: zeros
         """
         if self.next_base is None:
             return features
@@ -87,7 +106,10 @@ class ClassificationHead(nn.Module):
                 logits = logits + self.prior_scale.float()[:, None] * prior
             chosen = base.clamp(min=0)[..., None, None].expand(*logits.shape[:-1], 1)
             nats = logits.log_softmax(-1).gather(-1, chosen)[..., 0]  # (b l n_outputs)
-            return torch.cat([features, torch.where(base[..., None] >= 0, nats, 0.0)], -1)
+            parts = [features, torch.where(base[..., None] >= 0, nats, 0.0)]
+            if self.repeat_scale is not None:
+                parts.append(torch.zeros_like(nats) if repeats is None else repeats)
+            return torch.cat(parts, -1)
 
     def pool(self, features: Tensor, mask: Tensor | None = None, before: Pooled | None = None) -> Pooled:
         """Add a piece of what `read` gave: features (b l d), mask (b l) True at real positions (None: all are)."""
@@ -183,15 +205,25 @@ class ClassificationHead(nn.Module):
             mine = value[..., : self.d_model].contiguous()  # rows of another stride are rounded by where they lie in memory
             outputs = F.linear(mine, self.linear.weight.float(), self.linear.bias.float())
             if self.next_base is not None:
-                evidence = value[..., self.d_model :].contiguous()  # what all classes share decides nothing and is large
-                evidence = evidence - evidence.mean(-1, keepdim=True)
+                n = outputs.shape[-1]
+                evidence = _centred(value[..., self.d_model : self.d_model + n])
                 if self.mix is not None:
                     evidence = evidence + F.linear(evidence, self.mix.float())
                 outputs = outputs + self.gain.float().exp() * evidence
-            if self.length_scale is None:
-                return outputs
-            s0, s1 = self.length_scale.float()
-            return outputs * torch.exp(s0 + s1 * (count.float() / 1024.0).log())[..., None]
+            if self.length_scale is not None:
+                s0, s1 = self.length_scale.float()
+                outputs = outputs * torch.exp(s0 + s1 * (count.float() / 1024.0).log())[..., None]
+            if self.repeat_scale is not None:
+                scale, exponent = self.repeat_scale.float()
+                scale = scale * torch.exp(exponent * (count.float() / 1024.0).log())
+                outputs = outputs + scale[..., None] * _centred(value[..., self.d_model + n :])
+            return outputs
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Less the mean over classes: what all share decides nothing, and may be large."""
+    x = x.contiguous()
+    return x - x.mean(-1, keepdim=True)
 
 
 def evenly_spread_ends(length: int, first: int) -> list[int]:

@@ -18,6 +18,10 @@ def classifier(**options):
         if model.genes is not None:  # as if they had been fitted
             model.genes.emissions.copy_(torch.randn_like(model.genes.emissions).softmax(-1))
             model.genes.transitions.copy_(torch.randn_like(model.genes.transitions).softmax(-1))
+        if model.repeats is not None:
+            words = np.arange(4**8, step=2)
+            model.repeats.fit(words, np.stack([words % 7, words % 3, words % 5], 1).astype(np.uint8))
+            model.head.repeat_scale.copy_(torch.tensor([5.0, 0.5]))
     return model
 
 
@@ -28,7 +32,7 @@ def sequences(lengths, seed=0):
 
 KINDS = [dict(), dict(pooling="last"), dict(direction="bidirectional"), dict(strand="none")]
 EVIDENCE = dict(pooling="evidence", length_scale=True, kmer=3, period=3)
-GENES = dict(pooling="evidence", length_scale=True, gene_order=3)
+GENES = dict(pooling="evidence", length_scale=True, gene_order=3, repeat_word=8)
 KINDS += [EVIDENCE, GENES]
 CENTRE = dict(direction="bidirectional", pooling="centre")
 

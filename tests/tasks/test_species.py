@@ -203,8 +203,9 @@ def test_calibration_costs_a_small_share_of_training():
     lengths = [256, 512, 1024, 2048]
     assert species.calibration_windows(lengths, 131_072, 30_000, 7) == dict.fromkeys(lengths, 32)
     chosen = species.calibration_windows(lengths, 131_072, 176_000_000, 7)
-    assert chosen[256] == 200 and list(chosen) == [*lengths, 8192] and chosen[8192] >= 8
-    assert 2 * 7 * sum(length * n for length, n in chosen.items()) < 176_000_000 / 20
+    assert chosen[256] == 200 and list(chosen) == [*lengths, 8192, 32_768, 131_072] and chosen[131_072] == 4
+    assert all(2 * 7 * chosen[length] * length < 176_000_000 / 20 for length in (8192, 32_768, 131_072))
+    assert 8192 not in species.calibration_windows(lengths, 131_072, 3_000_000, 7)
     assert list(species.calibration_windows(lengths, 1000, 176_000_000, 7)) == [256, 512]
     assert 131_072 in species.calibration_windows(lengths, 131_072, 10**10, 7)
 
@@ -463,3 +464,43 @@ def test_windows_in_pieces_have_the_same_gradient(data, strand, pooling, genes):
         assert float(a) == pytest.approx(float(b), rel=1e-5)
     prefixes = species.SpeciesTask(toy_config(), TokenStore.open(data))
     assert "pieces" in memory.unavailable("chunked", prefixes.build_model(), prefixes, torch.device("cpu"))
+
+
+def test_substitutions_are_what_the_network_reads_not_what_is_foretold(data):
+    store, config = TokenStore.open(data), toy_config()
+    shape = dataclasses.replace(config.model, pooling="evidence", gene_order=2, strand="none")
+    config = dataclasses.replace(config, model=shape, loss=species.LossConfig(language_model=1.0, substitutions=0.5))
+    task = species.SpeciesTask(config, store)
+    model, (batch,) = task.build_model().train(), task.train_batches(1, 0, 1)
+    assert 0.05 < (batch["ids"] != batch["clean"]).float().mean() < 0.35
+    start, length = int(batch["start"][0]), batch["ids"].shape[1]
+    assert np.array_equal(batch["clean"][0].numpy(), store.tokens[start : start + length])
+    with torch.no_grad():  # a fresh head's predictions are the gene models', of the sequence itself
+        evidence = model.read(batch["ids"], fold=batch["fold"], clean=batch["clean"])[..., 16:]
+        same = model.read(batch["clean"], fold=batch["fold"])[..., 16:]
+        assert torch.allclose(evidence, same, atol=1e-5)
+    batch["ids"] = batch["clean"]
+    del batch["clean"]
+    assert torch.isfinite(task.loss(model, batch)[0])
+
+
+def test_calibration_finds_that_repeats_tell_twins_apart(tmp_path):
+    """Two genomes of the same statistics, one with an element of 200 bases in every 500."""
+    rng = np.random.default_rng(0)
+    element = "".join(rng.choice(list("ACGT"), 200))
+    for name in ("plain", "repeats"):
+        parts = ["".join(rng.choice(list("ACGT"), 300 if name == "repeats" else 500)) for _ in range(60)]
+        (tmp_path / f"{name}.fa").write_text(f">chr\n{(element if name == 'repeats' else '').join(parts)}\n")
+    pairs = [f"{name}={tmp_path / name}.fa" for name in ("plain", "repeats")]
+    run("prep", "species", *pairs, "--out", tmp_path / "data", "--block", 1500, "--test-share", 0.2)
+    store = TokenStore.open(tmp_path / "data")
+    config = dataclasses.replace(toy_config(), classes=("plain", "repeats"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, pooling="evidence", repeat_word=12))
+    words, counts = species.SpeciesTask(config, store).repeated_words()
+    assert (counts[:, 1] >= 10).sum() > 150 and (counts[:, 0] >= 10).sum() == 0
+    options = [*TOY, "--set", "model.pooling=evidence", "--set", "model.repeat_word=12", "--set", "eval.baselines=[]", "--set", "eval.lengths=[1000]"]
+    run("train", "species", "--data", tmp_path / "data", "--out", tmp_path / "run", "--max-steps", 1, *options)
+    trained = runs.load_run(tmp_path / "run")
+    assert trained.model.head.repeat_scale[0] > 0 and trained.model.repeats.counts.max() >= 10
+    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert figures["lengths"]["1000"]["model"]["accuracy_mean_over_species"] > 0.95
