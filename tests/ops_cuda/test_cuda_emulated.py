@@ -117,9 +117,11 @@ def test_scan_of_aligned_rows(monkeypatch, dtype, channels, case):
     assert scan_errors(monkeypatch, 1, 83, channels, 16, dtype, **case) < TOLERANCE[dtype]
 
 
-def test_scan_over_more_chunks_than_are_summed_in_place(monkeypatch):
+@pytest.mark.parametrize("length,reverse", ((200, False), (620, False), (620, True)))
+def test_scan_over_more_chunks_than_are_summed_in_place(monkeypatch, length, reverse):
+    """By the carry: a chunk a thread, and runs of three with an incomplete one and empty ones at the end."""
     monkeypatch.setattr(scan, "FEW", 2)
-    assert scan_errors(monkeypatch, 1, 200, 6, 3, decay=0.01) < TOLERANCE[FLOAT]
+    assert scan_errors(monkeypatch, 2, length, 15, 3, decay=0.01, reverse=reverse, blocks=(20, 2)) < TOLERANCE[FLOAT]
 
 
 @pytest.mark.parametrize("case", ({}, {"masked": True, "reverse": True}, {"options": False}), ids=str)

@@ -7,6 +7,7 @@ backward pass, one every 32 to 128 steps. See README.md and docs/kernels.md.
 import ctypes
 import functools
 import math
+import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +20,7 @@ from seqlab.ops.dispatch import Request, memorise
 NATIVE_MASK = True
 SOURCE = "selective_scan/scan.cu"
 KERNELS = (
-    "scan_ends", "scan_carry", "scan_forward", "adjoint_ends", "adjoint_carry", "scan_backward", "reduce_rows",
-    "reduce_blocks",
+    "scan_ends", "scan_carry", "scan_forward", "adjoint_ends", "adjoint_carry", "scan_backward", "scan_reduce",
 )  # fmt: skip
 SHORT_SOURCE, SHORT_KERNELS = "selective_scan/scan_short.cu", ("short_forward", "short_backward", "short_reduce")
 TILE, STAGE, BACKWARD_STAGE = 8, 32, 16
@@ -201,7 +201,7 @@ def _shared_bytes(kernel: str, n: int, warps: int, size: int = 2, wide: int = 0)
         floats = 128 * TILE + 3 * 16 * TILE * size  # inputs
         sums = (n * (2 * BACKWARD_STAGE + 2) + 3) // 4 * 4
         return 4 * warps * (256 * n + fold + floats + sums) + 8 * n * (BACKWARD_STAGE + 4)
-    return 1024 if kernel == "reduce_rows" else 0
+    return {"scan_reduce": 1024, "scan_carry": 2048, "adjoint_carry": 2048}[kernel]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -294,19 +294,14 @@ def _template(u, delta, A, B, C, z, softplus: bool, reverse: bool, cut: Plan, so
     return p
 
 
-def _fill(p, u, delta, A, B, C, D, z, bias, initial, mask) -> None:
-    """The addresses of what is read."""
-    p.u, p.delta, p.A, p.B, p.C = u.data_ptr(), delta.data_ptr(), A.data_ptr(), B.data_ptr(), C.data_ptr()
-    if D is not None:
-        p.D = D.data_ptr()
-    if z is not None:
-        p.z = z.data_ptr()
-    if bias is not None:
-        p.bias = bias.data_ptr()
-    if initial is not None:
-        p.initial = initial.data_ptr()
-    if mask is not None:
-        p.mask = mask.data_ptr()
+READ = ("u", "delta", "B", "C", "z", "dy", "A", "D", "bias", "initial", "dfinal", "mask")
+"""What kernels read: the first fields of their parameters, in this order, so that one call writes all addresses."""
+_write_addresses = struct.Struct(f"{len(READ)}Q").pack_into
+
+
+def _fill(p, *read: Tensor | None) -> None:
+    """The addresses of what is read, in READ's order."""
+    _write_addresses(p, 0, *[0 if x is None else x.data_ptr() for x in read])
 
 
 def _summary_launches(names: tuple[str, str], n: int, cut: Plan, batch: int, channels: int, size: int):
@@ -317,7 +312,7 @@ def _summary_launches(names: tuple[str, str], n: int, cut: Plan, batch: int, cha
     blocks = batch * (cut.chunks - 1) * cut.channel_blocks
     launches = [(ends, blocks, cut.threads, _shared_bytes(ends, n, cut.warps, size))]
     if cut.chunks > FEW:
-        launches.append((carry, math.ceil(batch * n * channels / 128), 128, 0))
+        launches.append((carry, batch * math.ceil(n * channels / 32), 256, _shared_bytes(carry, n, 8)))
     return launches
 
 
@@ -406,7 +401,7 @@ def _find_forward(device, tensors, softplus: bool, reverse: bool, segment: int):
 def _run_forward(recipe: _Recipe, u, delta, A, B, C, D, z, bias, initial, mask, final: bool):
     """y, the final state and what the backward pass needs (None where not wanted)."""
     p = type(recipe.params).from_buffer_copy(recipe.params)
-    _fill(p, u, delta, A, B, C, D, z, bias, initial, mask)
+    _fill(p, u, delta, B, C, z, None, A, D, bias, initial, None, mask)
     y, states, last = _outputs(u, mask), None, None
     p.y = y.data_ptr()
     if final:
@@ -461,9 +456,10 @@ def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: 
     launches = _summary_launches(("adjoint_ends", "adjoint_carry"), n, cut, batch, channels, size)
     grid, tiles, several = min(p.items, slots), segment // TILE, cut.channel_blocks > 1
     launches.append(("scan_backward", grid, cut.threads, shared))
-    launches.append(("reduce_rows", math.ceil((n + 2) * channels / 32), 256, 1024))
+    blocks = math.ceil((n + 2) * channels / 32)
     if several:
-        launches.append(("reduce_blocks", min(8 * device.multiprocessors, math.ceil(batch * length * n / 256)), 256, 0))
+        blocks += min(8 * device.multiprocessors, math.ceil(batch * length * n / 256))
+    launches.append(("scan_reduce", blocks, 256, _shared_bytes("scan_reduce", n, 8)))
     borders = batch * cut.chunks * n * channels if cut.chunks > 1 else 0
     sums = cut.channel_blocks * batch * length * n if several else 0
     parts, work = _workspace(
@@ -481,7 +477,7 @@ def _workspace(**floats: int) -> tuple[tuple[tuple[str, int], ...], int]:
     parts, total = [], 0
     for name, count in floats.items():
         parts.append((name, 4 * total))
-        total += (count + 3) // 4 * 4
+        total += (count + 31) // 32 * 32
     return tuple(parts), total
 
 
@@ -495,72 +491,104 @@ def _backward_recipes(device, dy, u, delta, A, B, C, z, softplus: bool, reverse:
     )
 
 
+def _find_backward(device, tensors, softplus: bool, reverse: bool, segment: int):
+    """The recipes, and the tensors laid out for them."""
+    dy, dfinal, u, delta, A, *rest = tensors
+    kind = _kind(device, "backward", (u, A, delta, *rest, dy, dfinal), softplus, reverse, segment)
+    recipes = _recipes.get(kind)
+    if recipes is None:
+        dy, dfinal = _rows(dy), None if dfinal is None else dfinal.contiguous()
+        u, delta, A, B, C, D, z, bias, initial, mask = _tidy(u, delta, A, *rest)
+        tensors = dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask
+        kind = _kind(device, "backward", (u, A, delta, B, C, D, z, bias, initial, mask, dy, dfinal), softplus, reverse, segment)
+        recipes = _recipes.get(kind)
+        if recipes is None:
+            found = _backward_recipes(device, dy, u, delta, A, B, C, z, softplus, reverse, segment)
+            recipes = memorise(_recipes, kind, found)
+    return recipes, tensors
+
+
+def _parameters(recipe: _Recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
+    """The backward pass's parameters but for what it writes, and its workspace, which must live until all is launched."""
+    p = type(recipe.params).from_buffer_copy(recipe.params)
+    _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask)
+    work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
+    start = work.data_ptr()
+    for name, offset in recipe.parts:
+        setattr(p, name, start + offset)
+    p.segments = states.data_ptr()
+    return p, work
+
+
+def _run_backward(recipe: _Recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
+    """All gradients by one recipe."""
+    p, work = _parameters(recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states)
+    du, ddelta, dB, dC, dA = _outputs(u, mask), _outputs(delta, mask), _like(B), _like(C), _like(A)
+    p.du, p.ddelta, p.into_B, p.into_C, p.dA = du.data_ptr(), ddelta.data_ptr(), dB.data_ptr(), dC.data_ptr(), dA.data_ptr()
+    if recipe.keep:
+        p.dB, p.dC = p.into_B, p.into_C
+    dD = dz = dbias = dinitial = None
+    if z is not None:
+        dz = _outputs(z, mask)
+        p.dz = dz.data_ptr()
+    if D is not None:
+        dD = _like(D)
+        p.dD = dD.data_ptr()
+    if bias is not None:
+        dbias = _like(bias)
+        p.dbias = dbias.data_ptr()
+    if initial is not None:
+        dinitial = _like(initial)
+        p.dinitial = dinitial.data_ptr()
+    launch = recipe.module.launch
+    for what in recipe.launches:
+        launch(*what, p)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
+
+
+def _run_backward_groups(recipes: tuple[_Recipe, ...], dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
+    """The same where a recipe takes BACKWARD_GROUP states: du, ddelta and dz are added up in float32."""
+    channels, new = A.shape[0], {"dtype": torch.float32, "device": u.device}
+    make = torch.empty if mask is None else torch.zeros  # the kernels leave masked positions alone
+    du, ddelta, dz = (None if x is None else make(x.shape, **new) for x in (u, delta, z))
+    dB, dC, dA = _like(B), _like(C), _like(A)
+    dD, dinitial = (None if x is None else _like(x) for x in (D, initial))
+    dbias = None if bias is None else torch.empty((len(recipes), channels), **new)
+    for part, recipe in enumerate(recipes):
+        p, work = _parameters(recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states)
+        p.du, p.ddelta = du.data_ptr(), ddelta.data_ptr()
+        for field, x in (("dz", dz), ("dD", dD), ("dbias", dbias), ("dinitial", dinitial)):
+            setattr(p, field, 0 if x is None else x.data_ptr())
+        p.dA, p.into_B, p.into_C = dA.data_ptr(), dB.data_ptr(), dC.data_ptr()
+        if part > 0:
+            p.add, p.D, p.dD = 1, 0, 0  # the skip connection belongs to the first group alone
+            first = part * BACKWARD_GROUP
+            p.A += 4 * first * A.stride(1)
+            p.segments += 4 * first * channels
+            for field, x in (("B", B), ("C", C), ("into_B", dB), ("into_C", dC)):
+                setattr(p, field, getattr(p, field) + first * x.element_size())
+            for field in ("dA", "dfinal", "dinitial"):
+                if getattr(p, field):
+                    setattr(p, field, getattr(p, field) + 4 * first)
+            if bias is not None:
+                p.dbias += 4 * part * channels
+        if recipe.keep:
+            p.dB, p.dC = p.into_B, p.into_C
+        for what in recipe.launches:
+            recipe.module.launch(*what, p)
+    du, ddelta, dz = (None if x is None else x.to(u.dtype) for x in (du, ddelta, dz))
+    return du, ddelta, dA, dB, dC, dD, dz, None if bias is None else dbias.sum(0), dinitial
+
+
 def backward(
     dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, softplus: bool, reverse: bool, segment: int
 ):
     """Gradients of u, delta, A, B, C, D, z, bias, initial (None for what is absent)."""
-    device, where = _device(u), u.device
-    options = (softplus, reverse, segment)
-    kind = _kind(device, "backward", (u, A, delta, B, C, D, z, bias, initial, mask, dy, dfinal), *options)
-    recipes = _recipes.get(kind)
-    if recipes is None:
-        u, delta, A, B, C, D, z, bias, initial, mask = _tidy(u, delta, A, B, C, D, z, bias, initial, mask)
-        dy, dfinal = _rows(dy), None if dfinal is None else dfinal.contiguous()
-        tidy = _kind(device, "backward", (u, A, delta, B, C, D, z, bias, initial, mask, dy, dfinal), *options)
-        recipes = _recipes.get(tidy)
-        if recipes is None:
-            recipes = memorise(_recipes, tidy, _backward_recipes(device, dy, u, delta, A, B, C, z, *options))
-    channels, n = A.shape
-    parts = len(recipes)
-    if parts == 1:
-        du, ddelta, dz = (None if x is None else _outputs(x, mask) for x in (u, delta, z))
-    else:
-        make = torch.empty if mask is None else torch.zeros  # the kernels leave masked positions alone
-        du, ddelta, dz = (
-            None if x is None else make(x.shape, dtype=torch.float32, device=where) for x in (u, delta, z)
-        )
-    dB, dC, dA = _like(B), _like(C), _like(A)
-    dD, dinitial = (None if x is None else _like(x) for x in (D, initial))
-    width, dbias = 0, None
-    if bias is not None:
-        width = channels
-        dbias = _like(bias) if parts == 1 else torch.empty((parts, width), dtype=torch.float32, device=where)
-    for part, recipe in enumerate(recipes):
-        first = part * BACKWARD_GROUP
-        p = type(recipe.params).from_buffer_copy(recipe.params)
-        _fill(p, u, delta, A, B, C, D, z, bias, initial, mask)
-        work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
-        start = work.data_ptr()
-        for name, offset in recipe.parts:
-            setattr(p, name, start + offset)
-        p.into_B, p.into_C = dB.data_ptr() + first * dB.element_size(), dC.data_ptr() + first * dC.element_size()
-        if recipe.keep:
-            p.dB, p.dC = p.into_B, p.into_C
-        p.segments = states.data_ptr() + 4 * first * channels
-        p.dy = dy.data_ptr()
-        if dfinal is not None:
-            p.dfinal = dfinal.data_ptr() + 4 * first
-        p.du, p.ddelta, p.dA = du.data_ptr(), ddelta.data_ptr(), dA.data_ptr() + 4 * first
-        if z is not None:
-            p.dz = dz.data_ptr()
-        if D is not None:
-            p.dD = dD.data_ptr()
-        if bias is not None:
-            p.dbias = dbias.data_ptr() + 4 * part * width
-        if initial is not None:
-            p.dinitial = dinitial.data_ptr() + 4 * first
-        if part > 0:  # the skip connection belongs to the first group alone
-            p.add, p.D, p.dD = 1, 0, 0
-        if first:
-            p.A += 4 * first * A.stride(1)
-            p.B += first * B.element_size()
-            p.C += first * C.element_size()
-        for launch in recipe.launches:
-            recipe.module.launch(*launch, p)
-    if parts > 1:
-        du, ddelta, dz = (None if x is None else x.to(u.dtype) for x in (du, ddelta, dz))
-        dbias = None if dbias is None else dbias.sum(0)
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
+    given = dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask
+    recipes, tensors = _find_backward(_device(u), given, softplus, reverse, segment)
+    if len(recipes) == 1:
+        return _run_backward(recipes[0], *tensors, states)
+    return _run_backward_groups(recipes, *tensors, states)
 
 
 def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, gate=None, adjoint: bool = False):
@@ -589,8 +617,8 @@ def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, g
     slots = module.resident(kernel, threads.threads, shared) * device.multiprocessors
     cut = plan(batch, length, channels, slots, warps, segment_length(batch, length, channels))
     p = _template(x, delta, At.t(), vector, vector, gate, softplus, reverse, cut)
-    _fill(p, x, delta, At, vector, vector, None, gate, bias, None, mask)
-    p.dy, p.dy_b, p.dy_t = x.data_ptr(), x.stride(0), x.stride(1)
+    _fill(p, x, delta, vector, vector, gate, x, At, None, bias, None, None, mask)
+    p.dy_b, p.dy_t = x.stride(0), x.stride(1)
     p.summed = cut.chunks
     ends = torch.empty((batch, cut.chunks, n, channels), dtype=torch.float32, device=x.device)
     sums = torch.empty((batch, cut.chunks, channels), dtype=torch.float32, device=x.device)

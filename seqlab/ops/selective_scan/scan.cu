@@ -8,7 +8,7 @@
 //   scan_forward  the outputs; also leaves the state at every segment start, for the backward pass
 //   adjoint_ends, adjoint_carry   the same for dL/dh, right to left
 //   scan_backward the gradients, segment by segment from the right, from checkpoints a tile apart
-//   reduce_*      sums over chunks and channel blocks in a fixed order: the same bits on every run
+//   scan_reduce   sums over chunks and channel blocks in a fixed order: the same bits on every run
 //
 // A thread keeps TILE steps of its two channels in registers and goes through the states one after the other, so nothing
 // but a few KB of shared memory depends on the number of states. B and C come through shared memory, transposed.
@@ -55,6 +55,12 @@
 #endif
 #define PREFETCH (EACH(STAGE) * PER <= 16)  // the next stage of B and C waits in registers
 #define KEEP_A (STATES <= 32)          // A in shared memory; beyond, read through the cache
+#ifndef STREAM
+#define STREAM 0
+#endif
+#ifndef DISCARD
+#define DISCARD 0
+#endif
 #ifdef SEQLAB_EMULATED
 #define SETTLE(v)
 #else
@@ -296,14 +302,15 @@ template <int PITCH = ROW> DEVICE void read_row(float (&v)[TILE], const float* t
 DEVICE bool whole_warp(const Params& p, const Place& q) { return WIDE && q.c - 2 * q.lane + 64 <= p.channels; }
 // A tile of one tensor from global into shared memory, (TILE, 32) pairs, zeros where nothing lives. `whole`: all steps
 // and channels are there, so that it goes in the background in 16-byte pieces.
-DEVICE void bring(pair* to, const Line& a, int i, u32 live, bool whole, const Place& q) {
+template <bool LAST = false> DEVICE void bring(pair* to, const Line& a, int i, u32 live, bool whole, const Place& q) {
     if (whole) {
         const int pieces = 4 * (int)sizeof(elem), lane = q.lane;  // of 16 bytes a row
         const int step = a.step * (int)sizeof(elem);
         const char* from = (const char*)(a.at + (lane % pieces * (16 / (int)sizeof(elem)) - 2 * lane)) + wide_product(i + lane / pieces, step);
 #pragma unroll
         for (int k = 0; k < TILE * pieces / 32; k++)
-            copy16((char*)to + (k * 32 + lane) * 16, from + wide_product(k * (32 / pieces), step));
+            if (LAST && STREAM) copy16_last((char*)to + (k * 32 + lane) * 16, from + wide_product(k * (32 / pieces), step));
+            else copy16((char*)to + (k * 32 + lane) * 16, from + wide_product(k * (32 / pieces), step));
     } else {
 #pragma unroll 1
         for (int j = 0; j < TILE; j++) {
@@ -437,32 +444,45 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_ends(const Params p) { chunk_ends<fa
 KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) adjoint_ends(const Params p) { chunk_ends<true>(p); }
 
 // ------------------------------------------------------------------------------------------------------ carries
-// Replaces what every chunk adds by what enters it. One thread a (batch, state, channel).
-#define AHEAD 16
+// Replaces what every chunk adds by what enters it. A block has 32 neighbouring (state, channel) of one row of the batch, each with
+// SHARES threads that take a run of chunks each: first what their run does, then, from what enters the run, every chunk's.
+#define SHARES 8
+#define AHEAD 8
 template <bool ADJOINT> DEVICE void carry(const Params& p) {
-    const i64 id = (i64)blockIdx.x * blockDim.x + threadIdx.x, per = STATES * p.channels;
-    if (id >= p.batch * per) return;
-    const i64 b = id / per, r = id % per, n = r / p.channels, c = r % p.channels;
+    SHARED_FLOATS(shared);  // (2, SHARES, 32): sum of steps and addition of a run
+    const int lane = threadIdx.x % 32, share = threadIdx.x / 32;
+    const i64 per = STATES * p.channels, groups = (per + 31) / 32;
+    const i64 b = blockIdx.x / groups, wanted = blockIdx.x % groups * 32 + lane, r = wanted < per ? wanted : per - 1;
+    const i64 n = r / p.channels, c = r % p.channels, run = (p.chunks + SHARES - 1) / SHARES, first = share * run;
     const float a = LOG2E * p.A[c * p.A_c + n * p.A_n];
-    const float* start = ADJOINT ? p.dfinal : p.initial;
-    float h = start != 0 ? start[(b * p.channels + c) * p.all_states + n] : 0.f;
     float* ends = p.ends + b * p.chunks * per + r;
     const float* sums = p.sums + b * p.chunks * p.channels + c;
-    for (i64 k0 = 0; k0 < p.chunks; k0 += AHEAD) {
-        float e[AHEAD], s[AHEAD];
+    float h = 0.f, sum = 0.f;
+    for (int pass = 0; pass < 2; pass++) {
+        for (i64 k0 = first; k0 < first + run; k0 += AHEAD) {
+            float e[AHEAD], s[AHEAD];
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            i64 k = ADJOINT ? p.chunks - 1 - (k0 + j) : k0 + j;
-            bool there = k0 + j < p.chunks - 1;  // the last chunk's own addition goes nowhere
-            e[j] = there ? ends[k * per] : 0.f;
-            s[j] = there ? sums[k * p.channels] : 0.f;
-        }
+            for (int j = 0; j < AHEAD; j++) {
+                const i64 k = ADJOINT ? p.chunks - 1 - (k0 + j) : k0 + j;
+                const bool there = k0 + j < first + run && k0 + j < p.chunks - 1;  // the last chunk's own addition goes nowhere
+                e[j] = there ? ends[k * per] : 0.f;
+                s[j] = there ? sums[k * p.channels] : 0.f;
+            }
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            i64 k = ADJOINT ? p.chunks - 1 - (k0 + j) : k0 + j;
-            if (k0 + j < p.chunks) ends[k * per] = h;
-            h = decayed(a, s[j], h) + e[j];
+            for (int j = 0; j < AHEAD; j++) {
+                const i64 k = ADJOINT ? p.chunks - 1 - (k0 + j) : k0 + j;
+                if (pass == 1 && wanted < per && k0 + j < first + run && k0 + j < p.chunks) ends[k * per] = h;
+                h = decayed(a, s[j], h) + e[j];
+                sum += s[j];
+            }
         }
+        if (pass == 1) break;
+        shared[share * 32 + lane] = sum;
+        shared[(SHARES + share) * 32 + lane] = h;
+        __syncthreads();
+        const float* start = ADJOINT ? p.dfinal : p.initial;
+        h = start != 0 ? start[(b * p.channels + c) * p.all_states + n] : 0.f;
+        for (int k = 0; k < share; k++) h = decayed(a, shared[k * 32 + lane], h) + shared[(SHARES + k) * 32 + lane];
     }
 }
 KERNEL scan_carry(const Params p) { carry<false>(p); }
@@ -647,7 +667,8 @@ DEVICE void give(const Params& p, elem* base, const Line& out, int i, const floa
         at += wide_product(i + q.lane / pieces, step);
 #pragma unroll
         for (int k = 0; k < TILE * pieces / 32; k++)
-            *(uint4*)(at + wide_product(k * (32 / pieces), step)) = *(uint4*)((char*)by + (k * 32 + q.lane) * 16);
+            if (STREAM) store16_last(at + wide_product(k * (32 / pieces), step), *(uint4*)((char*)by + (k * 32 + q.lane) * 16));
+            else *(uint4*)(at + wide_product(k * (32 / pieces), step)) = *(uint4*)((char*)by + (k * 32 + q.lane) * 16);
     } else {
         at += wide_product(i, step);
 #pragma unroll 1
@@ -822,8 +843,8 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     for (int k = 0; k < 4; k++)
                         keep[k * 32] = make_float4(dt[2 * k].x, dt[2 * k].y, dt[2 * k + 1].x, dt[2 * k + 1].y);
                     __syncwarp();
-                    if (p.z != 0) bring(ckZ, z, i, now, whole, q);
-                    bring(ckY, dy, i, now, whole, q);
+                    if (p.z != 0) bring<true>(ckZ, z, i, now, whole, q);
+                    bring<true>(ckY, dy, i, now, whole, q);
                     if (tile < last) {
                         live = live_at(p, q, begin, i + TILE, size, plain);
                         bring(ckD, delta, i + TILE, live, plain && live == ALL, q);
@@ -883,7 +904,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
             // Back through the segment, reading one tile ahead.
             __syncthreads();
             live = live_at(p, q, begin, left + last * TILE, size, plain);
-            bring(inU + (last & 1) * TILE * 32, u, left + last * TILE, live, plain && live == ALL, q);
+            bring<true>(inU + (last & 1) * TILE * 32, u, left + last * TILE, live, plain && live == ALL, q);
 #pragma unroll
             for (int k = 0; k < 8; k++) copy16(inT + k * 32, steps + last * 256 + k * 32);
             for (int n = 0; n < STATES; n++) copy8(&hs[n * 32], marks + (last * STATES + n) * 32);
@@ -908,6 +929,13 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     float2 dt[TILE], v[TILE], dout[TILE], sumB[TILE], sumA[TILE];
                     copies_done();
                     __syncwarp();
+#if DISCARD
+                    if (tile > 0) {  // all of it is in shared memory now; what is not thrown away is written out to be overwritten
+                        const char* gone = (const char*)(marks - lane + tile * STATES * 32);
+                        for (int k = lane; k < 2 * STATES; k += 32) discard(gone + k * 128);
+                        discard((const char*)(steps - lane + tile * 256) + lane * 128);
+                    }
+#endif
 #pragma unroll
                     for (int k = 0; k < 4; k++) {
                         const float4 a = inT[k * 32], b = inT[(k + 4) * 32];
@@ -926,12 +954,12 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     settle(dt);
                     settle(v);
                     settle(dout);
-                    bring(inD, delta, i, now, whole, q);
+                    bring<true>(inD, delta, i, now, whole, q);
                     copies_begun();
                     const float2* coming = marks + (tile > 0 ? tile - 1 : 0) * STATES * 32;
                     if (tile > 0) {
                         live = live_at(p, q, begin, i - TILE, size, plain);
-                        bring(inU + (~tile & 1) * TILE * 32, u, i - TILE, live, plain && live == ALL, q);
+                        bring<true>(inU + (~tile & 1) * TILE * 32, u, i - TILE, live, plain && live == ALL, q);
                         const float4* keep = steps + (tile - 1) * 256;
 #pragma unroll
                         for (int k = 0; k < 8; k++) copy16(inT + k * 32, keep + k * 32);
@@ -1112,14 +1140,31 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
 }
 #endif
 
-// dA, dD, dbias: sums over chunks. 256 threads: 32 columns, 8 shares of the chunks, then the 8 shares in order.
-KERNEL reduce_rows(const Params p) {
+// What is left to add up. 256 threads. The first (STATES + 2) channels / 32 blocks: dA, dD, dbias over chunks, 32 columns and 8
+// shares of the chunks, then the 8 shares in order. The others: dB and dC over channel blocks.
+KERNEL scan_reduce(const Params p) {
     SHARED_FLOATS(shared);
-    const i64 width = (STATES + 2) * p.channels, column = (i64)blockIdx.x * 32 + threadIdx.x % 32;
+    const i64 width = (STATES + 2) * p.channels, columns = (width + 31) / 32;
+    if (blockIdx.x >= columns) {
+        const i64 size = p.batch * p.length * STATES, workers = (gridDim.x - columns) * (i64)blockDim.x;
+        for (i64 e = (blockIdx.x - columns) * (i64)blockDim.x + threadIdx.x; e < size; e += workers) {
+            const float *atB = (const float*)p.dB + e, *atC = (const float*)p.dC + e;
+            float b = 0.f, c = 0.f;
+#pragma unroll 4
+            for (i64 k = 0; k < p.channel_blocks; k++) b += __ldg(atB + k * size), c += __ldg(atC + k * size);
+            const i64 at = e / STATES * p.all_states + e % STATES;
+            p.into_B[at] = from_float(b);
+            p.into_C[at] = from_float(c);
+        }
+        return;
+    }
+    const i64 column = (i64)blockIdx.x * 32 + threadIdx.x % 32;
     const int share = threadIdx.x / 32;
     float total = 0.f;
-    if (column < width)
-        for (i64 r = share; r < p.batch * p.chunks; r += 8) total += p.partial[r * width + column];
+    if (column < width) {
+#pragma unroll 8
+        for (i64 r = share; r < p.batch * p.chunks; r += 8) total += __ldg(p.partial + r * width + column);
+    }
     shared[threadIdx.x] = total;
     __syncthreads();
     if (share != 0 || column >= width) return;
@@ -1128,19 +1173,4 @@ KERNEL reduce_rows(const Params p) {
     if (n < STATES) p.dA[c * p.all_states + n] = total;
     else if (n == STATES) { if (p.dD != 0) p.dD[c] = total; }
     else if (p.dbias != 0) p.dbias[c] = total;
-}
-
-// dB and dC: sums over channel blocks.
-KERNEL reduce_blocks(const Params p) {
-    const i64 size = p.batch * p.length * STATES;
-    for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < size; e += (i64)gridDim.x * blockDim.x) {
-        float b = 0.f, c = 0.f;
-        for (i64 k = 0; k < p.channel_blocks; k++) {
-            b += ((const float*)p.dB)[k * size + e];
-            c += ((const float*)p.dC)[k * size + e];
-        }
-        const i64 at = e / STATES * p.all_states + e % STATES;
-        p.into_B[at] = from_float(b);
-        p.into_C[at] = from_float(c);
-    }
 }
