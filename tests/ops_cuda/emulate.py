@@ -20,10 +20,11 @@ def _library(name: str, defines: tuple[tuple[str, int], ...], kernels: tuple[str
     folder = Path(tempfile.gettempdir()) / "seqlab-emulated"
     folder.mkdir(exist_ok=True)
     text = f'#include "{HERE / "emulator.h"}"\n' + nvrtc.source(name)
+    takes = dict(re.findall(r"^KERNEL\b.*? (\w+)\(const (\w+) p\)", text, re.MULTILINE))
     for kernel in kernels:
         text += (
-            f'\nextern "C" void run_{kernel}(unsigned grid, unsigned block, unsigned long shared, const Params* p) '
-            f"{{ run_grid<Params>({kernel}, p, grid, block, shared); }}\n"
+            f'\nextern "C" void run_{kernel}(unsigned grid, unsigned block, unsigned long shared, const {takes[kernel]}* p) '
+            f"{{ run_grid<{takes[kernel]}>({kernel}, p, grid, block, shared); }}\n"
         )
     flags = ["-DSEQLAB_EMULATED", "-O1", "-shared", "-fPIC", "-std=c++17", "-w", *(f"-D{k}={v}" for k, v in defines)]
     key = hashlib.sha256((text + (HERE / "emulator.h").read_text() + repr(flags)).encode()).hexdigest()[:24]
@@ -60,5 +61,6 @@ class Device:
     def module(self, defines, name=None):
         if name in (None, self.name):
             return Module(self.name, defines, self.kernels, self._resident)
-        kernels = re.findall(r"^KERNEL(?: BOUNDS\(.*?\))? (\w+)\(", nvrtc.source(name), re.MULTILINE)
-        return Module(name, defines, tuple(kernels), self._resident)
+        kernels = re.findall(r"^KERNEL\b.*? (\w+)\(const (\w+) p\)", nvrtc.source(name), re.MULTILINE)
+        wanted = "Pair" if dict(defines).get("BOTH") else "Params"  # scan_short.cu: one scan at a time, or two
+        return Module(name, defines, tuple(kernel for kernel, takes in kernels if takes == wanted), self._resident)

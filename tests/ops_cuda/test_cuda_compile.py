@@ -42,6 +42,9 @@ def test_short_scan_compiles(arch, values):
     image = nvrtc.compile_source(nvrtc.source(scan.SHORT_SOURCE), nvrtc.options(defines, arch), scan.SHORT_SOURCE)
     assert image[:4] == b"\x7fELF"
     for kernel in scan.SHORT_KERNELS:
+        assert kernel.encode() in image and f"{kernel}_pair".encode() not in image
+    image = nvrtc.compile_source(nvrtc.source(scan.SHORT_SOURCE), nvrtc.options((*defines, ("BOTH", 1)), arch), scan.SHORT_SOURCE)
+    for kernel in scan.PAIR_KERNELS:
         assert kernel.encode() in image
 
 

@@ -109,6 +109,58 @@ def test_short_scan(monkeypatch, length, channels, states, sides, case, dtype):
 
 @pytest.mark.parametrize("dtype", (FLOAT, HALF))
 @pytest.mark.parametrize(
+    "length,channels,states,sides,masked,gate",
+    ((1, 5, 3, (2, 1, 1), False, True), (300, 6, 4, (2, 1, 2), True, True), (150, 20, 16, (4, 2, 2), False, False),
+     (150, 5, 3, None, True, True)),
+)  # fmt: skip
+def test_both_directions_at_once(monkeypatch, length, channels, states, sides, masked, gate, dtype):
+    """Two scans of one shape, one from the right, and one gradient for both; `sides` None: one after the other."""
+    monkeypatch.setattr(scan, "short", lambda *a, **k: None if sides is None else scan.Sides(*sides))
+    device = emulate.Device(scan.SOURCE, scan.KERNELS, 2, 2)
+    monkeypatch.setattr(scan, "_device", lambda x: device)
+    torch.manual_seed(length)
+    mask, batch = torch.rand(2, length) > 0.3 if masked else None, 2
+    rows = {"u": channels, "delta": channels, "B": states, "C": states}
+    z = torch.randn(batch, length, channels).to(dtype) if gate else None
+    dy = torch.randn(batch, length, channels).to(dtype)
+    scans = []
+    for _ in range(2):
+        u, delta, B, C = (torch.randn(batch, length, width).to(dtype) for width in rows.values())
+        D, bias = torch.randn(channels), torch.randn(channels).abs() * 0.1
+        scans.append((u, delta, -torch.rand(channels, states) - 1e-4, B, C, D, z, bias))
+    for x in (dy, *(t for each in scans for t in each if t is not None and t.dim() == 3)) if masked else ():
+        x[~mask] = float("nan")
+    kept, pairs = [], []
+    segment = scan.segment_length(batch, length, channels)
+    found = scan.forward_pair(tuple(scans), mask, True, segment)
+    kept = [states for _, states in found]
+    grads = scan.backward_pair(dy, scans, mask, kept, True, segment)
+    seen = dy.double() if mask is None else torch.where(mask[..., None], dy.double(), 0.0)
+    for i, (each, (y, _), mine) in enumerate(zip(scans, found, grads, strict=True)):
+        exact = [None if x is None else x.double().requires_grad_() for x in each]
+        y64, _ = reference.run(*exact, True, None, mask, i > 0, True)
+        y64.backward(seen)
+        assert mine[-1] is None
+        pairs += [(y, y64.detach())] + [(g, None if x is None else x.grad) for g, x in zip(mine[:-1], exact, strict=True)]
+    assert worst(pairs) < TOLERANCE[dtype]
+
+
+def test_scans_that_do_not_lie_alike_run_one_after_the_other(monkeypatch):
+    monkeypatch.setattr(scan, "short", lambda *a, **k: scan.Sides(2, 1, 1))
+    device = emulate.Device(scan.SOURCE, scan.KERNELS, 2, 2)
+    monkeypatch.setattr(scan, "_device", lambda x: device)
+    torch.manual_seed(0)
+    A, B = -torch.rand(6, 3), torch.randn(1, 40, 3)
+    first, second = torch.randn(1, 40, 6), torch.randn(1, 40, 12)[..., 6:]
+    scans = tuple((u, u, A, B, B, None, None, None) for u in (first, second))
+    (y, _), (y_too, _) = scan.forward_pair(scans, None, True, 0)
+    exact = [reference.run(*(t.double() for t in each[:5]), None, None, None, True, None, None, i > 0, True)[0]
+             for i, each in enumerate(scans)]  # fmt: skip
+    assert worst(zip((y, y_too), exact)) < TOLERANCE[FLOAT]
+
+
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+@pytest.mark.parametrize(
     "channels,case", ((136, {}), (72, {"reverse": True}), (64, {"masked": True}), (64, {"options": False, "strided": True})),
     ids=str,
 )  # fmt: skip

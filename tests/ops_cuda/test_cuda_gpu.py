@@ -80,6 +80,26 @@ def test_scan(length, reverse, masked, options, dtype, kernels):
     check_scan(scan_inputs(2, length, 70, 5, dtype, options), TOLERANCE[dtype], reverse=reverse, mask=mask)
 
 
+@pytest.mark.parametrize("length,channels", ((1, 6), (65, 70), (1000, 128), (512, 512)))
+@pytest.mark.parametrize("masked,gate", ((True, True), (False, False)))
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+def test_both_directions_at_once(length, channels, masked, gate, dtype):
+    """Against one after the other: the same kernels on blocks of other widths."""
+    scans = [scan_inputs(2, length, channels, 16, dtype, seed=seed)[:8] for seed in (0, 1)]
+    if not gate:
+        scans = [[*x[:6], None, x[7]] for x in scans]
+    mask = torch.rand(2, length, device="cuda") > 0.3 if masked else None
+    dy, segment = torch.randn(2, length, channels, device="cuda").to(dtype), native.segment_length(2, length, channels)
+    assert native.pair_pays(scans[0][0], 16) and native.pair_pays(scans[0][0], 16, True)
+    found = native.forward_pair(tuple(scans), mask, True, segment)
+    grads = native.backward_pair(dy, scans, mask, [kept for _, kept in found], True, segment)
+    for i, (x, (y, kept), mine) in enumerate(zip(scans, found, grads, strict=True)):
+        alone, _, kept_alone = native.forward(*x, None, mask, True, i > 0, segment, False)
+        theirs = native.backward(dy, None, *x, None, mask, kept_alone, True, i > 0, segment)
+        pairs = [(y, alone), (kept, kept_alone), *((a, b) for a, b in zip(mine, theirs, strict=True) if b is not None)]
+        assert all(relative(a, b) < TOLERANCE[dtype] for a, b in pairs), [relative(a, b) for a, b in pairs]
+
+
 @pytest.mark.parametrize("states", (1, 16, 20, 32, 64, 100, 256))
 def test_numbers_of_states(states, kernels):
     check_scan(scan_inputs(1, 130, 40, states, FLOAT), TOLERANCE[FLOAT])

@@ -113,6 +113,13 @@ def _segment(spec: Spec, u: Tensor) -> int:
     return 256 if spec.spare and usual == 128 else usual
 
 
+def _scanned_together(spec: Spec, u: Tensor, directions: list[Direction], backward: bool = False) -> list[tuple[int, ...]]:
+    """The directions, grouped by which scans run at once."""
+    n = directions[0].A_log.shape[1]
+    together = len(directions) == 2 and spec.ranks is None and scan.pair_pays(u, n, backward)
+    return [(0, 1)] if together else [(i,) for i in range(len(directions))]
+
+
 def _convolved(spec: Spec, u: Tensor, directions: list[Direction], states: list, real: conv.Real | None) -> list[Tensor]:
     """silu(conv(u)) of every direction, given the inputs before it (None: zeros); two without read u once."""
     weights, biases = [_single(p.conv_weight) for p in directions], [_single(p.conv_bias) for p in directions]
@@ -162,25 +169,37 @@ def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight,
     convolved = _convolved(spec, u, directions, halos, conv.real_positions(mask))
     outputs, kept, after, sums = [], [], (None, None), None
     segment = _segment(spec, u) if spec.keep else 0
-    for i, p in enumerate(directions):
-        c = convolved.pop(0)
-        dbl = F.linear(c, _half(p.x_weight, dtype))
-        rank, states = p.dt_weight.shape[1], p.A_log.shape[1]
-        r, B, C = dbl.split([rank, states, states], -1)
-        delta, A, bias = F.linear(r, _half(p.dt_weight, dtype)), -torch.exp(_single(p.A_log)), _single(p.dt_bias)
-        entering = ssm_state
-        if spec.ranks is not None:
-            entering, sums = spec.ranks.entering_state(c, delta, A, B, bias, True, mask, spec.reverse[i])
-        y, final, snapshots = scan.forward(
-            c, delta, A, B, C, _single(p.D), gate, bias, entering, mask, True, spec.reverse[i], segment
-        )
-        del c, delta
-        outputs.append(y)
-        if spec.keep:
-            kept += [dbl, snapshots] if spec.ranks is None else [dbl, snapshots, halos[i], sources[i], entering, sums]
-        if spec.return_state:
-            after = (_conv_state(u, p.conv_weight.shape[1], conv_state, mask, spec.reverse[i]), final)
-        del dbl, r, B, C, y
+    for group in _scanned_together(spec, u, directions):
+        scans, projections = [], []
+        for i in group:
+            c, p = convolved.pop(0), directions[i]
+            dbl = F.linear(c, _half(p.x_weight, dtype))
+            rank, states = p.dt_weight.shape[1], p.A_log.shape[1]
+            r, B, C = dbl.split([rank, states, states], -1)
+            delta, A, bias = F.linear(r, _half(p.dt_weight, dtype)), -torch.exp(_single(p.A_log)), _single(p.dt_bias)
+            scans.append((c, delta, A, B, C, _single(p.D), gate, bias))
+            projections.append(dbl)
+            del c, dbl, r, B, C, delta
+        if len(group) == 2:
+            found = scan.forward_pair(tuple(scans), mask, True, segment)
+            for (y, snapshots), dbl in zip(found, projections, strict=True):
+                outputs.append(y)
+                if spec.keep:
+                    kept += [dbl, snapshots]
+        else:
+            entering = ssm_state
+            if spec.ranks is not None:
+                c, delta, A, B, _, _, _, bias = scans[0]
+                entering, sums = spec.ranks.entering_state(c, delta, A, B, bias, True, mask, spec.reverse[i])
+                del c, delta, B
+            y, final, snapshots = scan.forward(*scans[0], entering, mask, True, spec.reverse[i], segment)
+            outputs.append(y)
+            if spec.keep:
+                kept += [projections[0], snapshots]
+                kept += [] if spec.ranks is None else [halos[i], sources[i], entering, sums]
+            if spec.return_state:
+                after = (_conv_state(u, p.conv_weight.shape[1], conv_state, mask, spec.reverse[i]), final)
+        del scans, projections, y
     if after_sum:
         total, y = rows.gate_forward(*outputs, z)
     else:
@@ -226,37 +245,50 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     kept = [[*kept[each * i : each * (i + 1)], conv_state, None, ssm_state, None][:6] for i in range(len(directions))]
     halos = [halo for _, _, halo, _, _, _ in kept]
     convolved, dcs, grads, d_ssm_state = _convolved(spec, u, directions, halos, real), [], [], None
-    for i, p in enumerate(directions):
-        dbl, snapshots, _, _, entering, sums = kept[i]
-        c = convolved.pop(0)
-        rank, states, A = p.dt_weight.shape[1], p.A_log.shape[1], -torch.exp(_single(p.A_log))
-        w_dt, w_x = _half(p.dt_weight, dtype), _half(p.x_weight, dtype)
-        dbl = F.linear(c, w_x) if dbl is None else dbl  # seqlab/ops/block/stack.py does not keep it
-        r, B, C = dbl.split([rank, states, states], -1)
-        delta, bias = F.linear(r, w_dt), _single(p.dt_bias)
-        if spec.ranks is not None:
-            dssm = spec.ranks.leaving_gradient(dy, delta, A, C, gate, bias, True, mask, sums, spec.reverse[i])
-        dc, ddelta, dA, dB, dC, dD, dz_here, d_dt_bias, d_ssm_state = scan.backward(
-            dy, dssm, c, delta, A, B, C, _single(p.D), gate, bias, entering, mask, snapshots, True, spec.reverse[i],
-            _segment(spec, u),
-        )  # fmt: skip
-        del delta
-        if dz is None:
-            dz = dz_here
-        elif not after_sum:
-            dz.copy_(dz_here) if i == 0 and not spec.spare else rows.add(dz, dz_here, dz)
-        del dz_here
-        ddelta = ddelta.flatten(0, 1)
-        ddbl = torch.cat(((ddelta @ w_dt).unflatten(0, (batch, length)), dB, dC), -1).flatten(0, 1)
-        d_dt_weight = weight_gradient(ddelta, r.flatten(0, 1))
-        del ddelta, dB, dC
-        d_x_weight = weight_gradient(ddbl, c.flatten(0, 1))
-        del c
-        dc.view(-1, d_inner).addmm_(ddbl, w_x)
-        del ddbl
-        dcs.append(dc)
-        del dc
-        grads.append([d_x_weight, d_dt_weight, d_dt_bias, dA * A, dD])
+    for group in _scanned_together(spec, u, directions, True):
+        scans, projections = [], []
+        for i in group:
+            c, p, dbl = convolved.pop(0), directions[i], kept[i][0]
+            rank, states, A = p.dt_weight.shape[1], p.A_log.shape[1], -torch.exp(_single(p.A_log))
+            w_dt, w_x = _half(p.dt_weight, dtype), _half(p.x_weight, dtype)
+            dbl = F.linear(c, w_x) if dbl is None else dbl  # seqlab/ops/block/stack.py does not keep it
+            r, B, C = dbl.split([rank, states, states], -1)
+            scans.append((c, F.linear(r, w_dt), A, B, C, _single(p.D), gate, _single(p.dt_bias)))
+            projections.append((r, w_dt, w_x))
+            del c, dbl, r, B, C
+        if len(group) == 2:
+            found = scan.backward_pair(dy, scans, mask, [kept[i][1] for i in group], True, _segment(spec, u))
+        else:
+            _, snapshots, _, _, entering, sums = kept[i]
+            if spec.ranks is not None:
+                _, delta, A, _, C, _, _, bias = scans[0]
+                dssm = spec.ranks.leaving_gradient(dy, delta, A, C, gate, bias, True, mask, sums, spec.reverse[i])
+                del delta, C
+            found = [
+                scan.backward(dy, dssm, *scans[0], entering, mask, snapshots, True, spec.reverse[i], _segment(spec, u))
+            ]
+            del snapshots
+        scans = [(c, A) for c, _, A, *_ in scans]  # delta is done with
+        for i in group:
+            dc, ddelta, dA, dB, dC, dD, dz_here, d_dt_bias, d_ssm_state = found.pop(0)
+            (c, A), (r, w_dt, w_x) = scans.pop(0), projections.pop(0)
+            if dz is None:
+                dz = dz_here
+            elif not after_sum:
+                dz.copy_(dz_here) if i == 0 and not spec.spare else rows.add(dz, dz_here, dz)
+            del dz_here
+            ddelta = ddelta.flatten(0, 1)
+            ddbl = (ddelta @ w_dt).unflatten(0, (batch, length))
+            ddbl = torch.cat((ddbl, dB, dC), -1).flatten(0, 1)
+            d_dt_weight = weight_gradient(ddelta, r.flatten(0, 1))
+            del ddelta, dB, dC
+            d_x_weight = weight_gradient(ddbl, c.flatten(0, 1))
+            del c
+            dc.view(-1, d_inner).addmm_(ddbl, w_x)
+            del ddbl
+            dcs.append(dc)
+            del dc
+            grads.append([d_x_weight, d_dt_weight, d_dt_bias, dA * A, dD])
     if dxz is None:
         dxz = torch.empty_like(xz) if mask is None else torch.zeros_like(xz)
         dxz.chunk(2, -1)[1].copy_(dz)

@@ -5,6 +5,7 @@ backward pass, one every 32 to 128 steps. See README.md and docs/kernels.md.
 """
 
 import ctypes
+import dataclasses
 import functools
 import math
 import struct
@@ -23,6 +24,7 @@ KERNELS = (
     "scan_ends", "scan_carry", "scan_forward", "adjoint_ends", "adjoint_carry", "scan_backward", "scan_reduce",
 )  # fmt: skip
 SHORT_SOURCE, SHORT_KERNELS = "selective_scan/scan_short.cu", ("short_forward", "short_backward", "short_reduce")
+PAIR_KERNELS = tuple(f"{name}_pair" for name in SHORT_KERNELS)
 TILE, STAGE, BACKWARD_STAGE = 8, 32, 16
 GROUP = 64
 """States in one launch; more are run in groups, whose outputs are added."""
@@ -113,6 +115,8 @@ def _plan_and_cost(batch: int, length: int, channels: int, resident: int, warps:
 SHORT_FORWARD, SHORT_BACKWARD = 1 << 20, 1 << 19
 """Elements (batch x channels x length; twice as many up to 512 steps) up to which scan_short.cu, with fewer launches, takes
 less than scan.cu, with fewer instructions. Measured on an H200, a launch counted as 7 microseconds."""
+PAIR_FORWARD, PAIR_BACKWARD = 1 << 20, 1 << 20
+"""The same, of one scan, for two at once: they need the launches of one, and fill a GPU that one does not."""
 
 
 class Sides(NamedTuple):
@@ -143,12 +147,15 @@ class Sides(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def short(device, batch: int, length: int, channels: int, n: int, size: int, backward: bool = False) -> Sides | None:
-    """The block of scan_short.cu for a problem, so wide that one wave does it; None where scan.cu is faster."""
-    limit = (SHORT_BACKWARD if backward else SHORT_FORWARD) * (2 if length <= 512 else 1)
-    if batch * length * channels > limit or n > 32:
+def short(
+    device, batch: int, length: int, channels: int, n: int, size: int, backward: bool = False, scans: int = 1
+) -> Sides | None:
+    """The block of scan_short.cu for a problem, so wide that one wave does it; None where scan.cu is faster. scans: how
+    many of that size at once, 1 or 2."""
+    limits = (SHORT_FORWARD, SHORT_BACKWARD) if scans == 1 else (PAIR_FORWARD, PAIR_BACKWARD)
+    if batch * length * channels > limits[backward] * (2 if length <= 512 else 1) or n > 32:
         return None
-    pairs = batch * math.ceil(channels / 2) / device.multiprocessors
+    pairs = scans * batch * math.ceil(channels / 2) / device.multiprocessors
     if pairs <= 2:
         sides = Sides(1 if pairs <= 1 and length > 1024 else 2, 1, 8)
     else:
@@ -262,15 +269,12 @@ class _Recipe:
 
 def _kind(device, what: str, tensors: tuple[Tensor | None, ...], *options) -> tuple:
     """What a recipe depends on. `tensors` begins with u and A."""
-    address = 0
     kind = [device, what, tensors[0].shape, tensors[1].shape[1], tensors[0].dtype, *options]
     for x in tensors:
         if x is None:
             kind.append(None)
         else:
-            kind.append(x.stride())
-            address |= x.data_ptr()
-    kind.append(address % 16)
+            kind += (x.stride(), x.data_ptr() % 16)
     return tuple(kind)
 
 
@@ -335,26 +339,40 @@ def _outputs(x: Tensor, mask: Tensor | None) -> Tensor:
     return _like(x) if mask is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _short_recipe(device, sides, paired: int, wide: int, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int):
-    """Module, plan and parameters of scan_short.cu."""
+def _short_recipe(device, sides, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, scans: int, *rows):
+    """Module, plan and parameters of scan_short.cu; rows: what else is read by rows."""
     n = A.shape[1]
     named = (("STATES", n), ("ACROSS", sides.across), ("DOWN", sides.down), ("TIMES", sides.times))
-    defines = (*named, *_defines(u, n, 0, paired, wide)[2:])
+    paired, wide = _paired(u, delta, z, *rows), _wide(n, u, delta, z, *rows, B, C)
+    defines = (*named, *_defines(u, n, 0, paired, wide)[2:], *((("BOTH", 1),) if scans > 1 else ()))
     cut = Plan(u.shape[1], 1, segment, sides.warps, math.ceil(u.shape[2] / (2 * sides.pairs)))
     params = _template(u, delta, A, B, C, z, softplus, reverse, cut, SHORT_SOURCE)
     return device.module(defines, SHORT_SOURCE), cut, params
 
 
+def _short_forward_recipe(
+    device, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, scans: int = 1
+) -> _Recipe | None:
+    """By scan_short.cu; None where scan.cu is faster."""
+    batch, length, channels = u.shape
+    n, size = A.shape[1], u.element_size()
+    sides = short(device, batch, length, channels, n, size, False, scans)
+    if sides is None:
+        return None
+    grain = segment or segment_length(batch, length, channels)
+    module, cut, p = _short_recipe(device, sides, u, delta, A, B, C, z, softplus, reverse, grain, scans)
+    kernels = SHORT_KERNELS if scans == 1 else PAIR_KERNELS
+    launches = ((kernels[0], scans * batch * cut.channel_blocks, cut.threads, sides.shared(n, size)),)
+    return _Recipe(module, p, cut, segment > 0, 0, 0, launches, (batch, p.all_segments, n, channels))
+
+
 def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int) -> _Recipe:
+    if (found := _short_forward_recipe(device, u, delta, A, B, C, z, softplus, reverse, segment)) is not None:
+        return memorise(_recipes, kind, found)
     batch, length, channels = u.shape
     n = A.shape[1]
     paired, wide, size = _paired(u, delta, z), _wide(n, u, delta, z, B, C), u.element_size()
     grain = segment or segment_length(batch, length, channels)
-    if (sides := short(device, batch, length, channels, n, size)) is not None:
-        module, cut, p = _short_recipe(device, sides, paired, wide, u, delta, A, B, C, z, softplus, reverse, grain)
-        blocks = cut.channel_blocks
-        launches = (("short_forward", batch * blocks, cut.threads, sides.shared(n, size)),)
-        return memorise(_recipes, kind, _Recipe(module, p, cut, segment > 0, 0, 0, launches, (batch, p.all_segments, n, channels)))
     warps = _most_warps("scan_forward", n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit, size, wide)
     first = plan(1, 1, channels, 1, warps, 1)
     shared = _shared_bytes("scan_forward", n, first.warps, size, wide)
@@ -426,23 +444,36 @@ def forward(u, delta, A, B, C, D, z, bias, initial, mask, softplus: bool, revers
     return y, last, torch.empty(0, dtype=torch.float32, device=u.device) if states is None else states
 
 
+def _short_backward_recipe(
+    device, dy, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, scans: int = 1
+) -> _Recipe | None:
+    """By scan_short.cu; None where scan.cu is faster, or a span would start where no state was kept."""
+    batch, length, channels = u.shape
+    n, size = A.shape[1], u.element_size()
+    sides = short(device, batch, length, channels, n, size, True, scans)
+    if sides is None or sides.span % segment:
+        return None
+    module, cut, p = _short_recipe(device, sides, u, delta, A, B, C, z, softplus, reverse, segment, scans, dy)
+    p.dy_b, p.dy_t = dy.stride(0), dy.stride(1)
+    outputs = batch * 2 * n * length + (n + 2) * channels
+    kernels = SHORT_KERNELS if scans == 1 else PAIR_KERNELS
+    launches = (
+        (kernels[1], scans * batch * cut.channel_blocks, cut.threads, sides.shared(n, size, True)),
+        (kernels[2], scans * math.ceil(outputs / 256), 256, 0),
+    )
+    parts, work = _workspace(blocks=cut.channel_blocks * batch * 2 * n * length, partial=batch * (n + 2) * channels)
+    return _Recipe(module, p, cut, False, work, 0, launches, parts=parts)
+
+
 def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, n: int, grouped):
     """The launches for `n` states of all."""
+    if not grouped:
+        found = _short_backward_recipe(device, dy, u, delta, A, B, C, z, softplus, reverse, segment)
+        if found is not None:
+            return found
     batch, length, channels = u.shape
     size = u.element_size()
     paired, wide = _paired(u, delta, z, dy), _wide(n, u, delta, z, dy, B, C)
-    sides = None if grouped else short(device, batch, length, channels, n, size, True)
-    if sides is not None and sides.span % segment == 0:  # a span starts where a state was kept
-        module, cut, p = _short_recipe(device, sides, paired, wide, u, delta, A, B, C, z, softplus, reverse, segment)
-        p.dy_b, p.dy_t = dy.stride(0), dy.stride(1)
-        rows = cut.channel_blocks * batch * 2 * n * length
-        outputs = batch * 2 * n * length + (n + 2) * channels
-        launches = (
-            ("short_backward", batch * cut.channel_blocks, cut.threads, sides.shared(n, size, True)),
-            ("short_reduce", math.ceil(outputs / 256), 256, 0),
-        )
-        parts, work = _workspace(blocks=rows, partial=batch * (n + 2) * channels)
-        return _Recipe(module, p, cut, False, work, 0, launches, parts=parts)
     most = min(BACKWARD_WARPS[size], math.ceil(channels / 64))
     warps = _most_warps("scan_backward", n, most, device.shared_limit, size)
     first = plan(1, 1, channels, 1, warps, 1)
@@ -508,21 +539,17 @@ def _find_backward(device, tensors, softplus: bool, reverse: bool, segment: int)
     return recipes, tensors
 
 
-def _parameters(recipe: _Recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
-    """The backward pass's parameters but for what it writes, and its workspace, which must live until all is launched."""
-    p = type(recipe.params).from_buffer_copy(recipe.params)
+def _read_and_workspace(recipe: _Recipe, p, work: int, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
+    """The backward pass's parameters but for what it writes; work: the address of its workspace."""
     _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask)
-    work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
-    start = work.data_ptr()
     for name, offset in recipe.parts:
-        setattr(p, name, start + offset)
+        setattr(p, name, work + offset)
     p.segments = states.data_ptr()
-    return p, work
 
 
-def _run_backward(recipe: _Recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
-    """All gradients by one recipe."""
-    p, work = _parameters(recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states)
+def _backward_parameters(recipe: _Recipe, p, work: int, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
+    """All of the backward pass's parameters, by one recipe; returns the gradients it will write."""
+    _read_and_workspace(recipe, p, work, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states)
     du, ddelta, dB, dC, dA = _outputs(u, mask), _outputs(delta, mask), _like(B), _like(C), _like(A)
     p.du, p.ddelta, p.into_B, p.into_C, p.dA = du.data_ptr(), ddelta.data_ptr(), dB.data_ptr(), dC.data_ptr(), dA.data_ptr()
     if recipe.keep:
@@ -540,10 +567,18 @@ def _run_backward(recipe: _Recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, in
     if initial is not None:
         dinitial = _like(initial)
         p.dinitial = dinitial.data_ptr()
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
+
+
+def _run_backward(recipe: _Recipe, dy, dfinal, u, delta, A, *rest):
+    """All gradients by one recipe."""
+    p = type(recipe.params).from_buffer_copy(recipe.params)
+    work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
+    grads = _backward_parameters(recipe, p, work.data_ptr(), dy, dfinal, u, delta, A, *rest)
     launch = recipe.module.launch
     for what in recipe.launches:
         launch(*what, p)
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
+    return grads
 
 
 def _run_backward_groups(recipes: tuple[_Recipe, ...], dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
@@ -555,7 +590,9 @@ def _run_backward_groups(recipes: tuple[_Recipe, ...], dy, dfinal, u, delta, A, 
     dD, dinitial = (None if x is None else _like(x) for x in (D, initial))
     dbias = None if bias is None else torch.empty((len(recipes), channels), **new)
     for part, recipe in enumerate(recipes):
-        p, work = _parameters(recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states)
+        p = type(recipe.params).from_buffer_copy(recipe.params)
+        work = A.new_empty(recipe.work)
+        _read_and_workspace(recipe, p, work.data_ptr(), dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states)
         p.du, p.ddelta = du.data_ptr(), ddelta.data_ptr()
         for field, x in (("dz", dz), ("dD", dD), ("dbias", dbias), ("dinitial", dinitial)):
             setattr(p, field, 0 if x is None else x.data_ptr())
@@ -589,6 +626,84 @@ def backward(
     if len(recipes) == 1:
         return _run_backward(recipes[0], *tensors, states)
     return _run_backward_groups(recipes, *tensors, states)
+
+
+# ------------------------------------------------------------------------------------------- both directions at once
+def _pair_recipe(what: str, find, tensors: tuple[tuple[Tensor | None, ...], ...], *options) -> _Recipe | None:
+    """How to run two scans of one shape at once; None where they do not lie alike, or one after the other is faster.
+
+    tensors: of each scan, (u, A, ...) as the kernels read them; find(device, *options): a recipe of the first, which is
+    made into one of both."""
+    device = _device(tensors[0][0])
+    kind, other = (_kind(device, what, each, *options) for each in tensors)
+    if kind != other:
+        return None
+    found = _recipes.get(kind, False)
+    if found is False:
+        found = find(device)
+        if found is not None:
+            both = (type(found.params) * 2)(found.params, found.params)
+            both[1].reverse = 1
+            found = dataclasses.replace(found, params=both, work=2 * found.work)
+        memorise(_recipes, kind, found)
+    return found
+
+
+def pair_pays(u: Tensor, n: int, backward: bool = False) -> bool:
+    """Whether two scans like this, of n states, are faster at once; else nobody need have the inputs of both at one time."""
+    return short(_device(u), *u.shape, n, u.element_size(), backward, 2) is not None
+
+
+def forward_pair(scans: tuple[tuple[Tensor | None, ...], ...], mask: Tensor | None, softplus: bool, segment: int):
+    """(y, states at segment starts) of two scans (u, delta, A, B, C, D, z, bias) of one shape, the first from left to right,
+    the second from right to left. In one launch where that is faster."""
+    tidy = [_tidy(*tensors, None, mask) for tensors in scans]
+    u, delta, A, B, C, _, z, *_ = tidy[0]
+    recipe = _pair_recipe(
+        "forward pair",
+        lambda device: _short_forward_recipe(device, u, delta, A, B, C, z, softplus, False, segment, 2),
+        tuple((t[0], t[2], t[1], *t[3:]) for t in tidy),
+        softplus,
+        segment,
+    )
+    if recipe is None:
+        return [forward(*t, softplus, i > 0, segment, False)[::2] for i, t in enumerate(tidy)]
+    p, results = type(recipe.params).from_buffer_copy(recipe.params), []
+    for mine, (u, delta, A, B, C, D, z, bias, initial, mask) in zip(p, tidy, strict=True):
+        _fill(mine, u, delta, B, C, z, None, A, D, bias, initial, None, mask)
+        y, states = _outputs(u, mask), A.new_empty(recipe.kept if recipe.keep else 0)
+        mine.y = y.data_ptr()
+        if recipe.keep:
+            mine.segments = states.data_ptr()
+        results.append((y, states))
+    for what in recipe.launches:
+        recipe.module.launch(*what, p)
+    return results
+
+
+def backward_pair(dy: Tensor, scans, mask: Tensor | None, states, softplus: bool, segment: int):
+    """Of `forward_pair`'s scans, both of whose outputs have the gradient dy: for each those of u, delta, A, B, C, D, z, bias and
+    the initial state (None for what is absent). states: those kept. In two launches where that is faster."""
+    dy, tidy = _rows(dy), [_tidy(*tensors, None, mask) for tensors in scans]
+    u, delta, A, B, C, _, z, *_ = tidy[0]
+    recipe = _pair_recipe(
+        "backward pair",
+        lambda device: _short_backward_recipe(device, dy, u, delta, A, B, C, z, softplus, False, segment, 2),
+        tuple((t[0], t[2], t[1], *t[3:], dy) for t in tidy),
+        softplus,
+        segment,
+    )
+    if recipe is None:
+        return [backward(dy, None, *t, kept, softplus, i > 0, segment) for i, (t, kept) in enumerate(zip(tidy, states, strict=True))]
+    p, work = type(recipe.params).from_buffer_copy(recipe.params), A.new_empty(recipe.work)
+    start = work.data_ptr()
+    grads = []
+    for mine, tensors, kept in zip(p, tidy, states, strict=True):
+        grads.append(_backward_parameters(recipe, mine, start, dy, None, *tensors, kept))
+        start += 2 * recipe.work  # bytes of half of it
+    for what in recipe.launches:
+        recipe.module.launch(*what, p)
+    return grads
 
 
 def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, gate=None, adjoint: bool = False):

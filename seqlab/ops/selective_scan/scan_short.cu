@@ -3,6 +3,7 @@
 // and two backward:
 //     short_backward  the gradients; those of B and C block by block, those of A, D and the bias row by row of the batch
 //     short_reduce    the sums of these, in a fixed order
+// *_pair: the same of two scans of one shape at once, the two directions of a bidirectional block, each with parameters of its own.
 //
 // Time runs over lanes. A thread owns TILE neighbouring steps of two neighbouring channels (a pair). In a warp ACROSS lanes
 // own neighbouring pairs, and 32 / ACROSS lanes follow each other in time (SPAN steps); a block has DOWN such warps side by side
@@ -13,10 +14,13 @@
 //
 // Logical time i runs in scan order; position = i, or length-1-i when reversed.
 //
-// Set from outside: STATES, ACROSS, DOWN, TIMES, BF16, PAIRED, WIDE (as in scan.cu).
+// Set from outside: STATES, ACROSS, DOWN, TIMES, BF16, PAIRED, WIDE (as in scan.cu), BOTH (1: the kernels for two scans).
 
 #ifndef WIDE
 #define WIDE 0
+#endif
+#ifndef BOTH
+#define BOTH 0
 #endif
 #define TILE 8
 #define SPAN (32 / ACROSS * TILE)
@@ -57,13 +61,18 @@ struct Params {
     i64 batch, length, channels, segment, all_segments, channel_blocks, all_states;
     i64 softplus, reverse;
 };
+#if BOTH
+struct Pair {
+    Params of[2];
+};
+#endif
 
 struct Place {
-    i64 b, c, cc;  // c: first channel, cc: the same inside the array
+    i64 b, block, c, cc;  // block: of channels, c: first channel, cc: the same inside the array
     int lane, step, across, down, time, second;  // step: of the lanes that follow each other, across: of the neighbouring ones
     bool ok0, ok1;
 };
-DEVICE Place place(const Params& p) {
+DEVICE Place place(const Params& p, i64 block) {
     Place q;
     const int warp = threadIdx.x / 32;
     q.lane = threadIdx.x % 32;
@@ -71,8 +80,9 @@ DEVICE Place place(const Params& p) {
     q.across = q.lane % ACROSS;
     q.down = warp % DOWN;
     q.time = warp / DOWN;
-    q.b = blockIdx.x / p.channel_blocks;
-    q.c = blockIdx.x % p.channel_blocks * (2 * PAIRS) + 2 * (q.down * ACROSS + q.across);
+    q.b = block / p.channel_blocks;
+    q.block = block % p.channel_blocks;
+    q.c = q.block * (2 * PAIRS) + 2 * (q.down * ACROSS + q.across);
     q.ok0 = q.c < p.channels;
     q.ok1 = q.c + 1 < p.channels;
 #if PAIRED
@@ -248,12 +258,12 @@ DEVICE void last_states(const float4* state, const Params& p, float* to, const P
     }
 }
 
-KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
+DEVICE void forward(const Params& p, i64 block) {
     SHARED_FLOATS(shared);
     elem* tile = (elem*)shared;                                                  // (TIMES, 2, STATES, SPAN)
     float4* states = (float4*)(tile + TIMES * 2 * STATES * SPAN);                // (WARPS, STATES, ACROSS)
     Effect* totals = (Effect*)(states + WARPS * STATES * ACROSS);                // (2, TIMES, PAIRS)
-    const Place q = place(p);
+    const Place q = place(p, block);
     float4* state = states + threadIdx.x / 32 * STATES * ACROSS;
     const float2 none = make_float2(0.f, 0.f);
     const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
@@ -321,6 +331,11 @@ KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) {
     __syncthreads();
     last_states(state, p, p.final, q);
 }
+#if BOTH
+KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward_pair(const Pair p) { forward(p.of[blockIdx.x % 2], blockIdx.x / 2); }
+#else
+KERNEL BOUNDS(THREADS, RESIDENT / WARPS) short_forward(const Params p) { forward(p, blockIdx.x); }
+#endif
 
 // ----------------------------------------------------------------------------------------------------- gradients
 // What a thread has of dC and dB of one state, two times TILE steps: over the block's pairs of channels and out. `sums`:
@@ -335,7 +350,7 @@ DEVICE void give_sums(float* sums, int turn, const float (&dC)[TILE], const floa
     *(float4*)(to + SPAN + SPAN / 2) = make_float4(dB[4], dB[5], dB[6], dB[7]);
 }
 DEVICE void take_sums(float* sums, int turn, const Params& p, int n, i64 span, const Place& q) {
-    const i64 row = blockIdx.x % p.channel_blocks * p.batch + q.b;
+    const i64 row = q.block * p.batch + q.b;
     for (int e = q.down * 32 + q.lane; e < 2 * SPAN; e += 32 * DOWN) {
         float total = 0.f;
 #pragma unroll
@@ -345,7 +360,7 @@ DEVICE void take_sums(float* sums, int turn, const Params& p, int n, i64 span, c
     }
 }
 
-KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
+DEVICE void backward(const Params& p, i64 block) {
     SHARED_FLOATS(shared);
     elem* tile = (elem*)shared;                                    // (TIMES, 2, STATES, SPAN)
     float4* states = (float4*)(tile + TIMES * 2 * STATES * SPAN);  // (WARPS, STATES, ACROSS), of dL/dh
@@ -353,7 +368,7 @@ KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
     float* sums = (float*)(totals + 2 * TIMES * PAIRS);
     float2* gathered = (float2*)(sums + 2 * TIMES * PAIRS * SUMS);  // (WARPS, STATES, 32): dA of a lane's steps
     float2* starts = gathered + WARPS * STATES * 32;  // (WARPS, STATES, ACROSS): state entering the warp's steps
-    const Place q = place(p);
+    const Place q = place(p, block);
     const int warp = threadIdx.x / 32;
     float4* state = states + warp * STATES * ACROSS;
     float2 *mine = gathered + warp * STATES * 32 + q.lane, *start = starts + warp * STATES * ACROSS + q.across;
@@ -504,10 +519,15 @@ KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) {
             write2(p.partial + (q.b * (STATES + 2) + n) * p.channels, q, t);
         }
 }
+#if BOTH
+KERNEL BOUNDS(THREADS, 1) short_backward_pair(const Pair p) { backward(p.of[blockIdx.x % 2], blockIdx.x / 2); }
+#else
+KERNEL BOUNDS(THREADS, 1) short_backward(const Params p) { backward(p, blockIdx.x); }
+#endif
 
 // The sums over blocks of channels, to dC and dB, and over rows of the batch, to dA, dD and dbias: one thread each.
-KERNEL short_reduce(const Params p) {
-    const i64 row = STATES * p.length, size = p.batch * 2 * row, id = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+DEVICE void reduce(const Params& p, i64 block) {
+    const i64 row = STATES * p.length, size = p.batch * 2 * row, id = block * blockDim.x + threadIdx.x;
     if (id < size) {
         float total = 0.f;
 #pragma unroll 8
@@ -524,3 +544,8 @@ KERNEL short_reduce(const Params p) {
         else if (p.dbias != 0) p.dbias[c] = total;
     }
 }
+#if BOTH
+KERNEL short_reduce_pair(const Pair p) { reduce(p.of[blockIdx.x % 2], blockIdx.x / 2); }
+#else
+KERNEL short_reduce(const Params p) { reduce(p, blockIdx.x); }
+#endif
