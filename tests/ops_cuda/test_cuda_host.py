@@ -84,6 +84,15 @@ def test_paired_access_needs_even_rows():
     assert scan._paired(torch.empty(2, 8, 5)) == 0
 
 
+def test_kinds_of_calls_tell_which_tensor_is_misaligned():
+    """Once it was only known that some tensor was, and a recipe that reads pairs of u could meet a u between two pairs."""
+    memory = torch.empty(2, 66, dtype=torch.bfloat16)
+    even, odd = (memory[i, i : i + 64].view(1, 16, 4) for i in range(2))
+    assert odd.data_ptr() % 4 == 2 and even.stride() == odd.stride()
+    A = torch.empty(4, 4)
+    assert scan._kind(None, "forward", (even, A, even, odd)) != scan._kind(None, "forward", (odd, A, even, even))
+
+
 def test_vector_width_follows_alignment():
     x = torch.empty(2, 8, 64, dtype=torch.bfloat16)
     assert conv._vector(8, x) == 8
