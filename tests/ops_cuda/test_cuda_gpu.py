@@ -141,6 +141,15 @@ def test_scan_of_slices_of_a_projection(kernels):
     check_scan(inputs, TOLERANCE[HALF])
 
 
+def test_parameters_may_begin_anywhere(kernels):
+    """As in a flat buffer of all parameters: D and the bias were once read two channels at a time."""
+    inputs = scan_inputs(1, 100, 64, 16, HALF)
+    flat = torch.cat((torch.zeros(1, device="cuda"), inputs[5], torch.zeros(2, device="cuda"), inputs[7]))
+    inputs[5], inputs[7] = flat[1:65], flat[67:]
+    y, true = call(inputs, "cuda")[0], call([x.double() for x in inputs], "reference")[0]
+    assert flat[1:].data_ptr() % 8 and relative(y, true) < TOLERANCE[HALF]
+
+
 def test_launch_from_a_thread_that_has_not_touched_the_gpu():
     """Autograd's threads are such: the driver has no context there until somebody sets it."""
     x = torch.randn(1, 40, 8, device="cuda")

@@ -13,9 +13,10 @@ from seqlab.ops.selective_scan import cuda as scan
 
 def test_parameters_follow_the_source():
     fields = [name for name, _ in nvrtc.params_type(scan.SOURCE)._fields_]
-    assert fields[:6] == ["u", "delta", "B", "C", "z", "dy"]
+    assert fields[: len(scan.READ)] == list(scan.READ)
     assert fields[-2:] == ["softplus", "reverse"]
     assert "mask" in fields and "scratch" in fields and len(set(fields)) == len(fields)
+    assert [name for name, _ in nvrtc.params_type(scan.SHORT_SOURCE)._fields_] == fields
     assert [name for name, _ in nvrtc.params_type(conv.SOURCE)._fields_][-2:] == ["reverse", "add"]
 
 

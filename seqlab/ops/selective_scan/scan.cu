@@ -1,7 +1,5 @@
 // The selective scan, forward and backward, parallel over time.
 //
-//     h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t          y_t = (C_t . h_t + D u_t) silu(z_t)
-//
 // A warp owns 64 neighbouring channels, two a thread. Time is cut into chunks, one block each:
 //   scan_ends     what a chunk adds to the state that leaves it (its decay is exp(A sum delta): one number a channel)
 //   scan_carry    the state that enters every chunk
@@ -12,30 +10,23 @@
 //
 // A thread keeps TILE steps of its two channels in registers and goes through the states one after the other, so nothing
 // but a few KB of shared memory depends on the number of states. B and C come through shared memory, transposed.
-// Logical time i runs in scan order; position = i, or length-1-i when reversed (strides carry the sign).
+// When reversed, strides carry the sign (scan.cuh: positions).
 //
-// Set from outside: STATES, WARPS, BF16, PAIRED, WIDE (1: rows of data, B and C are aligned to 16 bytes), GROUPED (1: du, ddelta, dz are float and gather several groups of
-// states, one launch each), and optionally the tuning constants below.
+// Set from outside: WARPS, GROUPED (1: du, ddelta, dz are float and gather several groups of states, one launch each), and
+// optionally the tuning constants below.
 
-#ifndef WIDE
-#define WIDE 0
-#endif
+#include "selective_scan/scan.cuh"
+
 #ifndef GATED
 #define GATED 1                      // 0: no z, so the backward pass needs no outputs
 #endif
 #ifndef GROUPED
 #define GROUPED 0
 #endif
-#define TILE 8
 #define STAGE 32                     // steps of B and C in shared memory at a time
 #define TILES (STAGE / TILE)
 #define ROW (STAGE + 4)              // padded row of the transposed B and C: 16-byte aligned, banks spread
 #define THREADS (WARPS * 32)
-#if WIDE
-#define PER (BF16 ? 8 : 4)  // values of B or C a thread fetches at a time
-#else
-#define PER 1
-#endif
 #define EACH(steps) ((2 * (steps) * STATES / PER + THREADS - 1) / THREADS)  // fetches a thread does for B and C
 #ifndef FORWARD_RESIDENT
 #define FORWARD_RESIDENT 12          // warps a multiprocessor, which sets the registers a thread may have
@@ -70,33 +61,10 @@
 #define FORGET (BF16 ? 18.f : 27.f)  // what has decayed below 2^-FORGET is dropped: less than the data's own rounding
 #endif
 
-struct Params {
-    const elem *u, *delta, *B, *C, *z, *dy;
-    const float *A, *D, *bias, *initial, *dfinal;  // A with any strides, the states as (b d n)
-    const unsigned char* mask;                     // (b l)
-    elem* y;                                       // (b l d)
-    float* final;                                  // (b d n)
-    float *segments;                               // (b segment n d), state at a segment's start
-    float *ends, *sums;                            // (b chunk n d), (b chunk d)
-    elem *du, *ddelta, *dz;                        // (b l d)
-    void *dB, *dC;                                 // (b l n) of elem, or (channel block b l n) of float if several
-    elem *into_B, *into_C;                         // (b l n), the sums of those
-    float *partial;                                // (b*chunk n+2 d): dA, dD, dbias of one chunk
-    float *dinitial, *dA, *dD, *dbias;             // dA as (d n)
-    float *scratch;                                // checkpoints of the blocks in flight
-    i64 A_c, A_n, u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t;
-    i64 batch, length, channels, chunk, chunks, segment, all_segments, channel_blocks, items;
-    i64 summed;            // chunks that *_ends sum up: all but the last one walked to, or all
-    i64 carried;           // 1: `ends` has been turned into what enters every chunk; 0: every block does so for itself
-    i64 all_states, add;   // STATES, or more when they are taken in groups; add to what earlier groups left
-    i64 softplus, reverse;
-};
-
 // Where a thread stands: its batch row, chunk and channels.
-struct Place {
-    i64 b, k, c, cc;      // c: first channel, cc: the same inside the array
-    int warp, lane, second;
-    bool ok0, ok1;
+struct Place : Channels {
+    i64 b, k;
+    int warp, lane;
 };
 
 DEVICE Place place(const Params& p, i64 item, i64 chunks) {
@@ -106,16 +74,7 @@ DEVICE Place place(const Params& p, i64 item, i64 chunks) {
     i64 block = item % p.channel_blocks, rest = item / p.channel_blocks;
     q.k = rest % chunks;
     q.b = rest / chunks;
-    q.c = block * (WARPS * 64) + q.warp * 64 + 2 * q.lane;
-    q.ok0 = q.c < p.channels;
-    q.ok1 = q.c + 1 < p.channels;
-#if PAIRED
-    q.cc = q.ok0 ? q.c : p.channels - 2;
-    q.second = 1;
-#else
-    q.cc = q.ok0 ? q.c : p.channels - 1;
-    q.second = q.ok1 ? 1 : 0;
-#endif
+    own_channels(q, p, block * (WARPS * 64) + q.warp * 64 + 2 * q.lane);
     return q;
 }
 
@@ -129,43 +88,6 @@ DEVICE Line line(const Params& p, const elem* base, i64 stride_b, i64 stride_t, 
     r.at = base + b * stride_b + c + (p.reverse ? p.length - 1 - i : i) * stride_t;
     r.step = (int)(p.reverse ? -stride_t : stride_t);
     return r;
-}
-
-// One bit a step of the tile at i0: inside the sequence and not masked.
-DEVICE u32 live_steps(const Params& p, i64 b, i64 i0) {
-    i64 left = p.length - i0;
-    u32 bits = left >= TILE ? (1u << TILE) - 1u : left <= 0 ? 0u : (1u << (int)left) - 1u;
-    if (p.mask != 0) {
-        const unsigned char* row = p.mask + b * p.length;
-#pragma unroll 1
-        for (int j = 0; j < TILE; j++)
-            if ((bits >> j) & 1u)
-                if (!row[p.reverse ? p.length - 1 - (i0 + j) : i0 + j]) bits &= ~(1u << j);
-    }
-    return bits;
-}
-
-#define ALL ((1u << TILE) - 1u)
-// delta' from what was read; 0 at dead steps, where the state then passes through.
-DEVICE void step_sizes(float2 (&dt)[TILE], const pair (&raw)[TILE], float2 bias, i64 soft, u32 live) {
-#pragma unroll
-    for (int j = 0; j < TILE; j++) {
-        dt[j] = unpack(raw[j]);
-        dt[j].x += bias.x;
-        dt[j].y += bias.y;
-    }
-    if (soft) {
-#pragma unroll
-        for (int j = 0; j < TILE; j++) {
-            dt[j].x = softplus(dt[j].x);
-            dt[j].y = softplus(dt[j].y);
-        }
-    }
-    if (live != ALL) {
-#pragma unroll
-        for (int j = 0; j < TILE; j++)
-            if (!((live >> j) & 1u)) dt[j] = make_float2(0.f, 0.f);
-    }
 }
 
 // Results of a tile, two channels a thread. Dead steps are left alone.
@@ -188,17 +110,6 @@ DEVICE void settle(float2 (&v)[TILE]) {
     }
 }
 
-DEVICE float2 read2(const float* row, const Place& q) {
-    #if PAIRED
-    return __ldg((const float2*)(row + q.cc));
-#else
-    return make_float2(__ldg(row + q.cc), __ldg(row + q.cc + q.second));
-#endif
-}
-DEVICE float2 coefficients(const Params& p, const Place& q, int n) {  // log2(e) A
-    const float* at = p.A + q.cc * p.A_c + n * p.A_n;
-    return make_float2(LOG2E * __ldg(at), LOG2E * __ldg(at + q.second * p.A_c));
-}
 // What a thread keeps of every state: a value of its two channels and, up to 32 states, log2(e) A beside it.
 #if KEEP_A
 typedef float4 slot;
@@ -210,11 +121,6 @@ DEVICE slot make_slot(float2 h, float2 a) { return h; }
 #define COEFFICIENTS(s, n) coefficients(p, q, n)
 #endif
 DEVICE float2& value(slot& s) { return *(float2*)&s; }
-DEVICE void write2(float* row, const Place& q, float2 v) {
-    if (q.ok0) row[q.c] = v.x;
-    if (q.ok1) row[q.c + 1] = v.y;
-}
-
 // B and C, STEPS steps from logical step i0 on: into registers, then transposed into shared memory. Zeros at dead steps.
 #if WIDE
 typedef uint4 piece;
@@ -223,7 +129,7 @@ typedef elem piece;
 #endif
 DEVICE elem staged_value(const Params& p, const elem* base, i64 stride_t, const unsigned char* mask, i64 i, int n) {
     if (i >= p.length) return (elem)0;
-    const i64 at = p.reverse ? p.length - 1 - i : i;
+    const i64 at = position(p, i);
     if (mask != 0 && !mask[at]) return (elem)0;
     return __ldg(base + at * stride_t + n);
 }
@@ -324,9 +230,6 @@ template <bool LAST = false> DEVICE void bring(pair* to, const Line& a, int i, u
     }
 }
 
-// Decay of a whole chunk. Where the state is 0 it stays 0, also against an infinite growth.
-DEVICE float decayed(float a, float sum, float h) { return h == 0.f ? 0.f : exp2_fast(a * sum) * h; }
-
 // ------------------------------------------------------------------------------------------------- chunk summaries
 // Forward:  sum_t exp(A sum_{s>t} delta_s) delta_t u_t B_t, walking left from the chunk's right end.
 // Adjoint:  sum_t exp(A sum_{s<=t} delta_s) dy_t C_t,       walking right from its left end.
@@ -351,7 +254,7 @@ template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
     const bool full = whole_warp(p, q);
     const elem* rows = ADJOINT ? p.C + q.b * p.C_b : p.B + q.b * p.B_b;
     const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + q.b * p.length;
-    const float2 bias = p.bias != 0 ? read2(p.bias, q) : make_float2(0.f, 0.f);
+    const float2 bias = read_vector(p.bias, q);
     for (int n = 0; n < STATES; n++) sums[n * 32] = make_slot(make_float2(0.f, 0.f), coefficients(p, q, n));
     float2 total = make_float2(0.f, 0.f);
     int active = STATES, tile = ADJOINT ? 0 : tiles - 1;
@@ -472,7 +375,7 @@ template <bool ADJOINT> DEVICE void carry(const Params& p) {
             for (int j = 0; j < AHEAD; j++) {
                 const i64 k = ADJOINT ? p.chunks - 1 - (k0 + j) : k0 + j;
                 if (pass == 1 && wanted < per && k0 + j < first + run && k0 + j < p.chunks) ends[k * per] = h;
-                h = decayed(a, s[j], h) + e[j];
+                h = decayed(exp2_fast(a * s[j]), h) + e[j];
                 sum += s[j];
             }
         }
@@ -482,7 +385,7 @@ template <bool ADJOINT> DEVICE void carry(const Params& p) {
         __syncthreads();
         const float* start = ADJOINT ? p.dfinal : p.initial;
         h = start != 0 ? start[(b * p.channels + c) * p.all_states + n] : 0.f;
-        for (int k = 0; k < share; k++) h = decayed(a, shared[k * 32 + lane], h) + shared[(SHARES + k) * 32 + lane];
+        for (int k = 0; k < share; k++) h = decayed(exp2_fast(a * shared[k * 32 + lane]), h) + shared[(SHARES + k) * 32 + lane];
     }
 }
 KERNEL scan_carry(const Params p) { carry<false>(p); }
@@ -494,24 +397,15 @@ DEVICE float2 entering(const Params& p, const Place& q, int n) {
     const i64 row = q.b * p.chunks;
     if (p.chunks > 1 && p.carried) return read2(p.ends + ((row + q.k) * STATES + n) * p.channels, q);
     float2 h = make_float2(0.f, 0.f);
-    if (p.initial != 0) {
-        const float* at = p.initial + (q.b * p.channels + q.cc) * p.all_states + n;
-        h = make_float2(at[0], at[q.second * p.all_states]);
-    }
+    if (p.initial != 0) h = read_state(p, q, p.initial, q.b, n);
     const float2 a = coefficients(p, q, n);
     for (i64 k = 0; k < q.k; k++) {
         const float2 sum = read2(p.sums + (row + k) * p.channels, q), end = read2(p.ends + ((row + k) * STATES + n) * p.channels, q);
-        h.x = decayed(a.x, sum.x, h.x) + end.x;
-        h.y = decayed(a.y, sum.y, h.y) + end.y;
+        h.x = decayed(exp2_fast(a.x * sum.x), h.x) + end.x;
+        h.y = decayed(exp2_fast(a.y * sum.y), h.y) + end.y;
     }
     return h;
 }
-DEVICE void leaving(const Params& p, const Place& q, float* out, int n, float2 v) {  // (b d n)
-    float* at = out + (q.b * p.channels + q.c) * p.all_states + n;
-    if (q.ok0) at[0] = v.x;
-    if (q.ok1) at[p.all_states] = v.y;
-}
-
 KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
     SHARED_FLOATS(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -530,7 +424,7 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
     const elem *rowsB = p.B + q.b * p.B_b, *rowsC = p.C + q.b * p.C_b;
     const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + q.b * p.length;
     const float2 none = make_float2(0.f, 0.f);
-    const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
+    const float2 bias = read_vector(p.bias, q), skip = read_vector(p.D, q);
     u32 live = live_steps(p, q.b, begin);
     bring(inU, u, 0, live, full && live == ALL, q);
     bring(inD, delta, 0, live, full && live == ALL, q);
@@ -614,7 +508,7 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
         }
     }
     if (p.final != 0 && q.k == p.chunks - 1)
-        for (int n = 0; n < STATES; n++) leaving(p, q, p.final, n, value(state[n * 32]));
+        for (int n = 0; n < STATES; n++) write_state(p, q, p.final, q.b, n, value(state[n * 32]));
 }
 
 // ----------------------------------------------------------------------------------------------------- gradients
@@ -690,15 +584,12 @@ DEVICE float2 adjoint_entering(const Params& p, const Place& q, int n) {
     const i64 row = q.b * p.chunks;
     if (p.chunks > 1 && p.carried) return read2(p.ends + ((row + q.k) * STATES + n) * p.channels, q);
     float2 h = make_float2(0.f, 0.f);
-    if (p.dfinal != 0) {
-        const float* at = p.dfinal + (q.b * p.channels + q.cc) * p.all_states + n;
-        h = make_float2(at[0], at[q.second * p.all_states]);
-    }
+    if (p.dfinal != 0) h = read_state(p, q, p.dfinal, q.b, n);
     const float2 a = coefficients(p, q, n);
     for (i64 k = p.chunks - 1; k > q.k; k--) {
         const float2 sum = read2(p.sums + (row + k) * p.channels, q), end = read2(p.ends + ((row + k) * STATES + n) * p.channels, q);
-        h.x = decayed(a.x, sum.x, h.x) + end.x;
-        h.y = decayed(a.y, sum.y, h.y) + end.y;
+        h.x = decayed(exp2_fast(a.x * sum.x), h.x) + end.x;
+        h.y = decayed(exp2_fast(a.y * sum.y), h.y) + end.y;
     }
     return h;
 }
@@ -785,7 +676,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
         const bool plain = warp_all(whole_warp(p, q) && p.mask == 0);
         const elem *rowsB = p.B + q.b * p.B_b, *rowsC = p.C + q.b * p.C_b;
         const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + q.b * p.length;
-        const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
+        const float2 bias = read_vector(p.bias, q), skip = read_vector(p.D, q);
         for (int n = 0; n < STATES; n++) {
             const float2 ag = adjoint_entering(p, q, n), a = coefficients(p, q, n);
             adj[n * 32] = make_float4(q.ok0 ? ag.x : 0.f, q.ok1 ? ag.y : 0.f, 0.f, 0.f);
@@ -1134,7 +1025,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
         write2(rows + STATES * p.channels, q, dD);
         write2(rows + (STATES + 1) * p.channels, q, dbias);
         if (p.dinitial != 0 && q.k == 0)
-            for (int n = 0; n < STATES; n++) leaving(p, q, p.dinitial, n, make_float2(adj[n * 32].x, adj[n * 32].y));
+            for (int n = 0; n < STATES; n++) write_state(p, q, p.dinitial, q.b, n, make_float2(adj[n * 32].x, adj[n * 32].y));
         __syncthreads();
     }
 }
@@ -1169,8 +1060,5 @@ KERNEL scan_reduce(const Params p) {
     __syncthreads();
     if (share != 0 || column >= width) return;
     for (int s = 1; s < 8; s++) total += shared[s * 32 + threadIdx.x];
-    const i64 n = column / p.channels, c = column % p.channels;
-    if (n < STATES) p.dA[c * p.all_states + n] = total;
-    else if (n == STATES) { if (p.dD != 0) p.dD[c] = total; }
-    else if (p.dbias != 0) p.dbias[c] = total;
+    give_parameter(p, column, total);
 }

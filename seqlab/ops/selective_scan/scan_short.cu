@@ -12,65 +12,38 @@
 // the rounds go from right to left, and the same is done for the gradients dL/dh, from the right; the states that enter a span
 // were kept by the forward pass.
 //
-// Logical time i runs in scan order; position = i, or length-1-i when reversed.
-//
-// Set from outside: STATES, ACROSS, DOWN, TIMES, BF16, PAIRED, WIDE (as in scan.cu), BOTH (1: the kernels for two scans).
+// Set from outside: ACROSS, DOWN, TIMES, BOTH (1: the kernels for two scans), and what scan.cuh wants.
 
-#ifndef WIDE
-#define WIDE 0
-#endif
+#include "selective_scan/scan.cuh"
+
 #ifndef BOTH
 #define BOTH 0
 #endif
-#define TILE 8
 #define SPAN (32 / ACROSS * TILE)
 #define PAIRS (ACROSS * DOWN)
 #define WARPS (DOWN * TIMES)
 #define THREADS (WARPS * 32)
-#if WIDE
-#define PER (BF16 ? 8 : 4)  // values of B or C fetched at a time
-#else
-#define PER 1
-#endif
 #ifndef UNROLL
 #define UNROLL 2  // states at a time, short_forward
 #endif
 #ifndef RESIDENT
 #define RESIDENT 8  // of short_forward: warps a multiprocessor, which sets the registers a thread may have
 #endif
-#define ALL ((1u << TILE) - 1u)
 #ifndef SEQLAB_EMULATED
 DEVICE float lane_up(float v, int by) { return __shfl_up_sync(FULL, v, by); }    // of the lane `by` below; the first keep theirs
 DEVICE float lane_down(float v, int by) { return __shfl_down_sync(FULL, v, by); }
 DEVICE float lane_from(float v, int lane) { return __shfl_sync(FULL, v, lane); }
 #endif
 
-struct Params {
-    const elem *u, *delta, *B, *C, *z, *dy;
-    const float *A, *D, *bias, *initial, *dfinal;
-    const unsigned char* mask;  // (b l)
-    elem* y;                    // (b l d)
-    float* final;               // (b d n)
-    float* segments;            // (b segment n d), state at a segment's start; a span starts with one
-    elem *du, *ddelta, *dz;     // (b l d)
-    elem *into_B, *into_C;      // (b l n)
-    float *dinitial, *dA, *dD, *dbias;
-    float* blocks;              // (channel block, b, C or B, n, l): what a block's channels add to dC and dB
-    float* partial;             // (b n+2 d): dA, dD, dbias of one row of the batch
-    i64 A_c, A_n, u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t;
-    i64 batch, length, channels, segment, all_segments, channel_blocks, all_states;
-    i64 softplus, reverse;
-};
 #if BOTH
 struct Pair {
     Params of[2];
 };
 #endif
 
-struct Place {
-    i64 b, block, c, cc;  // block: of channels, c: first channel, cc: the same inside the array
-    int lane, step, across, down, time, second;  // step: of the lanes that follow each other, across: of the neighbouring ones
-    bool ok0, ok1;
+struct Place : Channels {
+    i64 b, block;                        // block: of channels
+    int lane, step, across, down, time;  // step: of the lanes that follow each other, across: of the neighbouring ones
 };
 DEVICE Place place(const Params& p, i64 block) {
     Place q;
@@ -82,31 +55,8 @@ DEVICE Place place(const Params& p, i64 block) {
     q.time = warp / DOWN;
     q.b = block / p.channel_blocks;
     q.block = block % p.channel_blocks;
-    q.c = q.block * (2 * PAIRS) + 2 * (q.down * ACROSS + q.across);
-    q.ok0 = q.c < p.channels;
-    q.ok1 = q.c + 1 < p.channels;
-#if PAIRED
-    q.cc = q.ok0 ? q.c : p.channels - 2;
-    q.second = 1;
-#else
-    q.cc = q.ok0 ? q.c : p.channels - 1;
-    q.second = q.ok1 ? 1 : 0;
-#endif
+    own_channels(q, p, q.block * (2 * PAIRS) + 2 * (q.down * ACROSS + q.across));
     return q;
-}
-DEVICE i64 position(const Params& p, i64 i) { return p.reverse ? p.length - 1 - i : i; }
-
-// One bit a step of the tile at i0: inside the sequence and not masked.
-DEVICE u32 live_steps(const Params& p, i64 b, i64 i0) {
-    const i64 left = p.length - i0;
-    u32 bits = left >= TILE ? ALL : left <= 0 ? 0u : (1u << (int)left) - 1u;
-    if (p.mask != 0) {
-        const unsigned char* row = p.mask + b * p.length;
-        for (int j = 0; j < TILE; j++)
-            if ((bits >> j) & 1u)
-                if (!row[position(p, i0 + j)]) bits &= ~(1u << j);
-    }
-    return bits;
 }
 // Zeros where nothing lives.
 DEVICE void load_tile(pair (&v)[TILE], const Params& p, const elem* base, i64 stride_b, i64 stride_t, i64 i0, u32 live, const Place& q) {
@@ -125,21 +75,6 @@ DEVICE void store_tile(elem* base, const Params& p, i64 i0, const float2 (&v)[TI
 #pragma unroll
     for (int j = 0; j < TILE; j++)
         if ((live >> j) & 1u) store_pair(at + j * step, v[j], q.ok0, q.ok1);
-}
-DEVICE void step_sizes(float2 (&dt)[TILE], const pair (&raw)[TILE], float2 bias, i64 soft, u32 live) {
-#pragma unroll
-    for (int j = 0; j < TILE; j++) {
-        dt[j] = unpack(raw[j]);
-        dt[j].x += bias.x;
-        dt[j].y += bias.y;
-        if (soft) dt[j] = make_float2(softplus(dt[j].x), softplus(dt[j].y));
-        if (!((live >> j) & 1u)) dt[j] = make_float2(0.f, 0.f);
-    }
-}
-DEVICE float2 read2(const float* row, const Place& q) { return make_float2(__ldg(row + q.cc), __ldg(row + q.cc + q.second)); }
-DEVICE void write2(float* row, const Place& q, float2 v) {
-    if (q.ok0) row[q.c] = v.x;
-    if (q.ok1) row[q.c + 1] = v.y;
 }
 
 // B and C of a round in shared memory, transposed: (span, B or C, state, SPAN), a thread's TILE steps in 16-byte pieces that
@@ -185,8 +120,6 @@ DEVICE void read_steps(float (&v)[TILE], const elem* row, int step) {
 struct Effect {
     float2 d, h;
 };
-// Where the state is 0 it stays 0, also against an infinite growth.
-DEVICE float decayed(float d, float h) { return h == 0.f ? 0.f : d * h; }
 DEVICE float2 after(const Effect& e, float2 h) { return make_float2(decayed(e.d.x, h.x) + e.h.x, decayed(e.d.y, h.y) + e.h.y); }
 // The effect of the lane `by` steps before, on the left or for what comes from the RIGHT on the right.
 template <bool RIGHT> DEVICE Effect lane_before(const Effect& e, int by) {
@@ -240,21 +173,15 @@ template <bool RIGHT> DEVICE float2 entering_warp(const Effect& e, float2 h, flo
 // What a warp keeps of every state and pair, (STATES, ACROSS): log2(e) A and what enters the round, at first `from` (b d n) or 0.
 DEVICE void first_states(float4* state, const Params& p, const float* from, const Place& q) {
     for (int n = q.step; n < STATES; n += STEPS) {
-        const float* a = p.A + q.cc * p.A_c + n * p.A_n;
-        float4 s = make_float4(LOG2E * a[0], LOG2E * a[q.second * p.A_c], 0.f, 0.f);
-        if (from != 0) {
-            const float* at = from + (q.b * p.channels + q.cc) * p.all_states + n;
-            s.z = at[0], s.w = at[q.second * p.all_states];
-        }
-        state[n * ACROSS + q.across] = s;
+        const float2 a = coefficients(p, q, n), h = from != 0 ? read_state(p, q, from, q.b, n) : make_float2(0.f, 0.f);
+        state[n * ACROSS + q.across] = make_float4(a.x, a.y, h.x, h.y);
     }
 }
 DEVICE void last_states(const float4* state, const Params& p, float* to, const Place& q) {
     if (to == 0 || q.time != 0) return;
     for (int n = q.step; n < STATES; n += STEPS) {
-        float* at = to + (q.b * p.channels + q.c) * p.all_states + n;
-        if (q.ok0) at[0] = state[n * ACROSS + q.across].z;
-        if (q.ok1) at[p.all_states] = state[n * ACROSS + q.across].w;
+        const float4 s = state[n * ACROSS + q.across];
+        write_state(p, q, to, q.b, n, make_float2(s.z, s.w));
     }
 }
 
@@ -266,7 +193,7 @@ DEVICE void forward(const Params& p, i64 block) {
     const Place q = place(p, block);
     float4* state = states + threadIdx.x / 32 * STATES * ACROSS;
     const float2 none = make_float2(0.f, 0.f);
-    const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
+    const float2 bias = read_vector(p.bias, q), skip = read_vector(p.D, q);
     first_states(state, p, p.initial, q);
     for (i64 begin = 0; begin < p.length; begin += TIMES * SPAN) {
         const i64 i0 = begin + q.time * SPAN + q.step * TILE;
@@ -373,7 +300,7 @@ DEVICE void backward(const Params& p, i64 block) {
     float4* state = states + warp * STATES * ACROSS;
     float2 *mine = gathered + warp * STATES * 32 + q.lane, *start = starts + warp * STATES * ACROSS + q.across;
     const float2 none = make_float2(0.f, 0.f);
-    const float2 bias = p.bias != 0 ? read2(p.bias, q) : none, skip = p.D != 0 ? read2(p.D, q) : none;
+    const float2 bias = read_vector(p.bias, q), skip = read_vector(p.D, q);
     float2 dD = none, dbias = none;
     first_states(state, p, p.dfinal, q);
     for (int n = 0; n < STATES; n++) mine[n * 32] = none;
@@ -535,13 +462,11 @@ DEVICE void reduce(const Params& p, i64 block) {
         const i64 b = id / (2 * row), rest = id % row, at = (b * p.length + position(p, rest % p.length)) * p.all_states + rest / p.length;
         (id / row % 2 ? p.into_B : p.into_C)[at] = from_float(total);
     } else if (id - size < (STATES + 2) * p.channels) {
-        const i64 e = id - size, n = e / p.channels, c = e % p.channels;
+        const i64 e = id - size;
         float total = 0.f;
 #pragma unroll 8
         for (i64 b = 0; b < p.batch; b++) total += __ldg(p.partial + b * (STATES + 2) * p.channels + e);
-        if (n < STATES) p.dA[c * p.all_states + n] = total;
-        else if (n == STATES) { if (p.dD != 0) p.dD[c] = total; }
-        else if (p.dbias != 0) p.dbias[c] = total;
+        give_parameter(p, e, total);
     }
 }
 #if BOTH
