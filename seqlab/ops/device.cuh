@@ -35,6 +35,14 @@ DEVICE float rcp_fast(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f
 DEVICE u32 pack_bf16(float low, float high) {
     u32 v; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low)); return v;
 }
+// A barrier of some warps of a block: which (1 to 15) and how many threads; with a vote, whether any of them has v.
+DEVICE void team_barrier(int which, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(which), "r"(threads) : "memory"); }
+DEVICE int team_barrier_or(int which, int threads, int v) {
+    int any;
+    asm volatile("{ .reg .pred p, q; setp.ne.s32 p, %1, 0; bar.red.or.pred q, %2, %3, p; selp.s32 %0, 1, 0, q; }"
+                 : "=r"(any) : "r"(v), "r"(which), "r"(threads) : "memory");
+    return any;
+}
 #define FULL 0xffffffffu
 DEVICE float lane_xor(float v, int bit) { return __shfl_xor_sync(FULL, v, bit); }
 DEVICE bool warp_all(bool v) { return __all_sync(FULL, v); }
@@ -45,16 +53,6 @@ DEVICE void copy8(void* to, const void* from) {
 DEVICE void copy16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
-// The same, and a store, of what is not needed again soon: it goes first where the cache is full.
-DEVICE void copy16_last(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from),
-                 "l"(0x12F0000000000000ull) : "memory");
-}
-DEVICE void store16_last(void* to, const uint4& v) {
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-// Nobody reads these 128 bytes again: they need not reach the memory.
-DEVICE void discard(const void* at) { asm volatile("discard.global.L2 [%0], 128;" ::"l"(at) : "memory"); }
 DEVICE void copies_begun() { asm volatile("cp.async.commit_group;" ::: "memory"); }  // what was asked for so far: a group
 DEVICE void copies_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }  // all groups but the last
 DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from seqlab.ops.dispatch import memorise
+
 CACHE = "SEQLAB_CACHE"
 OLDEST = (8, 0)  # Ampere: bf16 conversion instructions
 HERE = Path(__file__).resolve().parent
@@ -225,6 +227,11 @@ class _Config(ctypes.Structure):  # CUlaunchConfig
     ]
 
 
+_One = ctypes.c_void_p * 1
+"""The addresses of a kernel's arguments: there is one."""
+_addressof = ctypes.addressof
+
+
 class Module:
     """One compiled file on one device."""
 
@@ -234,6 +241,7 @@ class Module:
         self.device = device
         self._image, self._handle, self._functions = image, ctypes.c_void_p(), {}
         self._large_clusters = dict(defines).get("CLUSTER", 1) > 8  # more than every GPU with clusters allows
+        self._ready: dict[tuple, tuple] = {}  # launches seen before
         with torch.cuda.device(device):
             make_current(device)
             _cuda(driver().cuModuleLoadData(ctypes.byref(self._handle), image), f"loading {name}")
@@ -269,29 +277,37 @@ class Module:
             raise NativeError(f"{kernel}: a block of {block} threads with {shared} bytes does not fit this GPU")
         return count.value
 
-    def launch(self, kernel: str, grid: int, block: int, shared: int, params: ctypes.Structure, early: bool = False) -> None:
+    def launch(
+        self, kernel: str, grid: int, block: int, shared: int, params: ctypes.Structure | ctypes.Array, early: bool = False
+    ) -> None:
         """Queue a kernel on torch's current stream of this module's device, which must be the current one.
 
         early: it may begin as soon as all blocks of the kernel before have said so (griddepcontrol), and waits for that one's
         end by itself; compute capability 9.0."""
-        if grid == 0:
-            return
+        what = (kernel, grid, block, shared, torch._C._cuda_getCurrentRawStream(self.device), early)
+        ready = self._ready.get(what)
+        if ready is None:
+            if grid == 0:
+                return
+            ready = memorise(self._ready, what, self._prepare(*what))
+        queue, config, function = ready
+        arguments = _One(_addressof(params))
+        status = queue(config, function, arguments, None)
+        if status:
+            if status == NO_CONTEXT:  # a thread, such as autograd's, in which torch has not touched the GPU yet
+                make_current(self.device)
+                status = queue(config, function, arguments, None)
+            _cuda(status, kernel)
+
+    def _prepare(self, kernel: str, grid: int, block: int, shared: int, stream: int, early: bool) -> tuple:
+        """cuLaunchKernelEx and its first two arguments, made once: converting a dozen of them takes as long as the launch."""
         if grid >= 1 << 31:
             raise NativeError(f"{kernel}: {grid} blocks are more than one launch takes (2^31 - 1)")
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
+        config = _Config(grid, 1, 1, block, 1, 1, shared, stream)
         if early:
             attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int32 * 16)(1))
-            config = _Config(grid, 1, 1, block, 1, 1, shared, stream, ctypes.pointer(attribute), 1)
-            queue, what = driver().cuLaunchKernelEx, (ctypes.byref(config), self.function(kernel, shared, beside=True), arguments, None)
-        else:
-            queue = driver().cuLaunchKernel
-            what = (self.function(kernel, shared), grid, 1, 1, block, 1, 1, shared, stream, arguments, None)
-        status = queue(*what)
-        if status == NO_CONTEXT:  # a thread, such as autograd's, in which torch has not touched the GPU yet
-            make_current(self.device)
-            status = queue(*what)
-        _cuda(status, kernel)
+            config.attributes, config.count = ctypes.pointer(attribute), 1
+        return driver().cuLaunchKernelEx, ctypes.byref(config), self.function(kernel, shared, beside=early)
 
 
 def make_current(device: int) -> None:

@@ -115,8 +115,6 @@ def _plan_and_cost(batch: int, length: int, channels: int, resident: int, warps:
 SHORT_FORWARD, SHORT_BACKWARD = 1 << 20, 1 << 19
 """Elements (batch x channels x length; twice as many up to 512 steps) up to which scan_short.cu, with fewer launches, takes
 less than scan.cu, with fewer instructions. Measured on an H200, a launch counted as 7 microseconds."""
-PAIR_FORWARD, PAIR_BACKWARD = 1 << 20, 1 << 20
-"""The same, of one scan, for two at once: they need the launches of one, and fill a GPU that one does not."""
 
 
 class Sides(NamedTuple):
@@ -152,8 +150,8 @@ def short(
 ) -> Sides | None:
     """The block of scan_short.cu for a problem, so wide that one wave does it; None where scan.cu is faster. scans: how
     many of that size at once, 1 or 2."""
-    limits = (SHORT_FORWARD, SHORT_BACKWARD) if scans == 1 else (PAIR_FORWARD, PAIR_BACKWARD)
-    if batch * length * channels > limits[backward] * (2 if length <= 512 else 1) or n > 32:
+    limit = (SHORT_BACKWARD if backward else SHORT_FORWARD) * (2 if length <= 512 else 1)
+    if batch * length * channels > limit or n > 32:
         return None
     pairs = scans * batch * math.ceil(channels / 2) / device.multiprocessors
     if pairs <= 2:
@@ -208,7 +206,16 @@ def _shared_bytes(kernel: str, n: int, warps: int, size: int = 2, wide: int = 0)
         floats = 128 * TILE + 3 * 16 * TILE * size  # inputs
         sums = (n * (2 * BACKWARD_STAGE + 2) + 3) // 4 * 4
         return 4 * warps * (256 * n + fold + floats + sums) + 8 * n * (BACKWARD_STAGE + 4)
-    return {"scan_reduce": 1024, "scan_carry": 2048, "adjoint_carry": 2048}[kernel]
+    return {"scan_reduce": 1024, "scan_carry": 2048, "adjoint_carry": 2048}[kernel]  # 256 threads, 1 and 2 floats each
+
+
+def _teams(warps: int, shared: int, limit: int) -> int:
+    """How many teams of so many warps share a block (scan.cu says why): four warps, where the shared memory of each, in
+    bytes, allows for it."""
+    teams = {1: 4, 2: 2}.get(warps, 1)
+    while teams * shared > limit:
+        teams //= 2
+    return max(1, teams)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -242,9 +249,9 @@ def _wide(n: int, *tensors: Tensor | None) -> int:
     ))  # fmt: skip
 
 
-def _defines(u: Tensor, n: int, warps: int, paired: int, wide: int, grouped: int = 0) -> tuple[tuple[str, int], ...]:
-    basic = (("STATES", n), ("WARPS", warps), ("BF16", int(u.dtype == torch.bfloat16)), ("PAIRED", paired))
-    return (*basic, ("WIDE", wide), *((("GROUPED", 1),) if grouped else ()))
+def _defines(u: Tensor, n: int, warps: int, paired: int, wide: int, teams: int = 1, grouped: int = 0) -> tuple[tuple[str, int], ...]:
+    basic = (("STATES", n), ("WARPS", warps), ("BF16", int(u.dtype == torch.bfloat16)), ("PAIRED", paired), ("WIDE", wide))
+    return (*basic, *((("TEAMS", teams),) if teams > 1 else ()), *((("GROUPED", 1),) if grouped else ()))
 
 
 # Finding out how to run a call takes longer than running a short one, so it is done once for every kind of call: shapes,
@@ -295,6 +302,7 @@ def _template(u, delta, A, B, C, z, softplus: bool, reverse: bool, cut: Plan, so
     p.all_segments = math.ceil(p.length / cut.segment)
     p.channel_blocks, p.items = cut.channel_blocks, p.batch * cut.chunks * cut.channel_blocks
     p.summed, p.carried = cut.chunks - 1, int(cut.chunks > FEW)
+    p.shares = _carry_shares(cut.chunks)
     return p
 
 
@@ -303,20 +311,31 @@ READ = ("u", "delta", "B", "C", "z", "dy", "A", "D", "bias", "initial", "dfinal"
 _write_addresses = struct.Struct(f"{len(READ)}Q").pack_into
 
 
-def _fill(p, *read: Tensor | None) -> None:
+def _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask) -> None:
     """The addresses of what is read, in READ's order."""
-    _write_addresses(p, 0, *[0 if x is None else x.data_ptr() for x in read])
+    _write_addresses(
+        p, 0, u.data_ptr(), delta.data_ptr(), B.data_ptr(), C.data_ptr(), 0 if z is None else z.data_ptr(),
+        0 if dy is None else dy.data_ptr(), A.data_ptr(), 0 if D is None else D.data_ptr(),
+        0 if bias is None else bias.data_ptr(), 0 if initial is None else initial.data_ptr(),
+        0 if dfinal is None else dfinal.data_ptr(), 0 if mask is None else mask.data_ptr(),
+    )  # fmt: skip
 
 
-def _summary_launches(names: tuple[str, str], n: int, cut: Plan, batch: int, channels: int, size: int):
+def _carry_shares(chunks: int) -> int:
+    """Threads that share the carry over so many chunks: a power of two, at least eight chunks each."""
+    return max(1, min(8, 1 << (chunks // 8).bit_length() - 1)) if chunks >= 8 else 1
+
+
+def _summary_launches(names: tuple[str, str], n: int, cut: Plan, teams: int, batch: int, channels: int, size: int):
     """The launches that find the state entering every chunk: none for a single chunk; few chunks are summed where needed."""
     ends, carry = names
     if cut.chunks == 1:
         return []
-    blocks = batch * (cut.chunks - 1) * cut.channel_blocks
-    launches = [(ends, blocks, cut.threads, _shared_bytes(ends, n, cut.warps, size))]
+    blocks = math.ceil(batch * (cut.chunks - 1) * cut.channel_blocks / teams)
+    launches = [(ends, blocks, teams * cut.threads, teams * _shared_bytes(ends, n, cut.warps, size))]
     if cut.chunks > FEW:
-        launches.append((carry, batch * math.ceil(n * channels / 32), 256, _shared_bytes(carry, n, 8)))
+        blocks = batch * math.ceil(n * channels * _carry_shares(cut.chunks) / 256)
+        launches.append((carry, blocks, 256, _shared_bytes(carry, n, 8)))
     return launches
 
 
@@ -376,24 +395,25 @@ def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse:
     warps = _most_warps("scan_forward", n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit, size, wide)
     first = plan(1, 1, channels, 1, warps, 1)
     shared = _shared_bytes("scan_forward", n, first.warps, size, wide)
+    teams = _teams(first.warps, shared, device.shared_limit)
 
     def work(warps_held: int) -> float:
-        slots = warps_held // first.warps * device.multiprocessors
+        slots = warps_held // (teams * first.warps) * teams * device.multiprocessors
         return warps_held * _plan_and_cost(batch, length, channels, slots, warps, grain)[1]
 
     resident = FORWARD_RESIDENT[0]
     for more in FORWARD_RESIDENT[1:]:
-        if more // first.warps * (shared + 1024) <= device.shared_limit and work(more) < 0.95 * work(resident):
+        if more // (teams * first.warps) * (teams * shared + 1024) <= device.shared_limit and work(more) < 0.95 * work(resident):
             resident = more
-    defines = _defines(u, n, first.warps, paired, wide)
+    defines = _defines(u, n, first.warps, paired, wide, teams)
     if resident != FORWARD_RESIDENT[0]:  # else what the backward pass uses too
         defines = (*defines, ("FORWARD_RESIDENT", resident))
     module = device.module(defines)
-    slots = module.resident("scan_forward", first.threads, shared) * device.multiprocessors
+    slots = module.resident("scan_forward", teams * first.threads, teams * shared) * teams * device.multiprocessors
     cut = plan(batch, length, channels, slots, warps, grain)
     p = _template(u, delta, A, B, C, z, softplus, reverse, cut)
-    launches = _summary_launches(("scan_ends", "scan_carry"), n, cut, batch, channels, size)
-    launches.append(("scan_forward", p.items, cut.threads, shared))
+    launches = _summary_launches(("scan_ends", "scan_carry"), n, cut, teams, batch, channels, size)
+    launches.append(("scan_forward", math.ceil(p.items / teams), teams * cut.threads, teams * shared))
     borders = batch * cut.chunks * n * channels if cut.chunks > 1 else 0
     work = borders + batch * cut.chunks * channels if borders else 0
     kept = (batch, p.all_segments, n, channels)
@@ -478,15 +498,17 @@ def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: 
     warps = _most_warps("scan_backward", n, most, device.shared_limit, size)
     first = plan(1, 1, channels, 1, warps, 1)
     gated = () if z is not None else (("GATED", 0),)
-    module = device.module((*_defines(u, n, first.warps, paired, wide, grouped), *gated))
     shared = _shared_bytes("scan_backward", n, first.warps, size)
-    slots = module.resident("scan_backward", first.threads, shared) * device.multiprocessors
+    teams = _teams(first.warps, shared, device.shared_limit)
+    module = device.module((*_defines(u, n, first.warps, paired, wide, teams, grouped), *gated))
+    slots = module.resident("scan_backward", teams * first.threads, teams * shared) * teams * device.multiprocessors
     cut = plan(batch, length, channels, slots, warps, segment)
     p = _template(u, delta, A, B, C, z, softplus, reverse, cut)
     p.dy_b, p.dy_t = dy.stride(0), dy.stride(1)
-    launches = _summary_launches(("adjoint_ends", "adjoint_carry"), n, cut, batch, channels, size)
-    grid, tiles, several = min(p.items, slots), segment // TILE, cut.channel_blocks > 1
-    launches.append(("scan_backward", grid, cut.threads, shared))
+    launches = _summary_launches(("adjoint_ends", "adjoint_carry"), n, cut, teams, batch, channels, size)
+    tiles, several = segment // TILE, cut.channel_blocks > 1
+    grid = math.ceil(min(p.items, slots) / teams)
+    launches.append(("scan_backward", grid, teams * cut.threads, teams * shared))
     blocks = math.ceil((n + 2) * channels / 32)
     if several:
         blocks += min(8 * device.multiprocessors, math.ceil(batch * length * n / 256))
@@ -496,7 +518,7 @@ def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: 
     parts, work = _workspace(
         ends=borders,
         sums=batch * cut.chunks * channels if borders else 0,
-        scratch=grid * cut.warps * 64 * ((tiles + 1) * n + 16 * tiles),
+        scratch=grid * teams * cut.warps * 64 * ((tiles + 1) * n + 16 * tiles),
         partial=batch * cut.chunks * (n + 2) * channels,
         **({"dB": sums, "dC": sums} if several else {}),
     )
@@ -727,9 +749,10 @@ def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, g
     size = x.element_size()
     warps = _most_warps(kernel, n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit, size)
     threads = plan(1, 1, channels, 1, warps, 1)
-    module = device.module(_defines(x, n, threads.warps, _paired(x, delta, gate), wide))
     shared = _shared_bytes(kernel, n, threads.warps, size)
-    slots = module.resident(kernel, threads.threads, shared) * device.multiprocessors
+    teams = _teams(threads.warps, shared, device.shared_limit)
+    module = device.module(_defines(x, n, threads.warps, _paired(x, delta, gate), wide, teams))
+    slots = module.resident(kernel, teams * threads.threads, teams * shared) * teams * device.multiprocessors
     cut = plan(batch, length, channels, slots, warps, segment_length(batch, length, channels))
     p = _template(x, delta, At.t(), vector, vector, gate, softplus, reverse, cut)
     _fill(p, x, delta, vector, vector, gate, x, At, None, bias, None, None, mask)
@@ -738,7 +761,7 @@ def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, g
     ends = torch.empty((batch, cut.chunks, n, channels), dtype=torch.float32, device=x.device)
     sums = torch.empty((batch, cut.chunks, channels), dtype=torch.float32, device=x.device)
     p.ends, p.sums = ends.data_ptr(), sums.data_ptr()
-    module.launch(kernel, p.items, cut.threads, shared, p)
+    module.launch(kernel, math.ceil(p.items / teams), teams * cut.threads, teams * shared, p)
     if not adjoint:  # the state leaves at the last chunk, its gradient at the first
         ends, sums = ends.flip(1), sums.flip(1)
     between = torch.cat((torch.zeros_like(sums[:, :1]), sums[:, :-1]), 1).cumsum(1)  # from a chunk to the piece's end

@@ -26,14 +26,17 @@
 #define STAGE 32                     // steps of B and C in shared memory at a time
 #define TILES (STAGE / TILE)
 #define ROW (STAGE + 4)              // padded row of the transposed B and C: 16-byte aligned, banks spread
-#define THREADS (WARPS * 32)
+#ifndef TEAMS
+#define TEAMS 1                      // of WARPS warps in a block, each with a chunk of its own
+#endif
+#define THREADS (WARPS * 32)         // of a team
 #define EACH(steps) ((2 * (steps) * STATES / PER + THREADS - 1) / THREADS)  // fetches a thread does for B and C
 #ifndef FORWARD_RESIDENT
 #define FORWARD_RESIDENT 12          // warps a multiprocessor, which sets the registers a thread may have
 #endif
-#define FORWARD_BLOCKS (FORWARD_RESIDENT / WARPS)
+#define FORWARD_BLOCKS (FORWARD_RESIDENT / (WARPS * TEAMS))
 #ifndef BACKWARD_BLOCKS
-#define BACKWARD_BLOCKS (8 / WARPS)  
+#define BACKWARD_BLOCKS (8 / (WARPS * TEAMS))
 #endif
 #ifndef UNROLL
 #define UNROLL 4                     // states at a time, scan_forward
@@ -46,12 +49,6 @@
 #endif
 #define PREFETCH (EACH(STAGE) * PER <= 16)  // the next stage of B and C waits in registers
 #define KEEP_A (STATES <= 32)          // A in shared memory; beyond, read through the cache
-#ifndef STREAM
-#define STREAM 0
-#endif
-#ifndef DISCARD
-#define DISCARD 0
-#endif
 #ifdef SEQLAB_EMULATED
 #define SETTLE(v)
 #else
@@ -61,6 +58,22 @@
 #define FORGET (BF16 ? 18.f : 27.f)  // what has decayed below 2^-FORGET is dropped: less than the data's own rounding
 #endif
 
+// A multiprocessor's warps are spread over its four schedulers block by block: blocks of one or two warps leave some of them with twice
+// the work of others. So such small teams share a block, and nothing else.
+#if TEAMS > 1
+DEVICE u32 worker() { return threadIdx.x % THREADS; }
+DEVICE u32 own_team() { return threadIdx.x / THREADS; }
+DEVICE void team_sync() { team_barrier(1 + own_team(), THREADS); }
+DEVICE int team_sync_or(int v) { return team_barrier_or(1 + own_team(), THREADS, v); }
+#else
+DEVICE u32 worker() { return threadIdx.x; }
+DEVICE u32 own_team() { return 0; }
+DEVICE void team_sync() { __syncthreads(); }
+DEVICE int team_sync_or(int v) { return __syncthreads_or(v); }
+#endif
+DEVICE i64 team() { return (i64)blockIdx.x * TEAMS + own_team(); }
+#define SHARED_OF_TEAM(name, floats) SHARED_FLOATS(name##_of_block); float* name = name##_of_block + own_team() * (floats)
+
 // Where a thread stands: its batch row, chunk and channels.
 struct Place : Channels {
     i64 b, k;
@@ -69,8 +82,8 @@ struct Place : Channels {
 
 DEVICE Place place(const Params& p, i64 item, i64 chunks) {
     Place q;
-    q.warp = threadIdx.x / 32;
-    q.lane = threadIdx.x % 32;
+    q.warp = worker() / 32;
+    q.lane = worker() % 32;
     i64 block = item % p.channel_blocks, rest = item / p.channel_blocks;
     q.k = rest % chunks;
     q.b = rest / chunks;
@@ -176,21 +189,21 @@ template <int STEPS> DEVICE void fetch_rows(piece (&r)[EACH(STEPS)], const Param
                                             const unsigned char* mask, i64 i0) {
 #pragma unroll
     for (int k = 0; k < EACH(STEPS); k++) {
-        const int e = threadIdx.x + k * THREADS;
+        const int e = worker() + k * THREADS;
         if (e < 2 * STEPS * STATES / PER) r[k] = fetch_piece<STEPS>(e, p, rowsB, rowsC, mask, i0);
     }
 }
 template <int STEPS, int PITCH> DEVICE void put_rows(float* tileB, float* tileC, const piece (&r)[EACH(STEPS)]) {
 #pragma unroll
     for (int k = 0; k < EACH(STEPS); k++) {
-        const int e = threadIdx.x + k * THREADS;
+        const int e = worker() + k * THREADS;
         if (e < 2 * STEPS * STATES / PER) put_piece<STEPS, PITCH>(e, tileB, tileC, r[k]);
     }
 }
 template <int STEPS, int PITCH, int WORKERS = THREADS> DEVICE void stage_rows(float* tileB, float* tileC, const Params& p, const elem* rowsB,
                                                        const elem* rowsC, const unsigned char* mask, i64 i0) {
 #pragma unroll 1
-    for (int e = threadIdx.x; e < 2 * STEPS * STATES / PER; e += WORKERS)
+    for (int e = worker(); e < 2 * STEPS * STATES / PER; e += WORKERS)
         put_piece<STEPS, PITCH>(e, tileB, tileC, fetch_piece<STEPS>(e, p, rowsB, rowsC, mask, i0));
 }
 template <int PITCH = ROW> DEVICE void read_row(float (&v)[TILE], const float* tile, int n, int t) {
@@ -208,15 +221,14 @@ template <int PITCH = ROW> DEVICE void read_row(float (&v)[TILE], const float* t
 DEVICE bool whole_warp(const Params& p, const Place& q) { return WIDE && q.c - 2 * q.lane + 64 <= p.channels; }
 // A tile of one tensor from global into shared memory, (TILE, 32) pairs, zeros where nothing lives. `whole`: all steps
 // and channels are there, so that it goes in the background in 16-byte pieces.
-template <bool LAST = false> DEVICE void bring(pair* to, const Line& a, int i, u32 live, bool whole, const Place& q) {
+DEVICE void bring(pair* to, const Line& a, int i, u32 live, bool whole, const Place& q) {
     if (whole) {
         const int pieces = 4 * (int)sizeof(elem), lane = q.lane;  // of 16 bytes a row
         const int step = a.step * (int)sizeof(elem);
         const char* from = (const char*)(a.at + (lane % pieces * (16 / (int)sizeof(elem)) - 2 * lane)) + wide_product(i + lane / pieces, step);
 #pragma unroll
         for (int k = 0; k < TILE * pieces / 32; k++)
-            if (LAST && STREAM) copy16_last((char*)to + (k * 32 + lane) * 16, from + wide_product(k * (32 / pieces), step));
-            else copy16((char*)to + (k * 32 + lane) * 16, from + wide_product(k * (32 / pieces), step));
+            copy16((char*)to + (k * 32 + lane) * 16, from + wide_product(k * (32 / pieces), step));
     } else {
 #pragma unroll 1
         for (int j = 0; j < TILE; j++) {
@@ -236,14 +248,16 @@ template <bool LAST = false> DEVICE void bring(pair* to, const Line& a, int i, u
 // The weight of a step only falls as the walk goes on (delta' >= 0 under softplus, A < 0): a state is finished once the
 // weight is below 2^-FORGET in every channel of the warp, and the walk once all are. What is dropped is then at most
 // 2^-FORGET of the state at the place where the walk stopped.
+#define SLOTS (WARPS * (STATES * 32 * (int)(sizeof(slot) / 4) + 3 * TENSOR))  // floats of a team's slots and inputs
 template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
-    SHARED_FLOATS(shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    SHARED_OF_TEAM(shared, SLOTS + STATES * ROW);
+    const int warp = worker() / 32, lane = worker() % 32;
     slot* sums = (slot*)shared + warp * STATES * 32 + lane;
     pair* inD = (pair*)(shared + WARPS * STATES * 32 * (sizeof(slot) / 4)) + warp * 3 * TILE * 32;
     pair *inV = inD + TILE * 32, *inZ = inD + 2 * TILE * 32;
-    float* rows_in = shared + WARPS * (STATES * 32 * (sizeof(slot) / 4) + 3 * TENSOR);  // (STATES, ROW)
-    Place q = place(p, blockIdx.x, p.summed);
+    float* rows_in = shared + SLOTS;  // (STATES, ROW)
+    if (team() >= p.batch * p.summed * p.channel_blocks) return;
+    Place q = place(p, team(), p.summed);
     if (ADJOINT) q.k += p.chunks - p.summed;
     const i64 begin = q.k * p.chunk;
     const int size = (int)(begin + p.chunk < p.length ? p.chunk : p.length - begin), tiles = (size + TILE - 1) / TILE;
@@ -264,12 +278,12 @@ template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
     if (ADJOINT && p.z != 0) bring(inZ, gate, tile * TILE, live, full && live == ALL, q);
     for (int s = 0; s < stages; s++) {
         const int stage = ADJOINT ? s : stages - 1 - s, steps = stage * STAGE;
-        if (!__syncthreads_or(active > 0)) break;
-        for (int e = threadIdx.x; e < STAGE * STATES / PER; e += THREADS) {  // the first half of the pieces is B's
+        if (!team_sync_or(active > 0)) break;
+        for (int e = worker(); e < STAGE * STATES / PER; e += THREADS) {  // the first half of the pieces is B's
             const int from = e + (ADJOINT ? STAGE * STATES / PER : 0);
             put_piece<STAGE, ROW>(e, rows_in, rows_in, fetch_piece<STAGE>(from, p, rows, rows, mask, begin + steps));
         }
-        __syncthreads();
+        team_sync();
         for (int w = 0; w < TILES && active > 0; w++) {
             const int t0 = (ADJOINT ? w : TILES - 1 - w) * TILE;
             if (steps + t0 >= size) continue;
@@ -343,25 +357,27 @@ template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
     for (int n = 0; n < STATES; n++) write2(out + n * p.channels, q, value(sums[n * 32]));
     write2(p.sums + (q.b * p.chunks + q.k) * p.channels, q, total);
 }
-KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_ends(const Params p) { chunk_ends<false>(p); }
-KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) adjoint_ends(const Params p) { chunk_ends<true>(p); }
+KERNEL BOUNDS(TEAMS * THREADS, FORWARD_BLOCKS) scan_ends(const Params p) { chunk_ends<false>(p); }
+KERNEL BOUNDS(TEAMS * THREADS, FORWARD_BLOCKS) adjoint_ends(const Params p) { chunk_ends<true>(p); }
 
 // ------------------------------------------------------------------------------------------------------ carries
-// Replaces what every chunk adds by what enters it. A block has 32 neighbouring (state, channel) of one row of the batch, each with
-// SHARES threads that take a run of chunks each: first what their run does, then, from what enters the run, every chunk's.
-#define SHARES 8
+// Replaces what every chunk adds by what enters it. A block of 256 threads has 256 / p.shares neighbouring (state, channel) of one row
+// of the batch, each with as many threads, which take a run of chunks each: first what their run does, then, from what enters
+// the run, every chunk's.
 #define AHEAD 8
 template <bool ADJOINT> DEVICE void carry(const Params& p) {
-    SHARED_FLOATS(shared);  // (2, SHARES, 32): sum of steps and addition of a run
-    const int lane = threadIdx.x % 32, share = threadIdx.x / 32;
-    const i64 per = STATES * p.channels, groups = (per + 31) / 32;
-    const i64 b = blockIdx.x / groups, wanted = blockIdx.x % groups * 32 + lane, r = wanted < per ? wanted : per - 1;
-    const i64 n = r / p.channels, c = r % p.channels, run = (p.chunks + SHARES - 1) / SHARES, first = share * run;
+    SHARED_FLOATS(shared);  // (2, shares, columns): sum of steps and addition of a run
+    const int columns = 256 / (int)p.shares, lane = threadIdx.x % columns, share = threadIdx.x / columns;
+    const i64 per = STATES * p.channels, groups = (per + columns - 1) / columns;
+    const i64 b = blockIdx.x / groups, wanted = blockIdx.x % groups * columns + lane, r = wanted < per ? wanted : per - 1;
+    const i64 n = r / p.channels, c = r % p.channels, run = (p.chunks + p.shares - 1) / p.shares, first = share * run;
     const float a = LOG2E * p.A[c * p.A_c + n * p.A_n];
     float* ends = p.ends + b * p.chunks * per + r;
     const float* sums = p.sums + b * p.chunks * p.channels + c;
-    float h = 0.f, sum = 0.f;
-    for (int pass = 0; pass < 2; pass++) {
+    const float* start = ADJOINT ? p.dfinal : p.initial;
+    const float enters = start != 0 ? start[(b * p.channels + c) * p.all_states + n] : 0.f;
+    float h = p.shares == 1 ? enters : 0.f, sum = 0.f;
+    for (int pass = p.shares == 1; pass < 2; pass++) {
         for (i64 k0 = first; k0 < first + run; k0 += AHEAD) {
             float e[AHEAD], s[AHEAD];
 #pragma unroll
@@ -380,12 +396,12 @@ template <bool ADJOINT> DEVICE void carry(const Params& p) {
             }
         }
         if (pass == 1) break;
-        shared[share * 32 + lane] = sum;
-        shared[(SHARES + share) * 32 + lane] = h;
+        shared[threadIdx.x] = sum;
+        shared[256 + threadIdx.x] = h;
         __syncthreads();
-        const float* start = ADJOINT ? p.dfinal : p.initial;
-        h = start != 0 ? start[(b * p.channels + c) * p.all_states + n] : 0.f;
-        for (int k = 0; k < share; k++) h = decayed(exp2_fast(a * shared[k * 32 + lane]), h) + shared[(SHARES + k) * 32 + lane];
+        h = enters;
+        for (int k = 0; k < share; k++)
+            h = decayed(exp2_fast(a * shared[k * columns + lane]), h) + shared[256 + k * columns + lane];
     }
 }
 KERNEL scan_carry(const Params p) { carry<false>(p); }
@@ -406,14 +422,15 @@ DEVICE float2 entering(const Params& p, const Place& q, int n) {
     }
     return h;
 }
-KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
-    SHARED_FLOATS(shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+KERNEL BOUNDS(TEAMS * THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
+    SHARED_OF_TEAM(shared, SLOTS + (PREFETCH ? 4 : 2) * STATES * ROW);
+    const int warp = worker() / 32, lane = worker() % 32;
     slot* state = (slot*)shared + warp * STATES * 32 + lane;
     pair* inputs = (pair*)(shared + WARPS * STATES * 32 * (sizeof(slot) / 4)) + warp * 3 * TILE * 32;
     pair *inU = inputs, *inD = inputs + TILE * 32, *inZ = inputs + 2 * TILE * 32;
-    float* tiles = shared + WARPS * (STATES * 32 * (sizeof(slot) / 4) + 3 * TENSOR);  // (2 or 1, B and C, STATES, ROW)
-    const Place q = place(p, blockIdx.x, p.chunks);
+    float* tiles = shared + SLOTS;  // (2 or 1, B and C, STATES, ROW)
+    if (team() >= p.items) return;
+    const Place q = place(p, team(), p.chunks);
     const i64 begin = q.k * p.chunk;
     const int size = (int)(begin + p.chunk < p.length ? p.chunk : p.length - begin), segment = (int)p.segment;
     const int stages = (size + STAGE - 1) / STAGE;
@@ -437,13 +454,13 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
 #if PREFETCH
         float *tileB = tiles + (s & 1) * 2 * STATES * ROW, *tileC = tileB + STATES * ROW;
         put_rows<STAGE, ROW>(tileB, tileC, next);
-        __syncthreads();  // one is enough: what is overwritten next was read before the previous one
+        team_sync();  // one is enough: what is overwritten next was read before the previous one
         if (s + 1 < stages) fetch_rows<STAGE>(next, p, rowsB, rowsC, mask, begin + (s + 1) * STAGE);
 #else
         float *tileB = tiles, *tileC = tileB + STATES * ROW;
-        __syncthreads();
+        team_sync();
         stage_rows<STAGE, ROW>(tileB, tileC, p, rowsB, rowsC, mask, begin + s * STAGE);
-        __syncthreads();
+        team_sync();
 #endif
         if (p.segments != 0 && s * STAGE % segment == 0) {
             float* out = p.segments + (q.b * p.all_segments + (begin + s * STAGE) / segment) * p.all_states * p.channels;
@@ -561,8 +578,7 @@ DEVICE void give(const Params& p, elem* base, const Line& out, int i, const floa
         at += wide_product(i + q.lane / pieces, step);
 #pragma unroll
         for (int k = 0; k < TILE * pieces / 32; k++)
-            if (STREAM) store16_last(at + wide_product(k * (32 / pieces), step), *(uint4*)((char*)by + (k * 32 + q.lane) * 16));
-            else *(uint4*)(at + wide_product(k * (32 / pieces), step)) = *(uint4*)((char*)by + (k * 32 + q.lane) * 16);
+            *(uint4*)(at + wide_product(k * (32 / pieces), step)) = *(uint4*)((char*)by + (k * 32 + q.lane) * 16);
     } else {
         at += wide_product(i, step);
 #pragma unroll 1
@@ -639,9 +655,9 @@ DEVICE float fold_read(const float* fold, int lane) {
 }
 #endif
 
-KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
-    SHARED_FLOATS(shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+KERNEL BOUNDS(TEAMS * THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
+    SHARED_OF_TEAM(shared, WARPS * WARP_FLOATS + 2 * STATES * BROW);
+    const int warp = worker() / 32, lane = worker() % 32;
     float* own = shared + warp * WARP_FLOATS;
     float4* hs = (float4*)own + lane;               // (STATES, 32): state entering the tile, log2(e) A
     float4* adj = (float4*)(own + PLANE) + lane;    // (STATES, 32): adjoint coming from the right, sum for dA
@@ -657,7 +673,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
     float* tileC = tileB + STATES * BROW;           // (STATES, BROW)
     const int tiles = (int)(p.segment / TILE), segment = (int)p.segment;
     // What the first half of a segment leaves for the second: the state at every tile, delta' and the gated dy.
-    float2* marks = (float2*)p.scratch + ((i64)blockIdx.x * WARPS + warp) * ((tiles + 1) * STATES * 32 + tiles * 512) + lane;
+    float2* marks = (float2*)p.scratch + (team() * WARPS + warp) * ((tiles + 1) * STATES * 32 + tiles * 512) + lane;
     float4* steps = (float4*)(marks - lane + (tiles + 1) * STATES * 32) + lane;
     const float2 none = make_float2(0.f, 0.f);
 #if BF16
@@ -665,7 +681,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
 #pragma unroll
     for (int k = 0; k < 4; k++) pick[k] = make_float2(lane / 4 == 2 * k ? 1.f : 0.f, lane / 4 == 2 * k + 1 ? 1.f : 0.f);
 #endif
-    for (i64 item = blockIdx.x; item < p.items; item += gridDim.x) {
+    for (i64 item = team(); item < p.items; item += (i64)gridDim.x * TEAMS) {
         const Place q = place(p, item, p.chunks);
         const i64 begin = q.k * p.chunk;
         const int size = (int)(begin + p.chunk < p.length ? p.chunk : p.length - begin);
@@ -702,9 +718,9 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
             fetch_rows<BSTAGE>(next, p, rowsB, rowsC, mask, begin + left);
 #pragma unroll 1
             for (int s = 0; s < stages; s++) {
-                __syncthreads();
+                team_sync();
                 put_rows<BSTAGE, BROW>(tileB, tileC, next);
-                __syncthreads();
+                team_sync();
                 if (s + 1 < stages) fetch_rows<BSTAGE>(next, p, rowsB, rowsC, mask, begin + left + (s + 1) * BSTAGE);
 #pragma unroll 1
                 for (int w = 0; w < BTILES; w++) {
@@ -734,8 +750,8 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     for (int k = 0; k < 4; k++)
                         keep[k * 32] = make_float4(dt[2 * k].x, dt[2 * k].y, dt[2 * k + 1].x, dt[2 * k + 1].y);
                     __syncwarp();
-                    if (p.z != 0) bring<true>(ckZ, z, i, now, whole, q);
-                    bring<true>(ckY, dy, i, now, whole, q);
+                    if (p.z != 0) bring(ckZ, z, i, now, whole, q);
+                    bring(ckY, dy, i, now, whole, q);
                     if (tile < last) {
                         live = live_at(p, q, begin, i + TILE, size, plain);
                         bring(ckD, delta, i + TILE, live, plain && live == ALL, q);
@@ -793,18 +809,18 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                 }
             }
             // Back through the segment, reading one tile ahead.
-            __syncthreads();
+            team_sync();
             live = live_at(p, q, begin, left + last * TILE, size, plain);
-            bring<true>(inU + (last & 1) * TILE * 32, u, left + last * TILE, live, plain && live == ALL, q);
+            bring(inU + (last & 1) * TILE * 32, u, left + last * TILE, live, plain && live == ALL, q);
 #pragma unroll
             for (int k = 0; k < 8; k++) copy16(inT + k * 32, steps + last * 256 + k * 32);
             for (int n = 0; n < STATES; n++) copy8(&hs[n * 32], marks + (last * STATES + n) * 32);
             fetch_rows<BSTAGE>(next, p, rowsB, rowsC, mask, begin + left + (stages - 1) * BSTAGE);
 #pragma unroll 1
             for (int s = stages - 1; s >= 0; s--) {
-                __syncthreads();
+                team_sync();
                 put_rows<BSTAGE, BROW>(tileB, tileC, next);
-                __syncthreads();
+                team_sync();
                 if (s > 0) fetch_rows<BSTAGE>(next, p, rowsB, rowsC, mask, begin + left + (s - 1) * BSTAGE);
 #pragma unroll 1
                 for (int w = BTILES - 1; w >= 0; w--) {
@@ -820,13 +836,6 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     float2 dt[TILE], v[TILE], dout[TILE], sumB[TILE], sumA[TILE];
                     copies_done();
                     __syncwarp();
-#if DISCARD
-                    if (tile > 0) {  // all of it is in shared memory now; what is not thrown away is written out to be overwritten
-                        const char* gone = (const char*)(marks - lane + tile * STATES * 32);
-                        for (int k = lane; k < 2 * STATES; k += 32) discard(gone + k * 128);
-                        discard((const char*)(steps - lane + tile * 256) + lane * 128);
-                    }
-#endif
 #pragma unroll
                     for (int k = 0; k < 4; k++) {
                         const float4 a = inT[k * 32], b = inT[(k + 4) * 32];
@@ -845,12 +854,12 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     settle(dt);
                     settle(v);
                     settle(dout);
-                    bring<true>(inD, delta, i, now, whole, q);
+                    bring(inD, delta, i, now, whole, q);
                     copies_begun();
                     const float2* coming = marks + (tile > 0 ? tile - 1 : 0) * STATES * 32;
                     if (tile > 0) {
                         live = live_at(p, q, begin, i - TILE, size, plain);
-                        bring<true>(inU + (~tile & 1) * TILE * 32, u, i - TILE, live, plain && live == ALL, q);
+                        bring(inU + (~tile & 1) * TILE * 32, u, i - TILE, live, plain && live == ALL, q);
                         const float4* keep = steps + (tile - 1) * 256;
 #pragma unroll
                         for (int k = 0; k < 8; k++) copy16(inT + k * 32, keep + k * 32);
@@ -997,8 +1006,8 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     give(p, p.ddelta, out, i, sumA, inD, now, whole, q);
                     __syncwarp();
                 }
-                __syncthreads();
-                for (int e = threadIdx.x; e < BSTAGE * STATES; e += THREADS) {
+                team_sync();
+                for (int e = worker(); e < BSTAGE * STATES; e += THREADS) {
                     const int n = e % STATES, t = e / STATES, i = left + s * BSTAGE + t;
                     float sumC = 0.f, sumB = 0.f;
                     const float* from = channel_sums + n * SUM_ROW + t;
@@ -1026,7 +1035,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
         write2(rows + (STATES + 1) * p.channels, q, dbias);
         if (p.dinitial != 0 && q.k == 0)
             for (int n = 0; n < STATES; n++) write_state(p, q, p.dinitial, q.b, n, make_float2(adj[n * 32].x, adj[n * 32].y));
-        __syncthreads();
+        team_sync();
     }
 }
 #endif

@@ -39,6 +39,7 @@ struct Params {
     i64 batch, length, channels, chunk, chunks, segment, all_segments, channel_blocks, items;
     i64 summed;            // chunks that *_ends sum up: all but the last one walked to, or all
     i64 carried;           // 1: `ends` has been turned into what enters every chunk; 0: every block does so for itself
+    i64 shares;            // threads that share the carry over the chunks of one state of one channel
     i64 all_states, add;   // STATES, or more when they are taken in groups; add to what earlier groups left
     i64 softplus, reverse;
 };
