@@ -23,7 +23,7 @@ CASES = (  # batch, length, channels, states, reverse, masked, D and z and bias 
     (1, 600, 6, 16, False, False, False),
     (1, 40, 130, 20, True, False, True),
 )
-SIDES = ((2, 1, 4), (1, 1, 8), (4, 2, 2), (4, 4, 1))
+SIDES = ((2, 1, 4), (1, 1, 4), (4, 2, 2), (4, 4, 1))
 """Blocks of scan_short.cu: pairs across, warps down, warps in time."""
 
 
@@ -65,10 +65,12 @@ def main() -> None:
     choose = scan.short
     for dtype in (FLOAT, HALF):
         scan.short = lambda *a, **k: None
+        scan._recipes.clear()  # else what was found out about a call stands
         for case in CASES:
             check(*case, dtype)
         for case, sides in zip(CASES, SIDES, strict=True):
             scan.short = lambda *a, sides=scan.Sides(*sides), **k: sides
+            scan._recipes.clear()
             check(*case, dtype)
             check(*case, dtype, True)
     scan.short = choose

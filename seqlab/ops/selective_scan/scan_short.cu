@@ -23,8 +23,8 @@
 #define PAIRS (ACROSS * DOWN)
 #define WARPS (DOWN * TIMES)
 #define THREADS (WARPS * 32)
-#ifndef UNROLL
-#define UNROLL 2  // states at a time, short_forward
+#ifndef ABREAST
+#define ABREAST 2  // states at a time, short_forward
 #endif
 #ifndef RESIDENT
 #define RESIDENT 8  // of short_forward: warps a multiprocessor, which sets the registers a thread may have
@@ -81,28 +81,40 @@ DEVICE void store_tile(elem* base, const Params& p, i64 i0, const float2 (&v)[TI
 // the lanes that follow each other have side by side. Zeros at dead steps.
 #define ROW(span, which, n) ((((span) * 2 + (which)) * STATES + (n)) * SPAN)
 DEVICE int column(int t) { return BF16 ? t : t % TILE / 4 * (SPAN / 2) + t / TILE * 4 + t % 4; }
+#define FETCHES 8  // of a thread in flight
 DEVICE void stage_rows(elem* tile, const Params& p, i64 b, i64 i0) {
     const elem *rowsB = p.B + b * p.B_b, *rowsC = p.C + b * p.C_b;
     const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + b * p.length;
-    for (int e = threadIdx.x; e < TIMES * SPAN * 2 * STATES / PER; e += THREADS) {
-        const int t = e % SPAN, rest = e / SPAN, n = rest % (STATES / PER) * PER, which = rest / (STATES / PER) % 2;
-        const int span = rest / (STATES / PER) / 2;
-        const i64 i = i0 + span * SPAN + t;
-        union { uint4 all; elem each[16 / sizeof(elem)]; } v;
-        v.all = make_uint4(0u, 0u, 0u, 0u);
-        if (i < p.length) {
-            const i64 at = position(p, i);
-            if (mask == 0 || mask[at]) {
-                const elem* from = which ? rowsC + at * p.C_t + n : rowsB + at * p.B_t + n;
+    union Piece { uint4 all; elem each[16 / sizeof(elem)]; };
+    const int pieces = TIMES * SPAN * 2 * STATES / PER;
+    for (int first = threadIdx.x; first < pieces; first += FETCHES * THREADS) {
+        Piece v[FETCHES];
+#pragma unroll
+        for (int k = 0; k < FETCHES; k++) {
+            const int e = first + k * THREADS, t = e % SPAN, rest = e / SPAN, n = rest % (STATES / PER) * PER;
+            const int which = rest / (STATES / PER) % 2, span = rest / (STATES / PER) / 2;
+            const i64 i = i0 + span * SPAN + t;
+            v[k].all = make_uint4(0u, 0u, 0u, 0u);
+            if (e < pieces && i < p.length) {
+                const i64 at = position(p, i);
+                if (mask == 0 || mask[at]) {
+                    const elem* from = which ? rowsC + at * p.C_t + n : rowsB + at * p.B_t + n;
 #if WIDE
-                v.all = __ldg((const uint4*)from);
+                    v[k].all = __ldg((const uint4*)from);
 #else
-                v.each[0] = __ldg(from);
+                    v[k].each[0] = __ldg(from);
 #endif
+                }
             }
         }
 #pragma unroll
-        for (int m = 0; m < PER; m++) tile[ROW(span, which, n + m) + column(t)] = v.each[m];
+        for (int k = 0; k < FETCHES; k++) {
+            const int e = first + k * THREADS, t = e % SPAN, rest = e / SPAN, n = rest % (STATES / PER) * PER;
+            const int which = rest / (STATES / PER) % 2, span = rest / (STATES / PER) / 2;
+            if (e >= pieces) break;
+#pragma unroll
+            for (int m = 0; m < PER; m++) tile[ROW(span, which, n + m) + column(t)] = v[k].each[m];
+        }
     }
 }
 DEVICE void read_steps(float (&v)[TILE], const elem* row, int step) {
@@ -128,16 +140,13 @@ template <bool RIGHT> DEVICE Effect lane_before(const Effect& e, int by) {
         return {make_float2(lane_down(e.d.x, by), lane_down(e.d.y, by)), make_float2(lane_down(e.h.x, by), lane_down(e.h.y, by))};
     return {make_float2(lane_up(e.d.x, by), lane_up(e.d.y, by)), make_float2(lane_up(e.h.x, by), lane_up(e.h.y, by))};
 }
-// The effect of this lane's steps and of all before them.
+// One of the rounds after which an effect is that of this lane's steps and of all before them.
 #define STEPS (32 / ACROSS)
-template <bool RIGHT> DEVICE void combine_lanes(Effect& e, const Place& q) {
-#pragma unroll
-    for (int by = 1; by < STEPS; by *= 2) {
-        const Effect before = lane_before<RIGHT>(e, by);
-        if (RIGHT ? q.step + by < STEPS : q.step >= by) {
-            e.h = after(e, before.h);
-            e.d = make_float2(e.d.x * before.d.x, e.d.y * before.d.y);
-        }
+template <bool RIGHT> DEVICE void combine_lanes(Effect& e, int by, const Place& q) {
+    const Effect before = lane_before<RIGHT>(e, by);
+    if (RIGHT ? q.step + by < STEPS : q.step >= by) {
+        e.h = after(e, before.h);
+        e.d = make_float2(e.d.x * before.d.x, e.d.y * before.d.y);
     }
 }
 // What enters a lane's steps, given the combined effects and what enters the warp's.
@@ -145,14 +154,18 @@ template <bool RIGHT> DEVICE float2 entering_lane(const Effect& e, float2 h, con
     const Effect before = lane_before<RIGHT>(e, 1);
     return q.step == (RIGHT ? STEPS - 1 : 0) ? h : after(before, h);
 }
-// From what enters the block's steps what enters this warp's (returned) and what leaves the block's. `totals`:
-// (2, TIMES, PAIRS), used in turn, so that one barrier is enough: what is overwritten next was read before the previous one.
-template <bool RIGHT> DEVICE float2 entering_warp(const Effect& e, float2 h, float2& out, Effect* totals, int turn, const Place& q) {
-    const int last = RIGHT ? 0 : STEPS - 1;
+// From what enters the block's steps what enters this warp's (returned) and what leaves the block's: leave_total, a barrier,
+// entering_warp. `totals`: (TIMES, PAIRS), two of them used in turn, so that one barrier is enough: what is overwritten next
+// was read before the previous one.
+template <bool RIGHT> DEVICE void leave_total(const Effect& e, Effect* totals, const Place& q) {
+    if (TIMES > 1 && q.step == (RIGHT ? 0 : STEPS - 1)) totals[q.time * PAIRS + q.down * ACROSS + q.across] = e;
+}
+DEVICE void totals_left() {
+    if (TIMES > 1) __syncthreads();
+}
+template <bool RIGHT> DEVICE float2 entering_warp(const Effect& e, float2 h, float2& out, const Effect* totals, const Place& q) {
 #if TIMES > 1
-    Effect* mine = totals + turn % 2 * TIMES * PAIRS + q.down * ACROSS + q.across;
-    if (q.step == last) mine[q.time * PAIRS] = e;
-    __syncthreads();
+    const Effect* mine = totals + q.down * ACROSS + q.across;
     float2 all = h;
 #pragma unroll
     for (int k = 0; k < TIMES; k++) {
@@ -162,7 +175,7 @@ template <bool RIGHT> DEVICE float2 entering_warp(const Effect& e, float2 h, flo
     }
     out = all;
 #else
-    const int from = last * ACROSS + q.across;
+    const int from = (RIGHT ? 0 : STEPS - 1) * ACROSS + q.across;
     const Effect all = {make_float2(lane_from(e.d.x, from), lane_from(e.d.y, from)),
                         make_float2(lane_from(e.h.x, from), lane_from(e.h.y, from))};
     out = after(all, h);
@@ -189,7 +202,7 @@ DEVICE void forward(const Params& p, i64 block) {
     SHARED_FLOATS(shared);
     elem* tile = (elem*)shared;                                                  // (TIMES, 2, STATES, SPAN)
     float4* states = (float4*)(tile + TIMES * 2 * STATES * SPAN);                // (WARPS, STATES, ACROSS)
-    Effect* totals = (Effect*)(states + WARPS * STATES * ACROSS);                // (2, TIMES, PAIRS)
+    Effect* totals = (Effect*)(states + WARPS * STATES * ACROSS);                // (2, ABREAST, TIMES, PAIRS)
     const Place q = place(p, block);
     float4* state = states + threadIdx.x / 32 * STATES * ACROSS;
     const float2 none = make_float2(0.f, 0.f);
@@ -216,34 +229,53 @@ DEVICE void forward(const Params& p, i64 block) {
         __syncthreads();
         const bool keeps = p.segments != 0 && i0 < p.length && i0 % p.segment == 0;
         float* out = p.segments + (q.b * p.all_segments + (keeps ? i0 / p.segment : 0)) * p.all_states * p.channels;
-#pragma unroll UNROLL
-        for (int n = 0; n < STATES; n++) {
-            const float4 s = state[n * ACROSS + q.across];
-            float2 h = none, e[TILE], x[TILE], leaves;
-            float b[TILE];
-            read_steps(b, tile + ROW(q.time, 0, n), q.step);
+#pragma unroll 1
+        for (int first = 0; first < STATES; first += ABREAST) {
+            float4 s[ABREAST];
+            float2 h[ABREAST], e[ABREAST][TILE], x[ABREAST][TILE];
+            Effect effect[ABREAST], *left = totals + first / ABREAST % 2 * ABREAST * TIMES * PAIRS;
 #pragma unroll
-            for (int j = 0; j < TILE; j++) {
-                e[j] = make_float2(exp2_fast(s.x * dt[j].x), exp2_fast(s.y * dt[j].y));
-                x[j] = make_float2(v[j].x * b[j], v[j].y * b[j]);
-                h.x = e[j].x * h.x + x[j].x;
-                h.y = e[j].y * h.y + x[j].y;
-            }
-            Effect effect = {make_float2(exp2_fast(s.x * total.x), exp2_fast(s.y * total.y)), h};
-            combine_lanes<false>(effect, q);
-            h = entering_warp<false>(effect, make_float2(s.z, s.w), leaves, totals, n, q);
-            h = entering_lane<false>(effect, h, q);
-            if (keeps) write2(out + n * p.channels, q, h);
-            float c[TILE];
-            read_steps(c, tile + ROW(q.time, 1, n), q.step);
+            for (int m = 0; m < ABREAST; m++) {
+                const int n = first + m < STATES ? first + m : STATES - 1;
+                float b[TILE];
+                s[m] = state[n * ACROSS + q.across];
+                h[m] = none;
+                read_steps(b, tile + ROW(q.time, 0, n), q.step);
 #pragma unroll
-            for (int j = 0; j < TILE; j++) {
-                h.x = e[j].x * h.x + x[j].x;
-                h.y = e[j].y * h.y + x[j].y;
-                sum[j].x += c[j] * h.x;
-                sum[j].y += c[j] * h.y;
+                for (int j = 0; j < TILE; j++) {
+                    e[m][j] = make_float2(exp2_fast(s[m].x * dt[j].x), exp2_fast(s[m].y * dt[j].y));
+                    x[m][j] = make_float2(v[j].x * b[j], v[j].y * b[j]);
+                    h[m].x = e[m][j].x * h[m].x + x[m][j].x;
+                    h[m].y = e[m][j].y * h[m].y + x[m][j].y;
+                }
+                effect[m] = {make_float2(exp2_fast(s[m].x * total.x), exp2_fast(s[m].y * total.y)), h[m]};
             }
-            if (q.step == 0) *(float2*)&state[n * ACROSS + q.across].z = leaves;
+#pragma unroll
+            for (int by = 1; by < STEPS; by *= 2)
+#pragma unroll
+                for (int m = 0; m < ABREAST; m++) combine_lanes<false>(effect[m], by, q);
+#pragma unroll
+            for (int m = 0; m < ABREAST; m++) leave_total<false>(effect[m], left + m * TIMES * PAIRS, q);
+            totals_left();
+#pragma unroll
+            for (int m = 0; m < ABREAST; m++) {
+                const int n = first + m;
+                float2 leaves;
+                h[m] = entering_warp<false>(effect[m], make_float2(s[m].z, s[m].w), leaves, left + m * TIMES * PAIRS, q);
+                h[m] = entering_lane<false>(effect[m], h[m], q);
+                if (n >= STATES) continue;
+                if (keeps) write2(out + n * p.channels, q, h[m]);
+                if (q.step == 0) *(float2*)&state[n * ACROSS + q.across].z = leaves;
+                float c[TILE];
+                read_steps(c, tile + ROW(q.time, 1, n), q.step);
+#pragma unroll
+                for (int j = 0; j < TILE; j++) {
+                    h[m].x = e[m][j].x * h[m].x + x[m][j].x;
+                    h[m].y = e[m][j].y * h[m].y + x[m][j].y;
+                    sum[j].x += c[j] * h[m].x;
+                    sum[j].y += c[j] * h[m].y;
+                }
+            }
         }
         if (p.z != 0) {
 #pragma unroll
@@ -354,9 +386,15 @@ DEVICE void backward(const Params& p, i64 block) {
             }
             const float2 d = make_float2(exp2_fast(s.x * total.x), exp2_fast(s.y * total.y));
             Effect forth = {d, h}, back = {d, r};
-            combine_lanes<false>(forth, q);
-            combine_lanes<true>(back, q);
-            r = entering_warp<true>(back, make_float2(s.z, s.w), leaves, totals, n, q);
+#pragma unroll
+            for (int by = 1; by < STEPS; by *= 2) {
+                combine_lanes<false>(forth, by, q);
+                combine_lanes<true>(back, by, q);
+            }
+            Effect* left = totals + n % 2 * TIMES * PAIRS;
+            leave_total<true>(back, left, q);
+            totals_left();
+            r = entering_warp<true>(back, make_float2(s.z, s.w), leaves, left, q);
 #if TIMES == 1
             if (DOWN > 1) __syncthreads();
             else __syncwarp();
