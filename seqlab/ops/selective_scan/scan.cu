@@ -248,6 +248,22 @@ DEVICE void bring(pair* to, const Line& a, int i, u32 live, bool whole, const Pl
 // The weight of a step only falls as the walk goes on (delta' >= 0 under softplus, A < 0): a state is finished once the
 // weight is below 2^-FORGET in every channel of the warp, and the walk once all are. What is dropped is then at most
 // 2^-FORGET of the state at the place where the walk stopped.
+#define HALF (STAGE * STATES / PER)  // the first half of the pieces of B and C is B's
+#define EACH_OF_HALF ((HALF + THREADS - 1) / THREADS)
+template <bool ADJOINT> DEVICE void fetch_half(piece (&r)[EACH_OF_HALF], const Params& p, const elem* rows, const unsigned char* mask, i64 i0) {
+#pragma unroll
+    for (int k = 0; k < EACH_OF_HALF; k++) {
+        const int e = worker() + k * THREADS;
+        if (e < HALF) r[k] = fetch_piece<STAGE>(e + (ADJOINT ? HALF : 0), p, rows, rows, mask, i0);
+    }
+}
+DEVICE void put_half(float* tile, const piece (&r)[EACH_OF_HALF]) {
+#pragma unroll
+    for (int k = 0; k < EACH_OF_HALF; k++) {
+        const int e = worker() + k * THREADS;
+        if (e < HALF) put_piece<STAGE, ROW>(e, tile, tile, r[k]);
+    }
+}
 #define SLOTS (WARPS * (STATES * 32 * (int)(sizeof(slot) / 4) + 3 * TENSOR))  // floats of a team's slots and inputs
 template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
     SHARED_OF_TEAM(shared, SLOTS + STATES * ROW);
@@ -276,14 +292,22 @@ template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
     bring(inD, delta, tile * TILE, live, full && live == ALL, q);
     bring(inV, first, tile * TILE, live, full && live == ALL, q);
     if (ADJOINT && p.z != 0) bring(inZ, gate, tile * TILE, live, full && live == ALL, q);
+#if PREFETCH
+    piece next[EACH_OF_HALF];
+    fetch_half<ADJOINT>(next, p, rows, mask, begin + (ADJOINT ? 0 : stages - 1) * STAGE);
+#endif
     for (int s = 0; s < stages; s++) {
         const int stage = ADJOINT ? s : stages - 1 - s, steps = stage * STAGE;
         if (!team_sync_or(active > 0)) break;
-        for (int e = worker(); e < STAGE * STATES / PER; e += THREADS) {  // the first half of the pieces is B's
-            const int from = e + (ADJOINT ? STAGE * STATES / PER : 0);
-            put_piece<STAGE, ROW>(e, rows_in, rows_in, fetch_piece<STAGE>(from, p, rows, rows, mask, begin + steps));
-        }
+#if PREFETCH
+        put_half(rows_in, next);
         team_sync();
+        if (s + 1 < stages) fetch_half<ADJOINT>(next, p, rows, mask, begin + (ADJOINT ? s + 1 : stages - 2 - s) * STAGE);
+#else
+        for (int e = worker(); e < HALF; e += THREADS)
+            put_piece<STAGE, ROW>(e, rows_in, rows_in, fetch_piece<STAGE>(e + (ADJOINT ? HALF : 0), p, rows, rows, mask, begin + steps));
+        team_sync();
+#endif
         for (int w = 0; w < TILES && active > 0; w++) {
             const int t0 = (ADJOINT ? w : TILES - 1 - w) * TILE;
             if (steps + t0 >= size) continue;
