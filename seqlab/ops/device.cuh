@@ -35,14 +35,6 @@ DEVICE float rcp_fast(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f
 DEVICE u32 pack_bf16(float low, float high) {
     u32 v; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low)); return v;
 }
-// A barrier of some warps of a block: which (1 to 15) and how many threads; with a vote, whether any of them has v.
-DEVICE void team_barrier(int which, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(which), "r"(threads) : "memory"); }
-DEVICE int team_barrier_or(int which, int threads, int v) {
-    int any;
-    asm volatile("{ .reg .pred p, q; setp.ne.s32 p, %1, 0; bar.red.or.pred q, %2, %3, p; selp.s32 %0, 1, 0, q; }"
-                 : "=r"(any) : "r"(v), "r"(which), "r"(threads) : "memory");
-    return any;
-}
 #define FULL 0xffffffffu
 DEVICE float lane_xor(float v, int bit) { return __shfl_xor_sync(FULL, v, bit); }
 DEVICE bool warp_all(bool v) { return __all_sync(FULL, v); }

@@ -45,8 +45,6 @@ static unsigned waiting_block[CLUSTER], block_round[CLUSTER], waiting_cluster, c
 static std::vector<unsigned> waiting_warp, warp_round;
 static std::vector<float> slot, operands;
 static int votes[CLUSTER], votes_out[CLUSTER];
-static unsigned waiting_team[16], team_round[16];
-static int team_votes[16], team_votes_out[16];
 static unsigned block() { return current / blockDim.x; }
 
 static void yield() { unsigned me = current; swapcontext(&fibres[me].context, &scheduler); }
@@ -81,22 +79,6 @@ static void cluster_barrier() {
     while (cluster_round == mine) yield();
 }
 }
-// One block at a time: a cluster's blocks would meet at the same counters.
-static inline int team_barrier_or(int which, int threads, int v) {
-    using namespace emulated;
-    unsigned mine = team_round[which];
-    team_votes[which] |= v != 0;
-    if (++waiting_team[which] == (unsigned)threads) {
-        waiting_team[which] = 0;
-        team_votes_out[which] = team_votes[which];
-        team_votes[which] = 0;
-        team_round[which]++;
-        return team_votes_out[which];
-    }
-    while (team_round[which] == mine) yield();
-    return team_votes_out[which];
-}
-static inline void team_barrier(int which, int threads) { team_barrier_or(which, threads, 0); }
 static inline void __syncthreads() { emulated::block_barrier(0); }
 static inline int __syncthreads_or(int v) { return emulated::block_barrier(v != 0); }
 static inline void __syncwarp() { emulated::warp_barrier(); }
@@ -223,7 +205,6 @@ template <class P> static void run_grid(void (*kernel)(const P), const P* params
         waiting_warp.assign(count / 32 + 1, 0);
         warp_round.assign(count / 32 + 1, 0);
         waiting_cluster = 0;
-        for (unsigned& waiting : waiting_team) waiting = 0;
         for (unsigned t = 0; t < count; t++) {
             Fibre& f = fibres[t];
             f.done = false;

@@ -25,7 +25,7 @@ KERNELS = (
 )  # fmt: skip
 SHORT_SOURCE, SHORT_KERNELS = "selective_scan/scan_short.cu", ("short_forward", "short_backward", "short_reduce")
 PAIR_KERNELS = tuple(f"{name}_pair" for name in SHORT_KERNELS)
-TILE, STAGE, BACKWARD_STAGE = 8, 32, 16
+TILE, STAGE = 8, 32
 GROUP = 64
 """States in one launch; more are run in groups, whose outputs are added."""
 BACKWARD_GROUP = 16
@@ -208,20 +208,11 @@ def _shared_bytes(kernel: str, n: int, warps: int, size: int = 2, wide: int = 0)
         each = math.ceil(2 * STAGE * n / per / (32 * warps)) * per
         return 4 * n * row * 2 * (2 if each <= 16 else 1) + slots + inputs
     if kernel == "scan_backward":
-        fold = 576 if size == 2 else 1024
+        fold, stage = 576 if size == 2 else 1024, 16 if warps > 2 else 8
         floats = 128 * TILE + 3 * 16 * TILE * size  # inputs
-        sums = (n * (2 * BACKWARD_STAGE + 2) + 3) // 4 * 4
-        return 4 * warps * (256 * n + fold + floats + sums) + 8 * n * (BACKWARD_STAGE + 4)
+        sums = (n * (2 * stage + 2) + 3) // 4 * 4
+        return 4 * warps * (256 * n + fold + floats + sums) + 8 * n * (stage + 4)
     return {"scan_reduce": 1024, "scan_carry": 2048, "adjoint_carry": 2048}[kernel]  # 256 threads, 1 and 2 floats each
-
-
-def _teams(warps: int, shared: int, limit: int) -> int:
-    """How many teams of so many warps share a block (scan.cu says why): four warps, where the shared memory of each, in
-    bytes, allows for it."""
-    teams = {1: 4, 2: 2}.get(warps, 1)
-    while teams * shared > limit:
-        teams //= 2
-    return max(1, teams)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -255,9 +246,9 @@ def _wide(n: int, *tensors: Tensor | None) -> int:
     ))  # fmt: skip
 
 
-def _defines(u: Tensor, n: int, warps: int, paired: int, wide: int, teams: int = 1, grouped: int = 0) -> tuple[tuple[str, int], ...]:
-    basic = (("STATES", n), ("WARPS", warps), ("BF16", int(u.dtype == torch.bfloat16)), ("PAIRED", paired), ("WIDE", wide))
-    return (*basic, *((("TEAMS", teams),) if teams > 1 else ()), *((("GROUPED", 1),) if grouped else ()))
+def _defines(u: Tensor, n: int, warps: int, paired: int, wide: int, grouped: int = 0) -> tuple[tuple[str, int], ...]:
+    basic = (("STATES", n), ("WARPS", warps), ("BF16", int(u.dtype == torch.bfloat16)), ("PAIRED", paired))
+    return (*basic, ("WIDE", wide), *((("GROUPED", 1),) if grouped else ()))
 
 
 # Finding out how to run a call takes longer than running a short one, so it is done once for every kind of call: shapes,
@@ -332,13 +323,13 @@ def _carry_shares(chunks: int) -> int:
     return max(1, min(8, 1 << (chunks // 8).bit_length() - 1)) if chunks >= 8 else 1
 
 
-def _summary_launches(names: tuple[str, str], n: int, cut: Plan, teams: int, batch: int, channels: int, size: int):
+def _summary_launches(names: tuple[str, str], n: int, cut: Plan, batch: int, channels: int, size: int):
     """The launches that find the state entering every chunk: none for a single chunk; few chunks are summed where needed."""
     ends, carry = names
     if cut.chunks == 1:
         return []
-    blocks = math.ceil(batch * (cut.chunks - 1) * cut.channel_blocks / teams)
-    launches = [(ends, blocks, teams * cut.threads, teams * _shared_bytes(ends, n, cut.warps, size))]
+    blocks = batch * (cut.chunks - 1) * cut.channel_blocks
+    launches = [(ends, blocks, cut.threads, _shared_bytes(ends, n, cut.warps, size))]
     if cut.chunks > FEW:
         blocks = batch * math.ceil(n * channels * _carry_shares(cut.chunks) / 256)
         launches.append((carry, blocks, 256, _shared_bytes(carry, n, 8)))
@@ -401,25 +392,24 @@ def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse:
     warps = _most_warps("scan_forward", n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit, size, wide)
     first = plan(1, 1, channels, 1, warps, 1)
     shared = _shared_bytes("scan_forward", n, first.warps, size, wide)
-    teams = _teams(first.warps, shared, device.shared_limit)
 
     def work(warps_held: int) -> float:
-        slots = warps_held // (teams * first.warps) * teams * device.multiprocessors
+        slots = warps_held // first.warps * device.multiprocessors
         return warps_held * _plan_and_cost(batch, length, channels, slots, warps, grain)[1]
 
     resident = FORWARD_RESIDENT[0]
     for more in FORWARD_RESIDENT[1:]:
-        if more // (teams * first.warps) * (teams * shared + 1024) <= device.shared_limit and work(more) < 0.95 * work(resident):
+        if more // first.warps * (shared + 1024) <= device.shared_limit and work(more) < 0.95 * work(resident):
             resident = more
-    defines = _defines(u, n, first.warps, paired, wide, teams)
+    defines = _defines(u, n, first.warps, paired, wide)
     if resident != FORWARD_RESIDENT[0]:  # else what the backward pass uses too
         defines = (*defines, ("FORWARD_RESIDENT", resident))
     module = device.module(defines)
-    slots = module.resident("scan_forward", teams * first.threads, teams * shared) * teams * device.multiprocessors
+    slots = module.resident("scan_forward", first.threads, shared) * device.multiprocessors
     cut = plan(batch, length, channels, slots, warps, grain)
     p = _template(u, delta, A, B, C, z, softplus, reverse, cut)
-    launches = _summary_launches(("scan_ends", "scan_carry"), n, cut, teams, batch, channels, size)
-    launches.append(("scan_forward", math.ceil(p.items / teams), teams * cut.threads, teams * shared))
+    launches = _summary_launches(("scan_ends", "scan_carry"), n, cut, batch, channels, size)
+    launches.append(("scan_forward", p.items, cut.threads, shared))
     borders = batch * cut.chunks * n * channels if cut.chunks > 1 else 0
     work = borders + batch * cut.chunks * channels if borders else 0
     kept = (batch, p.all_segments, n, channels)
@@ -505,16 +495,14 @@ def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: 
     first = plan(1, 1, channels, 1, warps, 1)
     gated = () if z is not None else (("GATED", 0),)
     shared = _shared_bytes("scan_backward", n, first.warps, size)
-    teams = _teams(first.warps, shared, device.shared_limit)
-    module = device.module((*_defines(u, n, first.warps, paired, wide, teams, grouped), *gated))
-    slots = module.resident("scan_backward", teams * first.threads, teams * shared) * teams * device.multiprocessors
+    module = device.module((*_defines(u, n, first.warps, paired, wide, grouped), *gated))
+    slots = module.resident("scan_backward", first.threads, shared) * device.multiprocessors
     cut = plan(batch, length, channels, slots, warps, segment)
     p = _template(u, delta, A, B, C, z, softplus, reverse, cut)
     p.dy_b, p.dy_t = dy.stride(0), dy.stride(1)
-    launches = _summary_launches(("adjoint_ends", "adjoint_carry"), n, cut, teams, batch, channels, size)
-    tiles, several = segment // TILE, cut.channel_blocks > 1
-    grid = math.ceil(min(p.items, slots) / teams)
-    launches.append(("scan_backward", grid, teams * cut.threads, teams * shared))
+    launches = _summary_launches(("adjoint_ends", "adjoint_carry"), n, cut, batch, channels, size)
+    grid, tiles, several = min(p.items, slots), segment // TILE, cut.channel_blocks > 1
+    launches.append(("scan_backward", grid, cut.threads, shared))
     blocks = math.ceil((n + 2) * channels / 32)
     if several:
         blocks += min(8 * device.multiprocessors, math.ceil(batch * length * n / 256))
@@ -524,7 +512,7 @@ def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: 
     parts, work = _workspace(
         ends=borders,
         sums=batch * cut.chunks * channels if borders else 0,
-        scratch=grid * teams * cut.warps * 64 * ((tiles + 1) * n + 16 * tiles),
+        scratch=grid * cut.warps * 64 * ((tiles + 1) * n + 16 * tiles),
         partial=batch * cut.chunks * (n + 2) * channels,
         **({"dB": sums, "dC": sums} if several else {}),
     )
@@ -756,9 +744,8 @@ def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, g
     warps = _most_warps(kernel, n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit, size)
     threads = plan(1, 1, channels, 1, warps, 1)
     shared = _shared_bytes(kernel, n, threads.warps, size)
-    teams = _teams(threads.warps, shared, device.shared_limit)
-    module = device.module(_defines(x, n, threads.warps, _paired(x, delta, gate), wide, teams))
-    slots = module.resident(kernel, teams * threads.threads, teams * shared) * teams * device.multiprocessors
+    module = device.module(_defines(x, n, threads.warps, _paired(x, delta, gate), wide))
+    slots = module.resident(kernel, threads.threads, shared) * device.multiprocessors
     cut = plan(batch, length, channels, slots, warps, segment_length(batch, length, channels))
     p = _template(x, delta, At.t(), vector, vector, gate, softplus, reverse, cut)
     _fill(p, x, delta, vector, vector, gate, x, At, None, bias, None, None, mask)
@@ -767,7 +754,7 @@ def piece_ends(x, vector, delta, A, bias, mask, softplus: bool, reverse: bool, g
     ends = torch.empty((batch, cut.chunks, n, channels), dtype=torch.float32, device=x.device)
     sums = torch.empty((batch, cut.chunks, channels), dtype=torch.float32, device=x.device)
     p.ends, p.sums = ends.data_ptr(), sums.data_ptr()
-    module.launch(kernel, math.ceil(p.items / teams), teams * cut.threads, teams * shared, p)
+    module.launch(kernel, p.items, cut.threads, shared, p)
     if not adjoint:  # the state leaves at the last chunk, its gradient at the first
         ends, sums = ends.flip(1), sums.flip(1)
     between = torch.cat((torch.zeros_like(sums[:, :1]), sums[:, :-1]), 1).cumsum(1)  # from a chunk to the piece's end

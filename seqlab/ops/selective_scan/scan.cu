@@ -26,17 +26,14 @@
 #define STAGE 32                     // steps of B and C in shared memory at a time
 #define TILES (STAGE / TILE)
 #define ROW (STAGE + 4)              // padded row of the transposed B and C: 16-byte aligned, banks spread
-#ifndef TEAMS
-#define TEAMS 1                      // of WARPS warps in a block, each with a chunk of its own
-#endif
-#define THREADS (WARPS * 32)         // of a team
+#define THREADS (WARPS * 32)
 #define EACH(steps) ((2 * (steps) * STATES / PER + THREADS - 1) / THREADS)  // fetches a thread does for B and C
 #ifndef FORWARD_RESIDENT
 #define FORWARD_RESIDENT 12          // warps a multiprocessor, which sets the registers a thread may have
 #endif
-#define FORWARD_BLOCKS (FORWARD_RESIDENT / (WARPS * TEAMS))
+#define FORWARD_BLOCKS (FORWARD_RESIDENT / WARPS)
 #ifndef BACKWARD_BLOCKS
-#define BACKWARD_BLOCKS (8 / (WARPS * TEAMS))
+#define BACKWARD_BLOCKS (8 / WARPS)
 #endif
 #ifndef UNROLL
 #define UNROLL 4                     // states at a time, scan_forward
@@ -58,22 +55,6 @@
 #define FORGET (BF16 ? 18.f : 27.f)  // what has decayed below 2^-FORGET is dropped: less than the data's own rounding
 #endif
 
-// A multiprocessor's warps are spread over its four schedulers block by block: blocks of one or two warps leave some of them with twice
-// the work of others. So such small teams share a block, and nothing else.
-#if TEAMS > 1
-DEVICE u32 worker() { return threadIdx.x % THREADS; }
-DEVICE u32 own_team() { return threadIdx.x / THREADS; }
-DEVICE void team_sync() { team_barrier(1 + own_team(), THREADS); }
-DEVICE int team_sync_or(int v) { return team_barrier_or(1 + own_team(), THREADS, v); }
-#else
-DEVICE u32 worker() { return threadIdx.x; }
-DEVICE u32 own_team() { return 0; }
-DEVICE void team_sync() { __syncthreads(); }
-DEVICE int team_sync_or(int v) { return __syncthreads_or(v); }
-#endif
-DEVICE i64 team() { return (i64)blockIdx.x * TEAMS + own_team(); }
-#define SHARED_OF_TEAM(name, floats) SHARED_FLOATS(name##_of_block); float* name = name##_of_block + own_team() * (floats)
-
 // Where a thread stands: its batch row, chunk and channels.
 struct Place : Channels {
     i64 b, k;
@@ -82,8 +63,8 @@ struct Place : Channels {
 
 DEVICE Place place(const Params& p, i64 item, i64 chunks) {
     Place q;
-    q.warp = worker() / 32;
-    q.lane = worker() % 32;
+    q.warp = threadIdx.x / 32;
+    q.lane = threadIdx.x % 32;
     i64 block = item % p.channel_blocks, rest = item / p.channel_blocks;
     q.k = rest % chunks;
     q.b = rest / chunks;
@@ -189,21 +170,21 @@ template <int STEPS> DEVICE void fetch_rows(piece (&r)[EACH(STEPS)], const Param
                                             const unsigned char* mask, i64 i0) {
 #pragma unroll
     for (int k = 0; k < EACH(STEPS); k++) {
-        const int e = worker() + k * THREADS;
+        const int e = threadIdx.x + k * THREADS;
         if (e < 2 * STEPS * STATES / PER) r[k] = fetch_piece<STEPS>(e, p, rowsB, rowsC, mask, i0);
     }
 }
 template <int STEPS, int PITCH> DEVICE void put_rows(float* tileB, float* tileC, const piece (&r)[EACH(STEPS)]) {
 #pragma unroll
     for (int k = 0; k < EACH(STEPS); k++) {
-        const int e = worker() + k * THREADS;
+        const int e = threadIdx.x + k * THREADS;
         if (e < 2 * STEPS * STATES / PER) put_piece<STEPS, PITCH>(e, tileB, tileC, r[k]);
     }
 }
 template <int STEPS, int PITCH, int WORKERS = THREADS> DEVICE void stage_rows(float* tileB, float* tileC, const Params& p, const elem* rowsB,
                                                        const elem* rowsC, const unsigned char* mask, i64 i0) {
 #pragma unroll 1
-    for (int e = worker(); e < 2 * STEPS * STATES / PER; e += WORKERS)
+    for (int e = threadIdx.x; e < 2 * STEPS * STATES / PER; e += WORKERS)
         put_piece<STEPS, PITCH>(e, tileB, tileC, fetch_piece<STEPS>(e, p, rowsB, rowsC, mask, i0));
 }
 template <int PITCH = ROW> DEVICE void read_row(float (&v)[TILE], const float* tile, int n, int t) {
@@ -253,27 +234,26 @@ DEVICE void bring(pair* to, const Line& a, int i, u32 live, bool whole, const Pl
 template <bool ADJOINT> DEVICE void fetch_half(piece (&r)[EACH_OF_HALF], const Params& p, const elem* rows, const unsigned char* mask, i64 i0) {
 #pragma unroll
     for (int k = 0; k < EACH_OF_HALF; k++) {
-        const int e = worker() + k * THREADS;
+        const int e = threadIdx.x + k * THREADS;
         if (e < HALF) r[k] = fetch_piece<STAGE>(e + (ADJOINT ? HALF : 0), p, rows, rows, mask, i0);
     }
 }
 DEVICE void put_half(float* tile, const piece (&r)[EACH_OF_HALF]) {
 #pragma unroll
     for (int k = 0; k < EACH_OF_HALF; k++) {
-        const int e = worker() + k * THREADS;
+        const int e = threadIdx.x + k * THREADS;
         if (e < HALF) put_piece<STAGE, ROW>(e, tile, tile, r[k]);
     }
 }
-#define SLOTS (WARPS * (STATES * 32 * (int)(sizeof(slot) / 4) + 3 * TENSOR))  // floats of a team's slots and inputs
+#define SLOTS (WARPS * (STATES * 32 * (int)(sizeof(slot) / 4) + 3 * TENSOR))  // floats of the slots and inputs
 template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
-    SHARED_OF_TEAM(shared, SLOTS + STATES * ROW);
-    const int warp = worker() / 32, lane = worker() % 32;
+    SHARED_FLOATS(shared);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     slot* sums = (slot*)shared + warp * STATES * 32 + lane;
     pair* inD = (pair*)(shared + WARPS * STATES * 32 * (sizeof(slot) / 4)) + warp * 3 * TILE * 32;
     pair *inV = inD + TILE * 32, *inZ = inD + 2 * TILE * 32;
     float* rows_in = shared + SLOTS;  // (STATES, ROW)
-    if (team() >= p.batch * p.summed * p.channel_blocks) return;
-    Place q = place(p, team(), p.summed);
+    Place q = place(p, blockIdx.x, p.summed);
     if (ADJOINT) q.k += p.chunks - p.summed;
     const i64 begin = q.k * p.chunk;
     const int size = (int)(begin + p.chunk < p.length ? p.chunk : p.length - begin), tiles = (size + TILE - 1) / TILE;
@@ -298,15 +278,15 @@ template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
 #endif
     for (int s = 0; s < stages; s++) {
         const int stage = ADJOINT ? s : stages - 1 - s, steps = stage * STAGE;
-        if (!team_sync_or(active > 0)) break;
+        if (!__syncthreads_or(active > 0)) break;
 #if PREFETCH
         put_half(rows_in, next);
-        team_sync();
+        __syncthreads();
         if (s + 1 < stages) fetch_half<ADJOINT>(next, p, rows, mask, begin + (ADJOINT ? s + 1 : stages - 2 - s) * STAGE);
 #else
-        for (int e = worker(); e < HALF; e += THREADS)
+        for (int e = threadIdx.x; e < HALF; e += THREADS)
             put_piece<STAGE, ROW>(e, rows_in, rows_in, fetch_piece<STAGE>(e + (ADJOINT ? HALF : 0), p, rows, rows, mask, begin + steps));
-        team_sync();
+        __syncthreads();
 #endif
         for (int w = 0; w < TILES && active > 0; w++) {
             const int t0 = (ADJOINT ? w : TILES - 1 - w) * TILE;
@@ -381,8 +361,8 @@ template <bool ADJOINT> DEVICE void chunk_ends(const Params& p) {
     for (int n = 0; n < STATES; n++) write2(out + n * p.channels, q, value(sums[n * 32]));
     write2(p.sums + (q.b * p.chunks + q.k) * p.channels, q, total);
 }
-KERNEL BOUNDS(TEAMS * THREADS, FORWARD_BLOCKS) scan_ends(const Params p) { chunk_ends<false>(p); }
-KERNEL BOUNDS(TEAMS * THREADS, FORWARD_BLOCKS) adjoint_ends(const Params p) { chunk_ends<true>(p); }
+KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_ends(const Params p) { chunk_ends<false>(p); }
+KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) adjoint_ends(const Params p) { chunk_ends<true>(p); }
 
 // ------------------------------------------------------------------------------------------------------ carries
 // Replaces what every chunk adds by what enters it. A block of 256 threads has 256 / p.shares neighbouring (state, channel) of one row
@@ -446,15 +426,14 @@ DEVICE float2 entering(const Params& p, const Place& q, int n) {
     }
     return h;
 }
-KERNEL BOUNDS(TEAMS * THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
-    SHARED_OF_TEAM(shared, SLOTS + (PREFETCH ? 4 : 2) * STATES * ROW);
-    const int warp = worker() / 32, lane = worker() % 32;
+KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
+    SHARED_FLOATS(shared);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     slot* state = (slot*)shared + warp * STATES * 32 + lane;
     pair* inputs = (pair*)(shared + WARPS * STATES * 32 * (sizeof(slot) / 4)) + warp * 3 * TILE * 32;
     pair *inU = inputs, *inD = inputs + TILE * 32, *inZ = inputs + 2 * TILE * 32;
     float* tiles = shared + SLOTS;  // (2 or 1, B and C, STATES, ROW)
-    if (team() >= p.items) return;
-    const Place q = place(p, team(), p.chunks);
+    const Place q = place(p, blockIdx.x, p.chunks);
     const i64 begin = q.k * p.chunk;
     const int size = (int)(begin + p.chunk < p.length ? p.chunk : p.length - begin), segment = (int)p.segment;
     const int stages = (size + STAGE - 1) / STAGE;
@@ -478,13 +457,13 @@ KERNEL BOUNDS(TEAMS * THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
 #if PREFETCH
         float *tileB = tiles + (s & 1) * 2 * STATES * ROW, *tileC = tileB + STATES * ROW;
         put_rows<STAGE, ROW>(tileB, tileC, next);
-        team_sync();  // one is enough: what is overwritten next was read before the previous one
+        __syncthreads();  // one is enough: what is overwritten next was read before the previous one
         if (s + 1 < stages) fetch_rows<STAGE>(next, p, rowsB, rowsC, mask, begin + (s + 1) * STAGE);
 #else
         float *tileB = tiles, *tileC = tileB + STATES * ROW;
-        team_sync();
+        __syncthreads();
         stage_rows<STAGE, ROW>(tileB, tileC, p, rowsB, rowsC, mask, begin + s * STAGE);
-        team_sync();
+        __syncthreads();
 #endif
         if (p.segments != 0 && s * STAGE % segment == 0) {
             float* out = p.segments + (q.b * p.all_segments + (begin + s * STAGE) / segment) * p.all_states * p.channels;
@@ -554,7 +533,7 @@ KERNEL BOUNDS(TEAMS * THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
 
 // ----------------------------------------------------------------------------------------------------- gradients
 #if STATES <= 16
-#define BSTAGE 16                    // steps of B and C in shared memory at a time
+#define BSTAGE (WARPS > 2 ? 16 : 8)  // steps of B and C in shared memory at a time; with 16 four blocks of two warps would not fit
 #define BTILES (BSTAGE / TILE)
 #define BROW (BSTAGE + 4)
 #define SUM_ROW (2 * BSTAGE + 2)     // sums of one state over a warp's channels: BSTAGE for C, BSTAGE for B, padding
@@ -679,9 +658,9 @@ DEVICE float fold_read(const float* fold, int lane) {
 }
 #endif
 
-KERNEL BOUNDS(TEAMS * THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
-    SHARED_OF_TEAM(shared, WARPS * WARP_FLOATS + 2 * STATES * BROW);
-    const int warp = worker() / 32, lane = worker() % 32;
+KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
+    SHARED_FLOATS(shared);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float* own = shared + warp * WARP_FLOATS;
     float4* hs = (float4*)own + lane;               // (STATES, 32): state entering the tile, log2(e) A
     float4* adj = (float4*)(own + PLANE) + lane;    // (STATES, 32): adjoint coming from the right, sum for dA
@@ -697,7 +676,7 @@ KERNEL BOUNDS(TEAMS * THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
     float* tileC = tileB + STATES * BROW;           // (STATES, BROW)
     const int tiles = (int)(p.segment / TILE), segment = (int)p.segment;
     // What the first half of a segment leaves for the second: the state at every tile, delta' and the gated dy.
-    float2* marks = (float2*)p.scratch + (team() * WARPS + warp) * ((tiles + 1) * STATES * 32 + tiles * 512) + lane;
+    float2* marks = (float2*)p.scratch + ((i64)blockIdx.x * WARPS + warp) * ((tiles + 1) * STATES * 32 + tiles * 512) + lane;
     float4* steps = (float4*)(marks - lane + (tiles + 1) * STATES * 32) + lane;
     const float2 none = make_float2(0.f, 0.f);
 #if BF16
@@ -705,7 +684,7 @@ KERNEL BOUNDS(TEAMS * THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
 #pragma unroll
     for (int k = 0; k < 4; k++) pick[k] = make_float2(lane / 4 == 2 * k ? 1.f : 0.f, lane / 4 == 2 * k + 1 ? 1.f : 0.f);
 #endif
-    for (i64 item = team(); item < p.items; item += (i64)gridDim.x * TEAMS) {
+    for (i64 item = blockIdx.x; item < p.items; item += gridDim.x) {
         const Place q = place(p, item, p.chunks);
         const i64 begin = q.k * p.chunk;
         const int size = (int)(begin + p.chunk < p.length ? p.chunk : p.length - begin);
@@ -742,9 +721,9 @@ KERNEL BOUNDS(TEAMS * THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
             fetch_rows<BSTAGE>(next, p, rowsB, rowsC, mask, begin + left);
 #pragma unroll 1
             for (int s = 0; s < stages; s++) {
-                team_sync();
+                __syncthreads();
                 put_rows<BSTAGE, BROW>(tileB, tileC, next);
-                team_sync();
+                __syncthreads();
                 if (s + 1 < stages) fetch_rows<BSTAGE>(next, p, rowsB, rowsC, mask, begin + left + (s + 1) * BSTAGE);
 #pragma unroll 1
                 for (int w = 0; w < BTILES; w++) {
@@ -833,7 +812,7 @@ KERNEL BOUNDS(TEAMS * THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                 }
             }
             // Back through the segment, reading one tile ahead.
-            team_sync();
+            __syncthreads();
             live = live_at(p, q, begin, left + last * TILE, size, plain);
             bring(inU + (last & 1) * TILE * 32, u, left + last * TILE, live, plain && live == ALL, q);
 #pragma unroll
@@ -842,9 +821,9 @@ KERNEL BOUNDS(TEAMS * THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
             fetch_rows<BSTAGE>(next, p, rowsB, rowsC, mask, begin + left + (stages - 1) * BSTAGE);
 #pragma unroll 1
             for (int s = stages - 1; s >= 0; s--) {
-                team_sync();
+                __syncthreads();
                 put_rows<BSTAGE, BROW>(tileB, tileC, next);
-                team_sync();
+                __syncthreads();
                 if (s > 0) fetch_rows<BSTAGE>(next, p, rowsB, rowsC, mask, begin + left + (s - 1) * BSTAGE);
 #pragma unroll 1
                 for (int w = BTILES - 1; w >= 0; w--) {
@@ -1030,8 +1009,8 @@ KERNEL BOUNDS(TEAMS * THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
                     give(p, p.ddelta, out, i, sumA, inD, now, whole, q);
                     __syncwarp();
                 }
-                team_sync();
-                for (int e = worker(); e < BSTAGE * STATES; e += THREADS) {
+                __syncthreads();
+                for (int e = threadIdx.x; e < BSTAGE * STATES; e += THREADS) {
                     const int n = e % STATES, t = e / STATES, i = left + s * BSTAGE + t;
                     float sumC = 0.f, sumB = 0.f;
                     const float* from = channel_sums + n * SUM_ROW + t;
@@ -1059,7 +1038,7 @@ KERNEL BOUNDS(TEAMS * THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
         write2(rows + (STATES + 1) * p.channels, q, dbias);
         if (p.dinitial != 0 && q.k == 0)
             for (int n = 0; n < STATES; n++) write_state(p, q, p.dinitial, q.b, n, make_float2(adj[n * 32].x, adj[n * 32].y));
-        team_sync();
+        __syncthreads();
     }
 }
 #endif

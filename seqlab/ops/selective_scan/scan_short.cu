@@ -81,40 +81,28 @@ DEVICE void store_tile(elem* base, const Params& p, i64 i0, const float2 (&v)[TI
 // the lanes that follow each other have side by side. Zeros at dead steps.
 #define ROW(span, which, n) ((((span) * 2 + (which)) * STATES + (n)) * SPAN)
 DEVICE int column(int t) { return BF16 ? t : t % TILE / 4 * (SPAN / 2) + t / TILE * 4 + t % 4; }
-#define FETCHES 8  // of a thread in flight
 DEVICE void stage_rows(elem* tile, const Params& p, i64 b, i64 i0) {
     const elem *rowsB = p.B + b * p.B_b, *rowsC = p.C + b * p.C_b;
     const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + b * p.length;
-    union Piece { uint4 all; elem each[16 / sizeof(elem)]; };
-    const int pieces = TIMES * SPAN * 2 * STATES / PER;
-    for (int first = threadIdx.x; first < pieces; first += FETCHES * THREADS) {
-        Piece v[FETCHES];
-#pragma unroll
-        for (int k = 0; k < FETCHES; k++) {
-            const int e = first + k * THREADS, t = e % SPAN, rest = e / SPAN, n = rest % (STATES / PER) * PER;
-            const int which = rest / (STATES / PER) % 2, span = rest / (STATES / PER) / 2;
-            const i64 i = i0 + span * SPAN + t;
-            v[k].all = make_uint4(0u, 0u, 0u, 0u);
-            if (e < pieces && i < p.length) {
-                const i64 at = position(p, i);
-                if (mask == 0 || mask[at]) {
-                    const elem* from = which ? rowsC + at * p.C_t + n : rowsB + at * p.B_t + n;
+    for (int e = threadIdx.x; e < TIMES * SPAN * 2 * STATES / PER; e += THREADS) {
+        const int t = e % SPAN, rest = e / SPAN, n = rest % (STATES / PER) * PER, which = rest / (STATES / PER) % 2;
+        const int span = rest / (STATES / PER) / 2;
+        const i64 i = i0 + span * SPAN + t;
+        union { uint4 all; elem each[16 / sizeof(elem)]; } v;
+        v.all = make_uint4(0u, 0u, 0u, 0u);
+        if (i < p.length) {
+            const i64 at = position(p, i);
+            if (mask == 0 || mask[at]) {
+                const elem* from = which ? rowsC + at * p.C_t + n : rowsB + at * p.B_t + n;
 #if WIDE
-                    v[k].all = __ldg((const uint4*)from);
+                v.all = __ldg((const uint4*)from);
 #else
-                    v[k].each[0] = __ldg(from);
+                v.each[0] = __ldg(from);
 #endif
-                }
             }
         }
 #pragma unroll
-        for (int k = 0; k < FETCHES; k++) {
-            const int e = first + k * THREADS, t = e % SPAN, rest = e / SPAN, n = rest % (STATES / PER) * PER;
-            const int which = rest / (STATES / PER) % 2, span = rest / (STATES / PER) / 2;
-            if (e >= pieces) break;
-#pragma unroll
-            for (int m = 0; m < PER; m++) tile[ROW(span, which, n + m) + column(t)] = v[k].each[m];
-        }
+        for (int m = 0; m < PER; m++) tile[ROW(span, which, n + m) + column(t)] = v.each[m];
     }
 }
 DEVICE void read_steps(float (&v)[TILE], const elem* row, int step) {
