@@ -227,3 +227,35 @@ def test_threads_survive_a_fork():
         "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0\n"
     )
     loaded(code)
+
+
+def test_recent_calls_are_told_apart_by_everything_but_values(monkeypatch):
+    """What it takes for the same call has skipped the checks: each difference that they look at must count."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    recent, x, y = dispatch.Recent(), torch.randn(2, 3), torch.randn(3)
+    assert recent.find("cuda", (x, y, None), True) is None
+    recent.keep("first", "cuda", (x, y, None), True)
+    assert recent.find("cuda", (torch.randn(2, 3), y.clone(), None), True) == "first"
+    others = (
+        (torch.randn(3, 2), y), (torch.randn(3, 2).t(), y), (x.double(), y), (x.requires_grad_(), y), (x.detach(), torch.randn(4)),
+        (x.detach().to("meta"), y), (torch.nn.Parameter(x.detach(), requires_grad=False), y),
+    )  # fmt: skip
+    for other in others:
+        assert recent.find("cuda", (*other, None), True) is None, other
+    x = x.detach()
+    assert recent.find("cpu", (x, y, None), True) is None and recent.find("cuda", (x, y, None), False) is None
+    with torch.no_grad():
+        assert recent.find("cuda", (x, y, None), True) is None
+    for number in range(dispatch.Recent.MOST):
+        recent.keep(number, "cuda", (torch.randn(5 + number, 3), y, None), True)
+    assert recent.find("cuda", (x, y, None), True) is None and recent.find("cuda", (torch.randn(5, 3), y, None), True) == 0
+
+
+def test_recent_calls_are_none_without_torchs_guards(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(dispatch, "TensorGuards", None)
+    recent, x = dispatch.Recent(), torch.randn(2)
+    recent.keep("first", "cuda", (x,))
+    assert recent.find("cuda", (x,)) is None

@@ -4,7 +4,7 @@ import emulate
 import pytest
 import torch
 
-from seqlab.ops import causal_conv1d, nvrtc, selective_scan
+from seqlab.ops import causal_conv1d, dispatch, nvrtc, selective_scan
 from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.causal_conv1d import reference as conv_reference
 from seqlab.ops.selective_scan import cpu, reference
@@ -210,17 +210,18 @@ def as_if_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     for operator in (selective_scan, causal_conv1d):
         monkeypatch.setitem(operator.__globals__, "_known", {})
+    monkeypatch.setitem(selective_scan.__globals__, "_recent", dispatch.Recent())
     return lambda operator: operator.__globals__["_known"]
 
 
 def test_a_scan_seen_before_skips_the_checks_but_not_the_answer(monkeypatch, as_if_on_a_gpu):
-    """The same layout with other values; then what makes it another call: a stride, an alignment, a flag, a gradient."""
+    """The same layout with other values, another alignment; then what makes it another call: a flag, a gradient, a stride."""
     torch.manual_seed(0)
     checks = []
     real = selective_scan.__globals__["_check"]
     monkeypatch.setitem(selective_scan.__globals__, "_check", lambda *a: checks.append(1) or real(*a))
     for number, (cut, reverse, final, grad, seen) in enumerate((
-        (slice(0, 6), False, False, True, False), (slice(0, 6), False, False, True, True), (slice(1, 7), False, False, True, False),
+        (slice(0, 6), False, False, True, False), (slice(0, 6), False, False, True, True), (slice(1, 7), False, False, True, True),
         (slice(0, 6), True, False, True, False), (slice(0, 6), False, True, True, False), (slice(0, 6), False, True, True, True),
         (slice(0, 6), False, True, False, False), (slice(0, 6), False, True, False, True),
     )):  # fmt: skip

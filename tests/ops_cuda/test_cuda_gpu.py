@@ -63,11 +63,13 @@ def kernels(request, monkeypatch):
     """Both ways of running a scan (scan.cu, scan_short.cu), whichever is chosen for its size."""
     for limit in ("SHORT_FORWARD", "SHORT_BACKWARD"):
         monkeypatch.setattr(native, limit, 0 if request.param == "in chunks" else 1 << 62)
-    for memory in (native._recipes, selective_scan.__globals__["_known"]):
+    operator = selective_scan.__globals__
+    for memory in (native._recipes, operator["_known"], operator["_recent"]):
         memory.clear()
     native.short.cache_clear()
     yield request.param
-    for memory in (native._recipes, selective_scan.__globals__["_known"]):
+    operator = selective_scan.__globals__
+    for memory in (native._recipes, operator["_known"], operator["_recent"]):
         memory.clear()
     native.short.cache_clear()
 

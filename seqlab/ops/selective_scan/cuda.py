@@ -238,6 +238,10 @@ def _paired(*tensors: Tensor | None) -> int:
     return 1
 
 
+def _aligned(*tensors: Tensor | None) -> bool:
+    return not any(x is not None and x.data_ptr() % 16 for x in tensors)
+
+
 def _wide(n: int, *tensors: Tensor | None) -> int:
     """1 if rows can be read in pieces of 16 bytes everywhere; the states of B and C too."""
     per = 16 // tensors[0].element_size()
@@ -268,6 +272,7 @@ class _Recipe:
     sums: int  # where in it the chunks' sums start, in bytes; the states at chunk borders are at its start
     launches: tuple[tuple[str, int, int, int], ...]  # kernel, blocks, threads, bytes of shared memory
     kept: tuple[int, ...] = ()  # shape of the states kept for the backward pass
+    aligned: bool = False  # forward: it was found for rows of data aligned to 16 bytes, and takes no others
     parts: tuple[tuple[str, int], ...] = ()  # of the workspace: a field of the parameters, where it starts in bytes
 
 
@@ -308,14 +313,15 @@ READ = ("u", "delta", "B", "C", "z", "dy", "A", "D", "bias", "initial", "dfinal"
 _write_addresses = struct.Struct(f"{len(READ)}Q").pack_into
 
 
-def _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask) -> None:
-    """The addresses of what is read, in READ's order."""
+def _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask) -> bool:
+    """The addresses of what is read, in READ's order; whether u, delta, B, C and z are aligned to 16 bytes."""
+    at_u, at_delta, at_B, at_C, at_z = u.data_ptr(), delta.data_ptr(), B.data_ptr(), C.data_ptr(), 0 if z is None else z.data_ptr()
     _write_addresses(
-        p, 0, u.data_ptr(), delta.data_ptr(), B.data_ptr(), C.data_ptr(), 0 if z is None else z.data_ptr(),
-        0 if dy is None else dy.data_ptr(), A.data_ptr(), 0 if D is None else D.data_ptr(),
-        0 if bias is None else bias.data_ptr(), 0 if initial is None else initial.data_ptr(),
+        p, 0, at_u, at_delta, at_B, at_C, at_z, 0 if dy is None else dy.data_ptr(), A.data_ptr(),
+        0 if D is None else D.data_ptr(), 0 if bias is None else bias.data_ptr(), 0 if initial is None else initial.data_ptr(),
         0 if dfinal is None else dfinal.data_ptr(), 0 if mask is None else mask.data_ptr(),
     )  # fmt: skip
+    return not (at_u | at_delta | at_B | at_C | at_z) % 16
 
 
 def _carry_shares(chunks: int) -> int:
@@ -379,7 +385,8 @@ def _short_forward_recipe(
     module, cut, p = _short_recipe(device, sides, u, delta, A, B, C, z, softplus, reverse, grain, scans)
     kernels = SHORT_KERNELS if scans == 1 else PAIR_KERNELS
     launches = ((kernels[0], scans * batch * cut.channel_blocks, cut.threads, sides.shared(n, size)),)
-    return _Recipe(module, p, cut, segment > 0, 0, 0, launches, (batch, p.all_segments, n, channels))
+    kept = (batch, p.all_segments, n, channels)
+    return _Recipe(module, p, cut, segment > 0, 0, 0, launches, kept, aligned=_aligned(u, delta, z, B, C))
 
 
 def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int) -> _Recipe:
@@ -413,7 +420,10 @@ def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse:
     borders = batch * cut.chunks * n * channels if cut.chunks > 1 else 0
     work = borders + batch * cut.chunks * channels if borders else 0
     kept = (batch, p.all_segments, n, channels)
-    return memorise(_recipes, kind, _Recipe(module, p, cut, segment > 0, work, 4 * borders, tuple(launches), kept))
+    found = _Recipe(
+        module, p, cut, segment > 0, work, 4 * borders, tuple(launches), kept, aligned=_aligned(u, delta, z, B, C)
+    )
+    return memorise(_recipes, kind, found)
 
 
 def _find_forward(device, tensors, softplus: bool, reverse: bool, segment: int):
@@ -433,9 +443,11 @@ def _find_forward(device, tensors, softplus: bool, reverse: bool, segment: int):
 
 
 def _run_forward(recipe: _Recipe, u, delta, A, B, C, D, z, bias, initial, mask, final: bool):
-    """y, the final state and what the backward pass needs (None where not wanted)."""
+    """y, the final state and what the backward pass needs (None where not wanted); None if the recipe takes aligned data and
+    these are not."""
     p = type(recipe.params).from_buffer_copy(recipe.params)
-    _fill(p, u, delta, B, C, z, None, A, D, bias, initial, None, mask)
+    if not _fill(p, u, delta, B, C, z, None, A, D, bias, initial, None, mask) and recipe.aligned:
+        return None
     y, states, last = _outputs(u, mask), None, None
     p.y = y.data_ptr()
     if final:
@@ -864,8 +876,8 @@ class Call(NamedTuple):
 
 def _execute(u: Tensor, call: Call, *rest):
     """(y, final state, states kept), for a call outside of torch.compile."""
-    if call.recipe is not None:
-        return _run_forward(call.recipe, u, *rest, call.final)
+    if call.recipe is not None and (found := _run_forward(call.recipe, u, *rest, call.final)) is not None:
+        return found
     return forward(u, *rest, call.softplus, call.reverse, call.segment, call.final)
 
 
