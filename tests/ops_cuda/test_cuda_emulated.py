@@ -211,6 +211,7 @@ def as_if_on_a_gpu(monkeypatch):
     for operator in (selective_scan, causal_conv1d):
         monkeypatch.setitem(operator.__globals__, "_known", {})
     monkeypatch.setitem(selective_scan.__globals__, "_recent", dispatch.Recent())
+    monkeypatch.setattr(scan, "_recent", dispatch.Recent())
     return lambda operator: operator.__globals__["_known"]
 
 

@@ -64,12 +64,11 @@ def kernels(request, monkeypatch):
     for limit in ("SHORT_FORWARD", "SHORT_BACKWARD"):
         monkeypatch.setattr(native, limit, 0 if request.param == "in chunks" else 1 << 62)
     operator = selective_scan.__globals__
-    for memory in (native._recipes, operator["_known"], operator["_recent"]):
+    for memory in (native._recipes, native._recent, operator["_known"], operator["_recent"]):
         memory.clear()
     native.short.cache_clear()
     yield request.param
-    operator = selective_scan.__globals__
-    for memory in (native._recipes, operator["_known"], operator["_recent"]):
+    for memory in (native._recipes, native._recent, operator["_known"], operator["_recent"]):
         memory.clear()
     native.short.cache_clear()
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seqlab.ops import nvrtc
-from seqlab.ops.dispatch import Request, memorise
+from seqlab.ops.dispatch import Recent, Request, memorise
 
 NATIVE_MASK = True
 SOURCE = "selective_scan/scan.cu"
@@ -258,6 +258,8 @@ def _defines(u: Tensor, n: int, warps: int, paired: int, wide: int, grouped: int
 # Finding out how to run a call takes longer than running a short one, so it is done once for every kind of call: shapes,
 # strides, alignments and options. What is left is to fill in the addresses.
 _recipes: dict[tuple, "_Recipe | None"] = {}
+_recent = Recent()
+"""Recipes of the backward passes run last."""
 
 
 @dataclass
@@ -272,7 +274,7 @@ class _Recipe:
     sums: int  # where in it the chunks' sums start, in bytes; the states at chunk borders are at its start
     launches: tuple[tuple[str, int, int, int], ...]  # kernel, blocks, threads, bytes of shared memory
     kept: tuple[int, ...] = ()  # shape of the states kept for the backward pass
-    aligned: bool = False  # forward: it was found for rows of data aligned to 16 bytes, and takes no others
+    aligned: bool = False  # it was found for rows of data aligned to 16 bytes, and takes no others
     parts: tuple[tuple[str, int], ...] = ()  # of the workspace: a field of the parameters, where it starts in bytes
 
 
@@ -314,14 +316,15 @@ _write_addresses = struct.Struct(f"{len(READ)}Q").pack_into
 
 
 def _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask) -> bool:
-    """The addresses of what is read, in READ's order; whether u, delta, B, C and z are aligned to 16 bytes."""
-    at_u, at_delta, at_B, at_C, at_z = u.data_ptr(), delta.data_ptr(), B.data_ptr(), C.data_ptr(), 0 if z is None else z.data_ptr()
+    """The addresses of what is read, in READ's order; whether u, delta, B, C, z and dy are aligned to 16 bytes."""
+    at_u, at_delta, at_B, at_C = u.data_ptr(), delta.data_ptr(), B.data_ptr(), C.data_ptr()
+    at_z, at_dy = 0 if z is None else z.data_ptr(), 0 if dy is None else dy.data_ptr()
     _write_addresses(
-        p, 0, at_u, at_delta, at_B, at_C, at_z, 0 if dy is None else dy.data_ptr(), A.data_ptr(),
-        0 if D is None else D.data_ptr(), 0 if bias is None else bias.data_ptr(), 0 if initial is None else initial.data_ptr(),
+        p, 0, at_u, at_delta, at_B, at_C, at_z, at_dy, A.data_ptr(), 0 if D is None else D.data_ptr(),
+        0 if bias is None else bias.data_ptr(), 0 if initial is None else initial.data_ptr(),
         0 if dfinal is None else dfinal.data_ptr(), 0 if mask is None else mask.data_ptr(),
     )  # fmt: skip
-    return not (at_u | at_delta | at_B | at_C | at_z) % 16
+    return not (at_u | at_delta | at_B | at_C | at_z | at_dy) % 16
 
 
 def _carry_shares(chunks: int) -> int:
@@ -490,7 +493,7 @@ def _short_backward_recipe(
         (kernels[2], scans * math.ceil(outputs / 256), 256, 0),
     )
     parts, work = _workspace(blocks=cut.channel_blocks * batch * 2 * n * length, partial=batch * (n + 2) * channels)
-    return _Recipe(module, p, cut, False, work, 0, launches, parts=parts)
+    return _Recipe(module, p, cut, False, work, 0, launches, aligned=_aligned(dy, u, delta, z, B, C), parts=parts)
 
 
 def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, n: int, grouped):
@@ -528,7 +531,8 @@ def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: 
         partial=batch * cut.chunks * (n + 2) * channels,
         **({"dB": sums, "dC": sums} if several else {}),
     )
-    return _Recipe(module, p, cut, not several, work, 0, tuple(launches), parts=parts)
+    aligned = _aligned(dy, u, delta, z, B, C)
+    return _Recipe(module, p, cut, not several, work, 0, tuple(launches), aligned=aligned, parts=parts)
 
 
 def _workspace(**floats: int) -> tuple[tuple[tuple[str, int], ...], int]:
@@ -567,17 +571,15 @@ def _find_backward(device, tensors, softplus: bool, reverse: bool, segment: int)
     return recipes, tensors
 
 
-def _read_and_workspace(recipe: _Recipe, p, work: int, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
-    """The backward pass's parameters but for what it writes; work: the address of its workspace."""
-    _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask)
+def _take_workspace(recipe: _Recipe, p, work: int, states: Tensor) -> None:
+    """The addresses of the backward pass's workspace, which starts at `work`, and of the states kept for it."""
     for name, offset in recipe.parts:
         setattr(p, name, work + offset)
     p.segments = states.data_ptr()
 
 
-def _backward_parameters(recipe: _Recipe, p, work: int, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
-    """All of the backward pass's parameters, by one recipe; returns the gradients it will write."""
-    _read_and_workspace(recipe, p, work, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states)
+def _take_outputs(recipe: _Recipe, p, u, delta, A, B, C, D, z, bias, initial, mask):
+    """All gradients, not yet written, their addresses in the parameters."""
     du, ddelta, dB, dC, dA = _outputs(u, mask), _outputs(delta, mask), _like(B), _like(C), _like(A)
     p.du, p.ddelta, p.into_B, p.into_C, p.dA = du.data_ptr(), ddelta.data_ptr(), dB.data_ptr(), dC.data_ptr(), dA.data_ptr()
     if recipe.keep:
@@ -598,11 +600,14 @@ def _backward_parameters(recipe: _Recipe, p, work: int, dy, dfinal, u, delta, A,
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
 
 
-def _run_backward(recipe: _Recipe, dy, dfinal, u, delta, A, *rest):
-    """All gradients by one recipe."""
+def _run_backward(recipe: _Recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
+    """All gradients by one recipe; None if it takes aligned data and these are not."""
     p = type(recipe.params).from_buffer_copy(recipe.params)
+    if not _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask) and recipe.aligned:
+        return None
     work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
-    grads = _backward_parameters(recipe, p, work.data_ptr(), dy, dfinal, u, delta, A, *rest)
+    _take_workspace(recipe, p, work.data_ptr(), states)
+    grads = _take_outputs(recipe, p, u, delta, A, B, C, D, z, bias, initial, mask)
     launch = recipe.module.launch
     for what in recipe.launches:
         launch(*what, p)
@@ -620,7 +625,8 @@ def _run_backward_groups(recipes: tuple[_Recipe, ...], dy, dfinal, u, delta, A, 
     for part, recipe in enumerate(recipes):
         p = type(recipe.params).from_buffer_copy(recipe.params)
         work = A.new_empty(recipe.work)
-        _read_and_workspace(recipe, p, work.data_ptr(), dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states)
+        _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask)
+        _take_workspace(recipe, p, work.data_ptr(), states)
         p.du, p.ddelta = du.data_ptr(), ddelta.data_ptr()
         for field, x in (("dz", dz), ("dD", dD), ("dbias", dbias), ("dinitial", dinitial)):
             setattr(p, field, 0 if x is None else x.data_ptr())
@@ -650,8 +656,15 @@ def backward(
 ):
     """Gradients of u, delta, A, B, C, D, z, bias, initial (None for what is absent)."""
     given = dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask
-    recipes, tensors = _find_backward(_device(u), given, softplus, reverse, segment)
+    options = softplus, reverse, segment
+    absent = dfinal is None, D is None, z is None, bias is None, initial is None, mask is None
+    recipe = _recent.find("cuda", given, options, absent)
+    if recipe is not None and (grads := _run_backward(recipe, *given, states)) is not None:
+        return grads
+    recipes, tensors = _find_backward(_device(u), given, *options)
     if len(recipes) == 1:
+        if recipes[0].aligned and tensors is given and dy.is_cuda and recipe is None:
+            _recent.keep(recipes[0], "cuda", given, options, absent)
         return _run_backward(recipes[0], *tensors, states)
     return _run_backward_groups(recipes, *tensors, states)
 
@@ -727,7 +740,10 @@ def backward_pair(dy: Tensor, scans, mask: Tensor | None, states, softplus: bool
     start = work.data_ptr()
     grads = []
     for mine, tensors, kept in zip(p, tidy, states, strict=True):
-        grads.append(_backward_parameters(recipe, mine, start, dy, None, *tensors, kept))
+        u, delta, A, B, C, D, z, bias, initial, mask = tensors
+        _fill(mine, u, delta, B, C, z, dy, A, D, bias, initial, None, mask)
+        _take_workspace(recipe, mine, start, kept)
+        grads.append(_take_outputs(recipe, mine, *tensors))
         start += 2 * recipe.work  # bytes of half of it
     for what in recipe.launches:
         recipe.module.launch(*what, p)
