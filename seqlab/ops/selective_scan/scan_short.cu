@@ -150,6 +150,7 @@ template <bool RIGHT> DEVICE void leave_total(const Effect& e, Effect* totals, c
 }
 DEVICE void totals_left() {
     if (TIMES > 1) __syncthreads();
+    else __syncwarp();  // all lanes have read their state, which one of them writes next
 }
 template <bool RIGHT> DEVICE float2 entering_warp(const Effect& e, float2 h, float2& out, const Effect* totals, const Place& q) {
 #if TIMES > 1
