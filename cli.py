@@ -4,6 +4,7 @@ import typer
 
 from tasks.commands import bench, generate, prep, train
 from tasks.commands.doctor import doctor
+from tasks.commands.embed import embed
 from tasks.commands.evaluate import eval_
 from tasks.commands.plan import plan
 from tasks.commands.predict import predict
@@ -19,6 +20,7 @@ app = typer.Typer(
     help="Train and run Mamba models on DNA and raw audio at million-token context.",
 )
 command(app, "predict")(predict)
+command(app, "embed")(embed)
 command(app, "plan")(plan)
 command(app, "eval")(eval_)
 command(app, "doctor")(doctor)

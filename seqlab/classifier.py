@@ -243,12 +243,19 @@ class SequenceClassifier(nn.Module):
         carried = more and self.backbone.is_causal
         features = self.features(ids, mask, before, carried)
         read = self.head.read(features.value, _base(ids), before.last, features.prior, features.repeats)
+        pooled = self.head.pool(read, mask, before.pooled)
+        return self.next_state(ids, features, before, pooled, more, carried)
+
+    def next_state(
+        self, ids: Tensor, features: Features, before: StreamState | None, pooled: Pooled | None, more: bool = True, carried: bool = True
+    ) -> StreamState:
+        """After the piece `ids`, of which these are the features. `carried`: they have a state of the backbone."""
+        before = StreamState(None, None) if before is None else before
         tail = None
         word = max(self.config.kmer, self.config.repeat_word)
         if more and word:
             tail = ids if before.tail is None else torch.cat([before.tail, ids], 1)
             tail = F.pad(tail, (word, 0), value=nucleotide.PAD)[:, 1 - word :]
-        pooled = self.head.pool(read, mask, before.pooled)
         last = features.value[:, -1] if carried else None
         return StreamState(features.backbone, pooled, tail, before.position + ids.shape[1], last, features.genes)
 
@@ -263,18 +270,23 @@ class SequenceClassifier(nn.Module):
         return self.head.prefixes(self.read(ids, mask), ends, mask)
 
     def reverse_complement(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(b l): the other strand of each row, padding still on the right."""
-        if mask is None:
-            return self.complement[ids.flip(1).long()].to(ids.dtype)
-        length = mask.sum(1, keepdim=True)
-        position = torch.arange(ids.shape[1], device=ids.device)[None, :]
-        source = torch.where(position < length, length - 1 - position, position)
-        return self.complement[ids.gather(1, source).long()].to(ids.dtype)
+        return reverse_complement(ids, mask, self.complement)
 
     def freeze_backbone(self) -> None:
         """Train the head alone."""
         self.embedding.requires_grad_(False)
         self.backbone.requires_grad_(False)
+
+
+def reverse_complement(ids: Tensor, mask: Tensor | None, complement: Tensor) -> Tensor:
+    """(b l): the other strand of each row of ids (b l), padding (where mask (b l) is False) still on the right. complement
+    (vocab): id -> id on the other strand."""
+    if mask is None:
+        return complement[ids.flip(1).long()].to(ids.dtype)
+    length = mask.sum(1, keepdim=True)
+    position = torch.arange(ids.shape[1], device=ids.device)[None, :]
+    source = torch.where(position < length, length - 1 - position, position)
+    return complement[ids.gather(1, source).long()].to(ids.dtype)
 
 
 def load_pretrained(model: SequenceClassifier, checkpoint: Path, vocab: list[str] | None = None) -> None:

@@ -183,7 +183,11 @@ def test_doctor_reports_a_broken_pair_of_torch_and_torchaudio(monkeypatch):
     assert "pip install" in finding.remedy
 
 
-@pytest.mark.parametrize("words", [[], ["prep"], ["train"], ["prep", "dna"], ["train", "dna"], ["eval"], ["doctor"]])
+COMMANDS = "prep dna, prep species, prep labelled, prep benchmark, prep audio, train dna, train species, train classify, train audio"
+COMMANDS += ", predict, embed, eval, generate audio, generate dna, plan, bench scan, bench generate, doctor"
+
+
+@pytest.mark.parametrize("words", [[], ["prep"], ["train"], *(name.split() for name in COMMANDS.split(", "))], ids=" ".join)
 def test_help_is_there_and_shows_an_example(words):
     stdout, _ = run(*words, "--help")
     assert "Usage" in stdout

@@ -47,7 +47,7 @@ class Predictor:
 
     def outputs(self, sequences: Iterable[np.ndarray], batch_size: int = 1024, batch_bases: int = 1 << 26) -> Iterator[np.ndarray]:
         """Looks at up to `batch_size` sequences (or `batch_bases` bases) together."""
-        for group in _groups(((None, sequence) for sequence in sequences), batch_size, batch_bases):
+        for group in groups(((None, sequence) for sequence in sequences), batch_size, batch_bases):
             yield from self.batch([sequence for _, sequence in group])
 
     def batch(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
@@ -118,7 +118,7 @@ def predict_records(
     """(name, label, values (n_outputs), length) of each record, in order; a record without any A, C, G or T has no label
     and no values. `interpret` makes labels and values of the model's outputs (n n_outputs)."""
     predictor = Predictor(model, device, precision)
-    for group in _groups(records, batch_size, batch_bases):
+    for group in groups(records, batch_size, batch_bases):
         is_known = [bool(((ids >= nucleotide.A) & (ids <= nucleotide.T)).any()) for _, ids in group]
         outputs = predictor.batch([ids for (_, ids), known in zip(group, is_known) if known])
         labels, values = interpret(np.stack(outputs)) if outputs else ([], np.empty(0))
@@ -128,7 +128,7 @@ def predict_records(
             yield name, label, value, len(ids)
 
 
-def _groups(records: Iterable, size: int, bases: int) -> Iterator[list]:
+def groups(records: Iterable, size: int, bases: int) -> Iterator[list]:
     """Lists of up to `size` records and, unless one alone is longer, about `bases` bases."""
     held, held_bases = [], 0
     for record in records:

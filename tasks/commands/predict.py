@@ -44,7 +44,7 @@ def predict(
         raise UserError(f"{run}: is a run of `train {loaded.task}`, which gives no labels; give one of train species or classify")
     counts, unknown, total, started = Counter(), [], 0, time.monotonic()
     bar, update = progress_bar("predicting", "k bases", 1e3)
-    with _table_out(out, overwrite) as file, bar:
+    with table_out(out, overwrite) as file, bar:
         names = module.output_names(loaded.config)
         file.write("\t".join(["name", "label", *names, "length"]) + "\n")
         records = predict_records(
@@ -76,7 +76,7 @@ def predict(
 
 
 @contextlib.contextmanager
-def _table_out(out: str, overwrite: bool):
+def table_out(out: str, overwrite: bool):
     """Standard output, or a file that appears only when it is complete."""
     if out == "-":
         yield sys.stdout

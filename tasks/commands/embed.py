@@ -1,0 +1,86 @@
+"""`seqlab embed`: sequences -> vectors."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seqlab.errors import UserError
+from tasks.commands.options import Json, Overwrite, resolve_device
+from tasks.commands.predict import table_out
+from tasks.commands.terminal import check_output_file, emit, note, progress_bar
+
+
+def embed(
+    run: Annotated[Path, typer.Argument(help="Run directory or checkpoint of train dna, species or classify.")],
+    reads: Annotated[str, typer.Argument(help="FASTA or FASTQ, plain or gzip; - for standard input.")],
+    out: Annotated[str, typer.Option("--out", help="TSV or .npz (names, embeddings, lengths) to write; - for TSV.")] = "-",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences looked at together; changes no answer.")] = 1024,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Embed sequences of any length, in order: the mean of the last layer's features over A, C, G and T.
+
+    Example:  seqlab embed runs/ecoli reads.fa.gz --out reads.npz
+    """
+    from data_prep.records import read_records
+    from seqlab.inference.embed import embed_records
+    from tasks import runs
+
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: must be 1 or more")
+    if out == "-" and json_out == "-":
+        raise UserError("--json -: standard output is taken by the table; give --out FILE, or --json FILE")
+    if out != "-" and Path(out).suffix not in (".npz", ".tsv"):
+        raise UserError(f"--out {out}: give a name that ends in .npz or .tsv, or - for TSV on standard output")
+    if out != "-" and Path(out).exists() and not overwrite:
+        raise UserError(f"{out}: exists; choose another --out or add --overwrite")
+    check_output_file(out, "--out")
+    device = resolve_device(device)
+    loaded = runs.load_run(run)
+    if loaded.task not in ("dna", "species", "classify"):
+        raise UserError(f"{run}: is a run of `train {loaded.task}`, which reads no bases; give one of train dna, species or classify")
+    width, started, n, total = loaded.config.model.d_model, time.monotonic(), 0, 0
+    records = embed_records(
+        loaded.model, read_records(reads), device=device, precision=loaded.config.train.precision, batch_size=batch_size
+    )
+    bar, update = progress_bar("embedding", "k bases", 1e3)
+    with bar:
+        if out.endswith(".npz"):
+            rows = []
+            for row in records:
+                rows.append(row)
+                n, total = n + 1, total + row[2]
+                update(total, None)
+            _write_npz(Path(out), rows)
+        else:
+            with table_out(out, overwrite) as file:
+                file.write("\t".join(["name", *(f"e{i}" for i in range(width)), "length"]) + "\n")
+                for name, vector, length in records:
+                    file.write("\t".join([name, *(f"{value:.6g}" for value in vector.tolist()), str(length)]) + "\n")
+                    n, total = n + 1, total + length
+                    update(total, None)
+    seconds = max(time.monotonic() - started, 1e-9)
+    note(
+        f"{n:,} sequences, {total:,} bases in {seconds:.1f} s: {n / seconds:,.0f} sequences/s, {total / seconds:,.0f} bases/s "
+        f"on the {device.upper()}."
+    )
+    summary = {"sequences": n, "bases": total, "seconds": seconds, "d_model": width, "device": device}
+    emit(json_out, summary, human=lambda: None)
+
+
+def _write_npz(path: Path, rows: list) -> None:
+    import numpy as np
+
+    from seqlab.training.checkpoint import write_atomic
+
+    names, vectors, lengths = zip(*rows)
+    arrays = {"names": np.array(names), "embeddings": np.stack(vectors), "lengths": np.array(lengths, np.int64)}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+
+    write_atomic(path, write)
