@@ -482,12 +482,14 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
     raw = outputs / torch.exp(old[0] + old[1] * logs)[:, None]
     shift = torch.zeros(len(config.classes), dtype=torch.float64, requires_grad=True)
     scale = old.clone().requires_grad_(has_scale)
-    repeat = torch.tensor([0.0, 0.5], dtype=torch.float64, requires_grad=model.repeats is not None)  # log of the scale, exponent
+    # log of the scale and logit of the exponent of repeats, which lies between 0 and 1, where independent witnesses are: where all
+    # answers are right, nothing else would hold it back
+    repeat = torch.zeros(2, dtype=torch.float64, requires_grad=model.repeats is not None)
 
     def nats(with_repeats: bool = model.repeats is not None) -> Tensor:
         scaled = (raw + shift) * torch.exp(scale[0] + scale[1] * logs)[:, None]
         if with_repeats:
-            scaled = scaled + torch.exp(repeat[0] + repeat[1] * logs)[:, None] * repeated
+            scaled = scaled + torch.exp(repeat[0] + repeat[1].sigmoid() * logs)[:, None] * repeated
         return (F.cross_entropy(scaled, label, reduction="none") * weight).sum()
 
     fitted = [shift, *([scale] if has_scale else []), *([repeat] if model.repeats is not None else [])]
@@ -496,7 +498,8 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nats() + 1e-4 * shift.square().sum()  # keeps the biases of species that are never confused where they are
+        # keeps the biases of species that are never confused where they are
+        loss = nats() + 1e-4 * (shift.square().sum() + repeat.square().sum())
         loss.backward()
         return loss
 
@@ -509,7 +512,7 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
         if has_scale:
             head.length_scale.copy_(scale.detach())
         if model.repeats is not None:
-            head.repeat_scale.copy_(torch.stack([repeat[0].exp(), repeat[1]]).detach())
+            head.repeat_scale.copy_(torch.stack([repeat[0].exp(), repeat[1].sigmoid()]).detach())
     save_model(model.cpu(), run.checkpoint.parent, dump_yaml(config))
     write_json(run.directory / "run.json", {**facts, "calibration": {"before": before, "after": after, "lengths": lengths}})
     return {"before": before, "after": after}
