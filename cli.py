@@ -8,6 +8,7 @@ from tasks.commands.embed import embed
 from tasks.commands.evaluate import eval_
 from tasks.commands.plan import plan
 from tasks.commands.predict import predict
+from tasks.commands.score import score
 from tasks.commands.settings import load_config, presets
 from tasks.commands.terminal import command
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 command(app, "predict")(predict)
 command(app, "embed")(embed)
+command(app, "score")(score)
 command(app, "plan")(plan)
 command(app, "eval")(eval_)
 command(app, "doctor")(doctor)

@@ -97,7 +97,7 @@ def _next_mark(data: bytes, at: int) -> int:
 
 
 def _fastq(blocks: Iterable[bytes], shown: str) -> Iterator[tuple[bytes, bytes]]:
-    lines, number = _lines(blocks), 0
+    lines, number = text_lines(blocks), 0
     for header in lines:
         if not header.strip():
             continue
@@ -112,7 +112,8 @@ def _fastq(blocks: Iterable[bytes], shown: str) -> Iterator[tuple[bytes, bytes]]
         yield header[1:], sequence
 
 
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+def text_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines of a text that comes in blocks, without their ends (LF or CRLF)."""
     rest = b""
     for block in blocks:
         *lines, rest = (rest + block).split(b"\n")

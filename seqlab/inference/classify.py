@@ -60,12 +60,15 @@ class Predictor:
             else:
                 by_width.setdefault(min(padded_length(len(sequence)), self.piece), []).append(i)
         for width, members in by_width.items():
-            rows = max(1, self.tile // width)
-            for at in range(0, len(members), rows):
-                chosen = members[at : at + rows]
-                for i, answer in zip(chosen, self._tile([sequences[i] for i in chosen], rows, width)):
-                    answers[i] = answer
+            for i, answer in zip(members, self.padded([sequences[i] for i in members], width)):
+                answers[i] = answer
         return answers
+
+    def padded(self, sequences: list[np.ndarray], width: int) -> Iterator[np.ndarray]:
+        """Of sequences of at most `width` bases, all padded to that."""
+        rows = max(1, self.tile // width)
+        for at in range(0, len(sequences), rows):
+            yield from self._tile(sequences[at : at + rows], rows, width)
 
     @torch.inference_mode()
     def _tile(self, sequences: list[np.ndarray], rows: int, width: int) -> np.ndarray:

@@ -1,0 +1,98 @@
+"""VCF text: records with the alleles as token ids in 0-based coordinates, and the same lines with one more INFO value.
+
+POS counts from 1 in a VCF; everything that leaves this file counts from 0. Plain, gzip or bgzip text; BCF is refused.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.files import SourceFile, check_source
+from data_prep.records import read_records, text_lines
+from seqlab.errors import UserError
+from seqlab.tokenizers import nucleotide
+
+KEY = "SEQLAB"
+"""The INFO field that scores are written to."""
+
+
+@dataclass
+class Record:
+    """One line. alts: ids of each ALT allele, None for one that is no plain sequence (<DEL>, *, breakends, N)."""
+
+    fields: list[str]
+    chrom: str
+    start: int  # 0-based
+    ref: np.ndarray
+    alts: list[np.ndarray | None]
+
+    def line(self, scores: list[float | None]) -> str:
+        """The line with INFO KEY=, a value for each ALT, `.` where there is none."""
+        values = KEY + "=" + ",".join("." if score is None else f"{score:.4f}" for score in scores)
+        info = self.fields[7]
+        return "\t".join([*self.fields[:7], values if info in (".", "") else f"{info};{values}", *self.fields[8:]])
+
+
+def read_vcf(path: Path) -> Iterator[str | Record]:
+    """Header lines as they are, then records, in order. Raises UserError, also midway, naming the line."""
+    check_source(path, "VCF file, plain, gzip or bgzip")
+    has_columns = False
+    with SourceFile(path, lambda read: None) as source:
+        for number, raw in enumerate(text_lines(source.blocks()), 1):
+            if number == 1 and not raw.startswith(b"##fileformat=VCF"):
+                raise UserError(f"{path}: starts with {raw[:40]!r}; a VCF starts with ##fileformat=VCF (for BCF: bcftools view)")
+            line = raw.decode("utf-8", "replace")
+            if line.startswith("#"):
+                if line.startswith(f"##INFO=<ID={KEY},"):
+                    raise UserError(f"{path}: has INFO {KEY} already; give the file that was scored, or take it out: bcftools annotate -x INFO/{KEY}")
+                has_columns |= line.startswith("#CHROM\t")
+                yield line
+            elif line.strip():
+                if not has_columns:
+                    raise UserError(f"{path}: line {number:,}: a record before the line of columns, #CHROM POS ID REF ALT ...")
+                yield _record(path, number, line.split("\t"))
+    if not has_columns:
+        raise UserError(f"{path}: has no line of columns, #CHROM POS ID REF ALT QUAL FILTER INFO")
+
+
+def _record(path: Path, number: int, fields: list[str]) -> Record:
+    if len(fields) < 8:
+        raise UserError(f"{path}: line {number:,}: {len(fields)} columns; a record has at least 8, with tabs between them")
+    if not fields[1].isdecimal() or int(fields[1]) < 1:
+        raise UserError(f"{path}: line {number:,}: POS is {fields[1]!r}, expected a number from 1 on")
+    alts = [] if fields[4] in (".", "") else fields[4].split(",")
+    return Record(fields, fields[0], int(fields[1]) - 1, _ids(fields[3]), [_plain(allele) for allele in alts])
+
+
+def _ids(allele: str) -> np.ndarray:
+    return np.array(nucleotide.encode(allele), np.uint8)
+
+
+def _plain(allele: str) -> np.ndarray | None:
+    return _ids(allele) if allele and not set(allele.upper()) - set("ACGT") else None
+
+
+def read_genome(path: Path, names: set[str]) -> dict[str, np.ndarray]:
+    """name -> ids (l) uint8 of the sequences of a FASTA that `names` holds. Raises UserError where one is not there."""
+    found, seen = {}, []
+    for name, ids in read_records(path):
+        seen.append(name)
+        if name in names:
+            found[name] = ids
+    if missing := sorted(names - set(found)):
+        shown = ", ".join(map(repr, seen[:5])) + (f" and {len(seen) - 5:,} more" if len(seen) > 5 else "")
+        raise UserError(f"{path}: has no sequence {missing[0]!r}, which the variants are on; it has {shown}: give their genome")
+    return found
+
+
+def check_reference(path: Path, record: Record, genome: np.ndarray) -> None:
+    """UserError unless the genome has the record's REF where the record says."""
+    there = genome[record.start : record.start + len(record.ref)]
+    if not np.array_equal(there, record.ref):
+        seen = nucleotide.decode(there[:20]) if len(there) else f"its end ({len(genome):,} bases)"
+        raise UserError(
+            f"{path}: {record.chrom}:{record.start + 1} has REF {record.fields[3][:20]}, the genome has {seen} there; give the genome that "
+            "the variants were called on"
+        )

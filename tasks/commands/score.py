@@ -1,0 +1,74 @@
+"""`seqlab score`: effects of variants, VCF in and VCF out."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from seqlab.errors import UserError
+from tasks.commands.options import Json, Overwrite, parse_context, resolve_device
+from tasks.commands.predict import table_out
+from tasks.commands.terminal import emit, note, progress_bar
+
+
+def score(
+    run: Annotated[Path, typer.Argument(help="Run directory or checkpoint of train dna.")],
+    vcf: Annotated[Path, typer.Argument(help="Variants: VCF, plain, gzip or bgzip.")],
+    fasta: Annotated[Path, typer.Option("--fasta", help="The genome that the variants were called on.")],
+    out: Annotated[str, typer.Option("--out", help="VCF to write; - for standard output.")] = "-",
+    context: Annotated[Optional[str], typer.Option("--context", help="Bases in a window; default: as in training.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Score variants: the same VCF with INFO SEQLAB, log p(ALT) - log p(REF) in nats for each ALT.
+
+    Example:  seqlab score runs/ecoli variants.vcf.gz --fasta ecoli.fa.gz --out scored.vcf
+    """
+    from data_prep.variants import KEY, Record, check_reference, read_genome, read_vcf
+    from seqlab.inference.variants import Variant, score_variants
+    from tasks import runs
+
+    if out == "-" and json_out == "-":
+        raise UserError("--json -: standard output is taken by the VCF; give --out FILE, or --json FILE")
+    if out.endswith((".gz", ".bgz", ".bcf")):
+        raise UserError(f"--out {out}: is written as text; give a name that ends in .vcf and bgzip it")
+    length = None if context is None else parse_context(context, "--context")
+    device = resolve_device(device)
+    loaded = runs.load_run(run, task="dna")
+    length = length or (8192 if loaded.config.data.context == "whole" else loaded.config.data.context)
+    items = list(read_vcf(vcf))
+    records = [item for item in items if isinstance(item, Record)]
+    if not records:
+        raise UserError(f"{vcf}: holds no variant")
+    genome = read_genome(fasta, {record.chrom for record in records})
+    for record in records:
+        check_reference(vcf, record, genome[record.chrom])
+    scores = score_variants(
+        loaded.model, (Variant(genome[r.chrom], r.start, r.ref, r.alts) for r in records),
+        context=length, device=device, precision=loaded.config.train.precision,
+    )  # fmt: skip
+    added = f'##INFO=<ID={KEY},Number=A,Type=Float,Description="log p(ALT) - log p(REF) in nats, windows of {length} bases, seqlab">'
+    alleles = scored = done = 0
+    started = time.monotonic()
+    bar, update = progress_bar("scoring", "variants")
+    with table_out(out, overwrite) as file, bar:
+        for item in items:
+            if not isinstance(item, Record):
+                file.write(f"{added}\n{item}\n" if item.startswith("#CHROM\t") else f"{item}\n")
+                continue
+            values = next(scores)
+            file.write(item.line(values) + "\n")
+            alleles, scored, done = alleles + len(values), scored + sum(v is not None for v in values), done + 1
+            update(done, len(records))
+    seconds = max(time.monotonic() - started, 1e-9)
+    note(
+        f"{scored:,} of {alleles:,} alleles of {done:,} variants scored, windows of {length:,} bases, in {seconds:.1f} s "
+        f"({done / seconds:,.0f} variants/s) on the {device.upper()}."
+    )
+    if scored < alleles:
+        only = "" if loaded.config.model.direction == "causal" else " A bidirectional model scores substitutions of up to 16 bases."
+        note(f"Without a score: {alleles - scored:,} alleles that are no plain sequence of A, C, G, T, or on another symbol.{only}")
+    summary = {"variants": done, "alleles": alleles, "scored": scored, "context": length, "seconds": seconds, "device": device}
+    emit(json_out, summary, human=lambda: None)

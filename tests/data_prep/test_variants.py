@@ -1,0 +1,87 @@
+"""VCF text in and out: coordinates, alleles that are no sequence, and one clear line for what cannot be read."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.variants import Record, check_reference, read_genome, read_vcf
+from seqlab.errors import UserError
+from seqlab.tokenizers import nucleotide
+
+COLUMNS = "#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO"
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+
+
+def write(path, *lines, head=("##fileformat=VCFv4.2", COLUMNS), end="\n"):
+    path.write_bytes((end.join([*head, *lines]) + end).encode())
+    return path
+
+
+def records(path):
+    return [item for item in read_vcf(path) if isinstance(item, Record)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_positions_count_from_zero_and_only_plain_alleles_are_sequences(tmp_path, end):
+    path = write(tmp_path / "x.vcf", "c\t1\t.\tA\tT\t.\t.\t.", "c\t5\tid\tac\tA,<DEL>,*,N,acg\t9\tPASS\tAC=1\tGT\t0/1", end=end)
+    first, second = records(path)
+    assert (first.chrom, first.start) == ("c", 0) and second.start == 4
+    assert nucleotide.decode(second.ref) == "AC"
+    assert [None if alt is None else nucleotide.decode(alt) for alt in second.alts] == ["A", None, None, None, "ACG"]
+    assert first.line([-1.25]) == "c\t1\t.\tA\tT\t.\t.\tSEQLAB=-1.2500"
+    assert second.line([0.5, None, None, None, 2]) == (
+        "c\t5\tid\tac\tA,<DEL>,*,N,acg\t9\tPASS\tAC=1;SEQLAB=0.5000,.,.,.,2.0000\tGT\t0/1"
+    )
+    packed = tmp_path / "x.vcf.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert [r.fields for r in records(packed)] == [r.fields for r in records(path)]
+    assert [item for item in read_vcf(path) if isinstance(item, str)] == ["##fileformat=VCFv4.2", COLUMNS]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "is empty"),
+        ("chr1\t5\tA\n", "a VCF starts with ##fileformat=VCF"),
+        ("##fileformat=VCFv4.2\nc\t1\t.\tA\tT\t.\t.\t.\n", "line 2: a record before the line of columns"),
+        ("##fileformat=VCFv4.2\n", "no line of columns"),
+        (f"##fileformat=VCFv4.2\n{COLUMNS}\nc 1 . A T . . .\n", "line 3: 1 columns"),
+        (f"##fileformat=VCFv4.2\n{COLUMNS}\nc\tx\t.\tA\tT\t.\t.\t.\n", "line 3: POS is 'x'"),
+        (f"##fileformat=VCFv4.2\n{COLUMNS}\nc\t0\t.\tA\tT\t.\t.\t.\n", "line 3: POS is '0'"),
+        (f"##fileformat=VCFv4.2\n##INFO=<ID=SEQLAB,Number=A>\n{COLUMNS}\n", "has INFO SEQLAB already"),
+    ],
+)
+def test_wrong_files_are_one_line(text, said, tmp_path):
+    (tmp_path / "x.vcf").write_text(text)
+    with pytest.raises(UserError, match=said) as error:
+        list(read_vcf(tmp_path / "x.vcf"))
+    assert "\n" not in str(error.value)
+
+
+def test_another_genome_is_noticed(tmp_path):
+    (tmp_path / "g.fa").write_text(">c\nACGTAC\n>d\nGG\n")
+    genome = read_genome(tmp_path / "g.fa", {"c"})
+    assert list(genome) == ["c"] and nucleotide.decode(genome["c"]) == "ACGTAC"
+    with pytest.raises(UserError, match="has no sequence 'chrc', which the variants are on; it has 'c', 'd'"):
+        read_genome(tmp_path / "g.fa", {"c", "chrc"})
+    right, wrong, beyond, across = records(
+        write(tmp_path / "x.vcf", *(f"c\t{at}\t.\t{ref}\tT\t.\t.\t." for at, ref in ((2, "CG"), (2, "A"), (7, "A"), (6, "CA"))))
+    )
+    check_reference(tmp_path / "x.vcf", right, genome["c"])
+    for record, said in ((wrong, "c:2 has REF A, the genome has C"), (beyond, "its end .6 bases"), (across, "c:6 has REF CA, the genome has C")):
+        with pytest.raises(UserError, match=said):
+            check_reference(tmp_path / "x.vcf", record, genome["c"])
+
+
+def test_a_real_file_and_its_genome_agree():
+    if not DATA.is_dir():
+        pytest.skip("the folder shared/data is not here")
+    path = DATA / "eukaryotes" / "human_b37_chr20_1M-2M.1kgp3.vcf.gz"
+    found = records(path)
+    genome = read_genome(DATA / "eukaryotes" / "human_b37_chr20_1M-2M.fa.gz", {"z"})["z"]
+    for record in found:
+        check_reference(path, record, genome)
+    assert len(found) == 28_998 and sum(any(alt is None for alt in r.alts) for r in found) == 24
+    assert np.mean([len(r.ref) == 1 for r in found]) > 0.9
