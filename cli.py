@@ -3,6 +3,7 @@
 import typer
 
 from tasks.commands import bench, generate, prep, train
+from tasks.commands.convert import export, import_
 from tasks.commands.doctor import doctor
 from tasks.commands.embed import embed
 from tasks.commands.evaluate import eval_
@@ -25,6 +26,8 @@ command(app, "embed")(embed)
 command(app, "score")(score)
 command(app, "plan")(plan)
 command(app, "eval")(eval_)
+command(app, "import")(import_)
+command(app, "export")(export)
 command(app, "doctor")(doctor)
 app.add_typer(prep.group, name="prep")
 app.add_typer(train.group, name="train")

@@ -1,4 +1,4 @@
-"""Read released Caduceus checkpoints (config.json + model.safetensors) into our model, without remote code.
+"""Read and write Caduceus checkpoints (config.json + model.safetensors), without remote code.
 
 What the released files do that a loader must know:
 - Tied tensors are left out (in_proj and out_proj of the reverse direction, the head): they are tied again here.
@@ -9,23 +9,20 @@ What the released files do that a loader must know:
 - `bidirectional` may be the string "true,".
 """
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from seqlab.errors import UserError
+from seqlab.interop.weights import load_weights, read_json, save_weights
 from seqlab.model import ModelConfig, build_model, language_model
+from seqlab.tokenizers.nucleotide import COMPLEMENT
 
 
 def read_config(path: Path) -> tuple[ModelConfig, Tensor | None, bool]:
     """config.json -> (our config, complement (vocab) or None, whether the halves are swapped). Raises UserError."""
-    try:
-        data = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a Caduceus config.json ({str(error)[:80]})") from None
+    data = read_json(path, "a Caduceus")
     if data.get("model_type") != "caduceus":
         raise UserError(f"{path}: model_type is {data.get('model_type')!r}, expected 'caduceus'")
     ssm = data.get("ssm_cfg") or {}
@@ -68,27 +65,50 @@ def load_caduceus(directory: Path) -> nn.Module:
     directory = Path(directory)
     config, complement, swaps_halves = read_config(directory / "config.json")
     model = build_model(config, complement)
-    path = directory / "model.safetensors"
-    try:
-        stored = load_file(path)
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read ({str(error)[:80]})") from None
-    weights = {name: tensor for old, tensor in stored.items() if (name := _rename(old)) is not None}
-    inner = language_model(model)
-    own = inner.state_dict()
-    for name, tensor in weights.items():
-        if name not in own or own[name].shape != tensor.shape:
-            seen = list(own[name].shape) if name in own else "absent"
-            raise UserError(f"{path}: {name} is {list(tensor.shape)} there and {seen} in a model of its config.json")
-    pointers = {own[name].data_ptr() for name in weights}
-    absent = [name for name, tensor in own.items() if tensor.data_ptr() not in pointers]
-    if absent:
-        raise UserError(f"{path}: lacks {absent[0]}; the file is damaged or of another model")
-    inner.load_state_dict(weights, strict=False)
+    load_weights(language_model(model), directory / "model.safetensors", _rename)
     if swaps_halves:
-        for layer in inner.backbone.layers:
+        for layer in language_model(model).backbone.layers:
             layer.register_forward_pre_hook(_swap_halves)
     return model
+
+
+def save_caduceus(model: nn.Module, directory: Path) -> None:
+    """Write a bidirectional language model (as `build_model` makes it) in the published layout: Caduceus-PS without the exchange
+    of halves if it is equivariant, else Caduceus-Ph. Raises UserError for a model that is neither."""
+    inner = language_model(model)
+    c = inner.config
+    if c.direction != "bidirectional" or c.architecture != "isotropic" or set(c.blocks) != {"s6"} or not c.tie_embeddings:
+        raise UserError("export: Caduceus is a bidirectional stack of selective blocks with a tied head; this model is not")
+    equivariant = c.strand == "equivariant"
+    complement = model.complement if equivariant else torch.from_numpy(COMPLEMENT.astype("int64"))
+    config = {
+        "architectures": ["CaduceusForMaskedLM"],
+        "model_type": "caduceus",
+        "d_model": c.d_model,
+        "n_layer": c.n_layer,
+        "vocab_size": c.vocab_size,
+        "pad_vocab_size_multiple": 1,
+        "ssm_cfg": {
+            "d_state": c.d_state, "d_conv": c.d_conv, "expand": c.expand, "dt_rank": c.rank, "conv_bias": c.conv_bias, "bias": c.bias,
+        },
+        "rms_norm": True,
+        "residual_in_fp32": False,
+        "fused_add_norm": False,
+        "norm_epsilon": c.norm_epsilon,
+        "bidirectional": True,
+        "bidirectional_strategy": "add" if c.combine == "add" else "ew_multiply",
+        "bidirectional_weight_tie": c.tie_projections,
+        "rcps": equivariant,
+        "complement_map": {str(i): int(other) for i, other in enumerate(complement[: c.vocab_size])},
+    }  # fmt: skip
+    middle = ".submodule" if equivariant else ""
+
+    def rename(name: str) -> str:
+        if name == "embedding.weight":
+            return f"caduceus.backbone.embeddings.word_embeddings{'.embedding' if equivariant else ''}.weight"
+        return f"caduceus.{name.replace('.mixer.', f'.mixer{middle}.')}"
+
+    save_weights(inner, directory, config, rename)
 
 
 def _swap_halves(layer: nn.Module, arguments: tuple) -> tuple:

@@ -40,6 +40,8 @@ def eval_(
     if out is None and not os.access(loaded.directory, os.W_OK):
         raise UserError(f"{loaded.directory}: is not writable; give --out DIR for the plot and the table")
     loaded = dataclasses.replace(loaded, config=lay_over(type(loaded.config), to_dict(loaded.config), {}, set_ or [], "--set"))
+    if "imported" in loaded.facts:
+        raise UserError(f"{run}: was imported, so there is no training split that baselines could be fitted on; use it with score or embed")
     if "dataset" not in loaded.facts:
         raise UserError(f"{run}: no run.json beside the checkpoint, so its training split is unknown; give the run directory")
     training = Path(loaded.facts["dataset"])

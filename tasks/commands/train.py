@@ -419,6 +419,8 @@ def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path],
     facts = read_run_facts(run_dir)
     if facts.get("task", task) != task:
         raise UserError(f"{run_dir}: is a run of `train {facts['task']}`; resume it with that command")
+    if "dataset" not in facts:
+        raise UserError(f"{run_dir}: was imported; start from it with --init {run_dir}, and another --out")
     path = run_dir / "config.yaml"
     settings = lay_over(cls, load_yaml(path), train_options(**given), set_ or [], str(path))
     return run_dir, data or Path(facts["dataset"]), settings

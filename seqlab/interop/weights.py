@@ -1,0 +1,54 @@
+"""Weights of another project's file into a model of ours, and the other way round: names and shapes checked, ties kept."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from seqlab.errors import UserError
+from seqlab.training.checkpoint import write_atomic, write_json
+
+
+def read_json(path: Path, what: str) -> dict:
+    """A config.json. Raises UserError for what is none."""
+    try:
+        data = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as {what} config.json ({str(error)[:80]})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: is no {what} config.json; it holds no table")
+    return data
+
+
+def load_weights(model: nn.Module, path: Path, rename: Callable[[str], str | None]) -> None:
+    """The safetensors file into `model`; `rename`: a name there -> ours, None for what is no parameter. What is tied may be
+    left out. Raises UserError."""
+    try:
+        stored = load_file(path)
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read ({str(error)[:80]})") from None
+    weights = {name: tensor for old, tensor in stored.items() if (name := rename(old)) is not None}
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in own or own[name].shape != tensor.shape:
+            seen = list(own[name].shape) if name in own else "absent"
+            raise UserError(f"{path}: {name} is {list(tensor.shape)} there and {seen} in a model of its config.json")
+    pointers = {own[name].data_ptr() for name in weights}
+    absent = [name for name, tensor in own.items() if tensor.data_ptr() not in pointers]
+    if absent:
+        raise UserError(f"{path}: lacks {absent[0]}; the file is damaged or of another model")
+    model.load_state_dict(weights, strict=False)
+
+
+def save_weights(model: nn.Module, directory: Path, config: dict, rename: Callable[[str], str]) -> None:
+    """config.json and model.safetensors, each tied tensor once, under the names that `rename` makes of ours."""
+    weights: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            weights[rename(name)] = tensor.detach().contiguous().cpu()
+    write_atomic(Path(directory) / "model.safetensors", lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
+    write_json(Path(directory) / "config.json", config)

@@ -1,0 +1,98 @@
+"""`seqlab import` and `seqlab export`: other projects' checkpoints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seqlab.errors import UserError
+from tasks.commands.options import Json, Overwrite
+from tasks.commands.terminal import emit, note, program
+from tasks.run_directory import fresh_directory
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder with config.json and model.safetensors: Caduceus, or Mamba of transformers.")],
+    out: Annotated[Path, typer.Option("--out", help="Run directory to write.")],
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Make a run of a published DNA model, for score, embed, and --init of train classify and species.
+
+    Example:  seqlab import caduceus-ph_seqlen-131k_d_model-256_n_layer-16 --out runs/caduceus_ph
+    """
+    import dataclasses
+
+    import torch
+
+    from seqlab.config import dump_yaml
+    from seqlab.interop import caduceus, transformers_mamba
+    from seqlab.interop.weights import read_json
+    from seqlab.model import language_model
+    from seqlab.tokenizers import nucleotide
+    from seqlab.training.checkpoint import save_model, write_text
+    from seqlab.training.facts import write_run_facts
+    from tasks.dna import Config
+
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; give the one that config.json and model.safetensors lie in")
+    kind = read_json(source / "config.json", "a model's").get("model_type")
+    if kind == "caduceus":
+        config, complement, swaps_halves = caduceus.read_config(source / "config.json")
+        if swaps_halves:
+            raise UserError(
+                f"{source}: Caduceus-PS with fused_add_norm exchanges the strands before every block, which a run cannot hold; use the "
+                "Caduceus-Ph checkpoint, or seqlab.interop.caduceus.load_caduceus in Python"
+            )
+        if complement is not None and not torch.equal(complement, torch.from_numpy(nucleotide.COMPLEMENT.astype("int64"))):
+            raise UserError(f"{source}: complement_map is not that of the vocabulary A 7, C 8, G 9, T 10; other symbols are not supported")
+    elif kind == "mamba":
+        config = transformers_mamba.read_config(source / "config.json")
+    else:
+        raise UserError(f"{source}: model_type is {kind!r} in config.json; caduceus and mamba are known")
+    if not nucleotide.VOCAB_SIZE <= config.vocab_size <= nucleotide.PADDED_VOCAB_SIZE:
+        raise UserError(f"{source}: vocab_size is {config.vocab_size:,}; a model of this DNA vocabulary has 12 to 16 symbols")
+    load = caduceus.load_caduceus if kind == "caduceus" else transformers_mamba.load_transformers_mamba
+    with fresh_directory(out, overwrite, [source]):
+        model = load(source)
+        text = dump_yaml(dataclasses.replace(Config(), model=config))
+        facts = {"task": "dna", "imported": str(source.resolve()), "parameters": sum(p.numel() for p in language_model(model).parameters())}
+        write_text(out / "config.yaml", text)
+        write_run_facts(out, {**facts, "ended": "imported"})
+        save_model(model, out / "checkpoints" / "best", text)
+
+    def human() -> None:
+        note(f"{out}: {config.direction} Mamba, {config.n_layer} layers of d_model {config.d_model}, {facts['parameters']:,} parameters")
+        note(f"Next:  {program()} train classify --data DATASET --init {out}")
+
+    emit(json_out, {"run": str(out), **facts}, human=human)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory or checkpoint of train dna.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write config.json and model.safetensors to.")],
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Write a DNA model for other programs: a causal one for transformers' MambaForCausalLM, a bidirectional one as Caduceus.
+
+    Example:  seqlab export runs/ecoli --out ecoli_hf
+    """
+    from seqlab.interop.caduceus import save_caduceus
+    from seqlab.interop.transformers_mamba import save_transformers_mamba
+    from seqlab.model import language_model
+    from tasks import runs
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; choose another --out")
+    taken = [name for name in ("config.json", "model.safetensors") if (out / name).exists()]
+    if taken and not overwrite:
+        raise UserError(f"{out / taken[0]}: exists; choose another --out, or add --overwrite")
+    loaded = runs.load_run(run, task="dna")
+    is_causal = loaded.config.model.direction == "causal"
+    if is_causal:
+        save_transformers_mamba(language_model(loaded.model), out)
+    else:
+        save_caduceus(loaded.model, out)
+    layout = "transformers' MambaForCausalLM" if is_causal else "Caduceus"
+    emit(json_out, {"folder": str(out), "layout": layout}, human=lambda: note(f"{out}: config.json and model.safetensors, as {layout} has them"))

@@ -1,0 +1,148 @@
+"""Other projects' checkpoints, both ways: transformers reads what we write and we read what it writes; runs made of either."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from cli import app
+from seqlab.errors import UserError
+from seqlab.interop.caduceus import load_caduceus, save_caduceus
+from seqlab.interop.transformers_mamba import load_transformers_mamba, save_transformers_mamba
+from seqlab.model import ModelConfig, build_model
+from seqlab.tokenizers import nucleotide
+from tasks.runs import load_run
+
+COMPLEMENT = torch.from_numpy(nucleotide.COMPLEMENT.astype(np.int64))
+IDS = torch.randint(7, 12, (2, 60), generator=torch.Generator().manual_seed(0))
+
+
+def make(**changes):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**{"d_model": 24, "n_layer": 2, "d_state": 4, **changes}), COMPLEMENT).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        found = model(IDS)
+    return found[0] if isinstance(found, tuple) else found.logits
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"bias": True, "conv_bias": False, "dt_rank": 3, "expand": 3, "d_conv": 3}])
+def test_transformers_reads_what_is_exported_and_we_read_what_it_saves(changes, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is a test dependency: pip install '.[test]'")
+    ours = make(**changes)
+    save_transformers_mamba(ours, tmp_path / "ours")
+    theirs = transformers.MambaForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert logits(ours).std() > 0.1
+    assert (logits(theirs) - logits(ours)).abs().max() < 1e-4
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = load_transformers_mamba(tmp_path / "theirs").eval()
+    assert torch.equal(logits(back), logits(ours)) and (back.lm_head.weight is back.embedding.weight) == ours.config.tie_embeddings
+
+
+@pytest.mark.parametrize("changes", [{"strand": "augment"}, {"strand": "equivariant"}, {"strand": "augment", "tie_projections": False, "combine": "multiply"}])
+def test_caduceus_layout_there_and_back(changes, tmp_path):
+    ours = make(direction="bidirectional", **changes)
+    save_caduceus(ours, tmp_path)
+    assert torch.equal(logits(load_caduceus(tmp_path).eval()), logits(ours))
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert all(name.startswith("caduceus.backbone.") for name in names) and not any("mamba_rev.in_proj" in n for n in names) == (
+        changes.get("tie_projections", True)
+    )
+
+
+def test_models_that_are_something_else_are_refused(tmp_path):
+    for changes in ({"direction": "bidirectional"}, {"architecture": "unet"}, {"blocks": ("s4d",)}, {"n_classes": 2}, {"prediction_order": 4}):
+        with pytest.raises(UserError, match="export: transformers' Mamba is a causal stack"):
+            save_transformers_mamba(make(**changes), tmp_path)
+    with pytest.raises(UserError, match="export: Caduceus is a bidirectional stack"):
+        save_caduceus(make(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# -- the commands --------------------------------------------------------------------------------------------------
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.stdout, result.stderr)
+    return result
+
+
+TOY = ["train.tokens_per_step=512", "train.accelerator=cpu", "eval.max_order=1", "eval.max_bases=500"]
+TOY = [word for text in TOY for word in ("--set", text)]
+SMALL = ["--set", "model.d_model=16", "--set", "model.n_layer=1", "--set", "model.d_state=4"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    letters = "".join(np.random.default_rng(0).choice(list("ACGT"), 4000))
+    (folder / "g.fa").write_text(f">chr\n{letters}\n")
+    call("prep", "dna", folder / "g.fa", "--out", folder / "data")
+    return folder / "data"
+
+
+@pytest.mark.parametrize("kind", [["model.direction=causal"], ["model.direction=bidirectional", "model.strand=augment"], ["model.direction=bidirectional", "model.strand=equivariant"]], ids=" ".join)
+def test_a_run_exported_and_imported_is_the_same_model(kind, data, tmp_path):
+    kind = [word for text in kind for word in ("--set", text)]
+    call("train", "dna", "--data", data, "--context", 64, "--max-steps", 1, *TOY, *SMALL, *kind, "--out", tmp_path / "run")
+    call("export", tmp_path / "run", "--out", tmp_path / "theirs")
+    assert "exists" in call("export", tmp_path / "run", "--out", tmp_path / "theirs", code=1).stderr
+    call("import", tmp_path / "theirs", "--out", tmp_path / "again", "--json", tmp_path / "i.json")
+    one, other = load_run(tmp_path / "run"), load_run(tmp_path / "again")
+    assert torch.equal(logits(one.model.eval()), logits(other.model.eval()))
+    assert json.loads((tmp_path / "i.json").read_text())["parameters"] == one.facts["parameters"]
+    assert "was imported" in call("eval", tmp_path / "again", code=1).stderr
+    assert "was imported; start from it with --init" in call("train", "dna", "--resume", "--out", tmp_path / "again", code=1).stderr
+    call("train", "dna", "--data", data, "--context", 64, "--max-steps", 1, *TOY, "--init", tmp_path / "again", "--out", tmp_path / "further")
+    assert load_run(tmp_path / "further").config.model.d_model == 16
+
+
+def test_wrong_input_is_one_line_and_leaves_nothing(data, tmp_path):
+    def folder(name, config, weights=None):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        if weights is not None:
+            save_file(weights, tmp_path / name / "model.safetensors")
+        return tmp_path / name
+
+    save_transformers_mamba(make(), tmp_path / "good")
+    good = json.loads((tmp_path / "good" / "config.json").read_text())
+    weights = load_file(tmp_path / "good" / "model.safetensors")
+    ps = make(direction="bidirectional", strand="equivariant")
+    save_caduceus(ps, tmp_path / "ps")
+    config = json.loads((tmp_path / "ps" / "config.json").read_text())
+    (tmp_path / "ps" / "config.json").write_text(json.dumps({**config, "fused_add_norm": True}))
+    (tmp_path / "file").write_text("x")
+    cases = (
+        (tmp_path / "none", "no such folder"),
+        (tmp_path / "file", "no such folder"),
+        (data, "cannot be read as a model's config.json"),
+        (folder("broken", "{"), "cannot be read as a model's config.json"),
+        (folder("list", "[]"), "holds no table"),
+        (folder("bert", {"model_type": "bert"}), "caduceus and mamba are known"),
+        (folder("little", {"model_type": "mamba"}), "has no 'hidden_size'"),
+        (folder("text", {**good, "vocab_size": 50280}), "vocab_size is 50,280"),
+        (folder("odd", {**good, "state_size": 9999}), "d_state: at most 256"),
+        (folder("gelu", {**good, "hidden_act": "gelu"}), "only silu"),
+        (folder("empty", good), "cannot be read"),
+        (folder("short", good, {k: v for k, v in weights.items() if "norm_f" not in k}), "lacks backbone.norm_f.weight"),
+        (folder("wide", {**good, "hidden_size": 32}, weights), "in a model of its config.json"),
+        (tmp_path / "ps", "exchanges the strands before every block"),
+    )
+    before = {p.name for p in tmp_path.iterdir()}
+    for source, expected in cases:
+        stderr = call("import", source, "--out", tmp_path / "run", code=1).stderr
+        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and expected in errors[0] and "unexpected" not in stderr, stderr
+    assert "already used" in call("import", tmp_path / "good", "--out", tmp_path / "good", code=1).stderr
+    assert "is a file" in call("export", tmp_path / "none", "--out", tmp_path / "file", code=1).stderr
+    assert "no such run" in call("export", tmp_path / "none", "--out", tmp_path / "x", code=1).stderr
+    assert {p.name for p in tmp_path.iterdir()} == before
