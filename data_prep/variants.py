@@ -79,6 +79,8 @@ def read_genome(path: Path, names: set[str]) -> dict[str, np.ndarray]:
     found, seen = {}, []
     for name, ids in read_records(path):
         seen.append(name)
+        if name in found:
+            raise UserError(f"{path}: sequence {name!r} is there twice; names must differ: rename one")
         if name in names:
             found[name] = ids
     if missing := sorted(names - set(found)):

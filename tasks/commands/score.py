@@ -26,6 +26,9 @@ def score(
 
     Example:  seqlab score runs/ecoli variants.vcf.gz --fasta ecoli.fa.gz --out scored.vcf
     """
+    import itertools
+    from collections import Counter
+
     from data_prep.variants import KEY, Record, check_reference, read_genome, read_vcf
     from seqlab.inference.variants import Variant, score_variants
     from tasks import runs
@@ -38,30 +41,34 @@ def score(
     device = resolve_device(device)
     loaded = runs.load_run(run, task="dna")
     length = length or (8192 if loaded.config.data.context == "whole" else loaded.config.data.context)
-    items = list(read_vcf(vcf))
-    records = [item for item in items if isinstance(item, Record)]
-    if not records:
+    total = Counter(item.chrom for item in read_vcf(vcf) if isinstance(item, Record))
+    if not total:
         raise UserError(f"{vcf}: holds no variant")
-    genome = read_genome(fasta, {record.chrom for record in records})
-    for record in records:
-        check_reference(vcf, record, genome[record.chrom])
-    scores = score_variants(
-        loaded.model, (Variant(genome[r.chrom], r.start, r.ref, r.alts) for r in records),
-        context=length, device=device, precision=loaded.config.train.precision,
-    )  # fmt: skip
+    if not vcf.is_file():
+        raise UserError(f"{vcf}: is read more than once; give a file, not a pipe")
+    genome = read_genome(fasta, set(total))
+    for item in read_vcf(vcf):  # all of it, before anything is written
+        if isinstance(item, Record):
+            check_reference(vcf, item, genome[item.chrom])
     added = f'##INFO=<ID={KEY},Number=A,Type=Float,Description="log p(ALT) - log p(REF) in nats, windows of {length} bases, seqlab">'
     alleles = scored = done = 0
     started = time.monotonic()
     bar, update = progress_bar("scoring", "variants")
     with table_out(out, overwrite) as file, bar:
-        for item in items:
-            if not isinstance(item, Record):
-                file.write(f"{added}\n{item}\n" if item.startswith("#CHROM\t") else f"{item}\n")
-                continue
-            values = next(scores)
-            file.write(item.line(values) + "\n")
-            alleles, scored, done = alleles + len(values), scored + sum(v is not None for v in values), done + 1
-            update(done, len(records))
+        items = read_vcf(vcf)
+        while some := list(itertools.islice(items, 1024)):  # a large file is never held
+            scores = score_variants(
+                loaded.model, (Variant(genome[r.chrom], r.start, r.ref, r.alts) for r in some if isinstance(r, Record)),
+                context=length, device=device, precision=loaded.config.train.precision,
+            )  # fmt: skip
+            for item in some:
+                if not isinstance(item, Record):
+                    file.write(f"{added}\n{item}\n" if item.startswith("#CHROM\t") else f"{item}\n")
+                    continue
+                values = next(scores)
+                file.write(item.line(values) + "\n")
+                alleles, scored, done = alleles + len(values), scored + sum(v is not None for v in values), done + 1
+                update(done, total.total())
     seconds = max(time.monotonic() - started, 1e-9)
     note(
         f"{scored:,} of {alleles:,} alleles of {done:,} variants scored, windows of {length:,} bases, in {seconds:.1f} s "

@@ -66,6 +66,9 @@ def test_another_genome_is_noticed(tmp_path):
     assert list(genome) == ["c"] and nucleotide.decode(genome["c"]) == "ACGTAC"
     with pytest.raises(UserError, match="has no sequence 'chrc', which the variants are on; it has 'c', 'd'"):
         read_genome(tmp_path / "g.fa", {"c", "chrc"})
+    (tmp_path / "twice.fa").write_text(">c\nACGT\n>c\nGG\n")
+    with pytest.raises(UserError, match="sequence 'c' is there twice"):
+        read_genome(tmp_path / "twice.fa", {"c"})
     right, wrong, beyond, across = records(
         write(tmp_path / "x.vcf", *(f"c\t{at}\t.\t{ref}\tT\t.\t.\t." for at, ref in ((2, "CG"), (2, "A"), (7, "A"), (6, "CA"))))
     )

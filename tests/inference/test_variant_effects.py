@@ -152,6 +152,10 @@ def test_the_command_adds_a_score_and_changes_nothing_else(folder, tmp_path):
     for old, new in zip(before[2:], after[3:]):
         assert old.split("\t")[:7] == new.split("\t")[:7]
     assert after[4].endswith("X=1;SEQLAB=.") and "3 of 4 alleles of 3 variants scored" in result.stderr
+    many = before[:2] + before[2:] * 700  # more than is held at a time
+    (tmp_path / "many.vcf").write_text("\n".join(many) + "\n")
+    found = call("score", folder / "run", tmp_path / "many.vcf", "--fasta", folder / "g.fa").stdout.splitlines()
+    assert found == after[:3] + after[3:] * 700
     call("score", folder / "run", folder / "v.vcf", "--fasta", folder / "g.fa", "--out", tmp_path / "s.vcf", "--json", tmp_path / "s.json")
     assert (tmp_path / "s.vcf").read_text().splitlines() == after
     assert json.loads((tmp_path / "s.json").read_text())["scored"] == 3
