@@ -267,7 +267,7 @@ class ClassificationTask:
         """Weighted sum over sequences and the sum of weights; outside training unweighted, and the number of wrong answers
         if that is what validation minimises."""
         outputs, target = model(batch["ids"], batch.get("mask")), batch["target"]
-        total = torch.tensor(float(len(target)), device=outputs.device)
+        total = torch.full((), float(len(target)), device=outputs.device)
         kind = self.store.kind
         if kind == "regression":
             return F.mse_loss(outputs[:, 0], target, reduction="sum"), total

@@ -273,7 +273,7 @@ class SpeciesTask:
         share = len(drawn) // world_size
         mine = np.arange(rank * share, (rank + 1) * share)
         micro = max(1, (config.train.micro_batch_tokens or len(mine) * length) // length)
-        parts = np.split(mine, range(micro, len(mine), micro))
+        parts = [slice(part[0], part[-1] + 1) for part in np.split(mine, range(micro, len(mine), micro))]
         if not (config.loss.substitutions or self._masks or config.model.gene_order):
             return [self._batch(drawn[part]) for part in parts]
         # the noise of a step is drawn for all of its rows, so it does not depend on how they are dealt to ranks or micro-batches
@@ -328,7 +328,7 @@ class SpeciesTask:
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum over windows, and their number. Outside training it is the cross-entropy of the species alone."""
         ids, label, mask = batch["ids"], batch["label"], batch.get("mask")
-        total = torch.tensor(float(len(label)), device=ids.device)
+        total = torch.full((), float(len(label)), device=ids.device)
         if not model.training:
             return F.cross_entropy(model(ids, mask), label, reduction="sum"), total
         loss = self.config.loss
@@ -360,7 +360,7 @@ class SpeciesTask:
             ids = torch.cat([ids, model.reverse_complement(ids, mask)])  # (2b l)
             mask = None if mask is None else mask.repeat(2, 1)
         state = model.feed(ids[:, start:stop], None if mask is None else mask[:, start:stop], state, more)
-        total = torch.tensor(0.0 if more else float(len(label)), device=ids.device)
+        total = torch.full((), 0.0 if more else float(len(label)), device=ids.device)
         if more:
             return torch.zeros_like(total), total, state
         outputs = model.finish(state)

@@ -35,6 +35,7 @@ class TrainConfig:
     chunk_tokens: int | None = None  # most tokens at work at once; null: chosen with the memory mode
     checkpoint_blocks: bool = False  # what memory: block was called
     compile: bool = False
+    cuda_graphs: bool = True  # on one GPU: record the kernels of a step and replay them; the same bits, sooner
     ema_decay: float = 0.0  # above 0: an exponential moving average of the weights is validated and kept
     seed: int = 0
 

@@ -1,6 +1,9 @@
 """One optimiser step, exactly: micro-batches, exact means over ranks, clipping, the guard against NaN."""
 
 import contextlib
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import lightning
 import torch
@@ -10,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from seqlab.errors import UserError
 from seqlab.training import memory
 from seqlab.training.config import TrainConfig, step_seed
+from seqlab.training.graphs import GradientGraphs
 from seqlab.training.memory import Memory
 from seqlab.training.optim import OptimConfig, learning_rate, make_optimizer
 from seqlab.training.place import Place
@@ -33,15 +37,27 @@ class DivergedError(UserError):
 
 
 class _StepBatches(IterableDataset):
-    def __init__(self, task: Task, start: int, place: Place):
-        self.task, self.start, self.place = task, start, place
+    """The batches of every step from `start` on. `is_ahead`: the next step's are made while this one's are at work."""
+
+    def __init__(self, task: Task, start: int, place: Place, is_ahead: bool):
+        self.task, self.start, self.place, self.is_ahead = task, start, place, is_ahead
 
     def __iter__(self):
-        step = self.start
+        batches = (self._batches(step) for step in itertools.count(self.start))
+        return _ahead(batches) if self.is_ahead else batches
+
+    def _batches(self, step: int) -> list[Batch]:
+        batches = self.task.train_batches(step, self.place.data_rank, self.place.data_size)
+        return [self.place.piece(batch) for batch in batches]
+
+
+def _ahead(items: Iterator) -> Iterator:
+    with ThreadPoolExecutor(1, "batches") as worker:
+        coming = worker.submit(next, items)
         while True:
-            batches = self.task.train_batches(step, self.place.data_rank, self.place.data_size)
-            yield [self.place.piece(batch) for batch in batches]
-            step += 1
+            item = coming.result()
+            coming = worker.submit(next, items)
+            yield item
 
 
 class TrainingModule(lightning.LightningModule):
@@ -56,6 +72,7 @@ class TrainingModule(lightning.LightningModule):
         if train.ema_decay > 0:
             self.ema = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=_average(train.ema_decay))
             self.ema.requires_grad_(False)  # several ranks: DDP waits for a gradient of whatever asks for one
+        self.graphs = GradientGraphs()
         self.memory = Memory()  # set by the MemoryChoice callback
         self.stop_asked = False  # this process was told to stop; the next step passes it on
         self.stopping = False  # and all processes know that the step was the last one
@@ -82,13 +99,14 @@ class TrainingModule(lightning.LightningModule):
         return make_optimizer(self.model, self.optim_config)
 
     def train_dataloader(self) -> DataLoader:
-        source = _StepBatches(self.task, self.global_step, self.place)
+        # with a GPU the processor has nothing else to do; without one it would be in its own way
+        source = _StepBatches(self.task, self.global_step, self.place, self.trainer.strategy.root_device.type == "cuda")
         return DataLoader(source, batch_size=None)
 
     def training_step(self, batches: list[Batch], batch_idx: int) -> dict:
-        step, world = self.global_step, self.trainer.world_size
+        step, world, config = self.global_step, self.trainer.world_size, self.train_config
         # Dropout of a step depends on the seed and the step alone, so a resumed run repeats it.
-        torch.manual_seed(step_seed(self.train_config.seed, step, self.global_rank))
+        torch.manual_seed(step_seed(config.seed, step, self.global_rank))
         optimizer = self.optimizers(use_pl_optimizer=True)
         lr = learning_rate(self.optim_config, self.progress_share())
         for group in optimizer.param_groups:
@@ -98,12 +116,14 @@ class TrainingModule(lightning.LightningModule):
         total, tokens, stop = self.trainer.strategy.reduce(sums, reduce_op="sum")
         total = total.float().clamp(min=1.0)
         loss_sum = torch.zeros((), device=self.device)
+        is_recorded = self.device.type == "cuda" and world == len(batches) == 1 and config.cuda_graphs and not config.compile
+        backward = self.graphs.backward if is_recorded else memory.backward
         for i, batch in enumerate(batches):
             reduces = i == len(batches) - 1 and not self.memory.is_divided
             with contextlib.nullcontext() if reduces or world == 1 else self.trainer.strategy.model.no_sync():
                 # DDP averages over ranks; times world it is the sum, over the global weight it is the exact mean
                 scale = world / total
-                loss_sum += memory.backward(self.memory, self.model, self.task, batch, scale, self.manual_backward)
+                loss_sum += backward(self.memory, self.model, self.task, batch, scale, self.manual_backward)
         if self.memory.is_divided and world > 1:
             memory.synchronise(self.model, self.manual_backward)
         clip = self.optim_config.clip or float("inf")
