@@ -5,7 +5,7 @@ about as long: half of the time the GPU waits. The kernels of a step depend on t
 batch of a layout is recorded while it runs, and later ones replay that record (cudaGraphLaunch): the same kernels on the same
 numbers, so the same bits; dropout too, whose generator a replay asks for seed and offset as every step does.
 
-What cannot be recorded (a loss that waits for the GPU to decide something on the host) is noticed at the attempt, and goes on
+What cannot be recorded (a loss that waits for the GPU to decide something on the host) is noticed in a rehearsal, and goes on
 kernel by kernel. Records keep the memory of one step (all layouts share it) beside what PyTorch keeps for everything else,
 so steps that need more than a quarter of the GPU's memory are left alone; their kernels are long anyway.
 """
@@ -52,6 +52,7 @@ class GradientGraphs:
     def __init__(self, recorder: "Recorder | None" = None):
         self._seen: dict[tuple, Record | None] = {}  # None: met once, or not to be recorded
         self._refused: set[tuple] = set()
+        self._is_broken = False
         self._record = recorder or _GraphRecorder()
 
     @property
@@ -70,6 +71,8 @@ class GradientGraphs:
     ) -> Tensor:
         """As `memory.backward` on parameters without gradients, which it sets: those of a layout always lie in the same
         places, so use them before the next call. `scale` is (), on the batch's device."""
+        if self._is_broken:
+            return modes.backward(memory, model, task, batch, scale, run_backward)
         layout = _layout(memory, model, batch)
         record = self._seen.get(layout)
         if record is not None:
@@ -113,6 +116,10 @@ class GradientGraphs:
         except RuntimeError as error:
             for parameter in parameters:
                 parameter.grad = None
+            if isinstance(error, BrokenOffError):
+                # earlier records draw from the generator that was given up
+                self._is_broken = True
+                self._seen.clear()
             log.info("steps of this layout go on kernel by kernel: %s", str(error).partition("\n")[0])
             return None
         finally:
@@ -151,21 +158,37 @@ def _set_random_states(states: list[Tensor]) -> None:
 Recorder = Callable[[Callable[[], list]], tuple[list, Callable[[], None]]]
 
 
+class BrokenOffError(RuntimeError):
+    """The recording failed in the middle; what was recorded before is no longer to be used."""
+
+
 class _GraphRecorder:
-    """Records what is called as a CUDA graph. All records share one pool of memory: they are replayed one after the other,
+    """Records what is called as a CUDA graph, after a rehearsal that fails where the host waits for the GPU. All records share one pool of memory: they are replayed one after the other,
     and nothing of a step is needed after it but what it returned, whose places stay taken."""
 
     def __init__(self):
         self.pool = None
 
     def __call__(self, work: Callable[[], list]) -> tuple[list, Callable[[], None]]:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
         graph = torch.cuda.CUDAGraph()
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        with warnings.catch_warnings():
-            # of a graph whose recording was broken off: the error that follows says more
-            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-            # thread_local: other threads (the next batch's, the logger's) may go on meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                results = work()
+        try:
+            with warnings.catch_warnings():
+                # of a graph whose recording was broken off: the error that follows says more
+                warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+                # thread_local: other threads (the next batch's, the logger's) may go on meanwhile
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    results = work()
+        except RuntimeError as error:
+            # torch's generator would wait for the end of the recording for ever
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())
+            raise BrokenOffError(str(error)) from error
         return results, graph.replay

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from seqlab.training import memory
 from seqlab.training.config import TrainConfig
 from seqlab.training.fit import fit
-from seqlab.training.graphs import GradientGraphs
+from seqlab.training.graphs import BrokenOffError, GradientGraphs
 from seqlab.training.memory import Memory
 from seqlab.training.module import _ahead
 from seqlab.training.optim import OptimConfig
@@ -76,6 +76,22 @@ def test_what_cannot_be_recorded_goes_on_as_before():
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_after_a_recording_that_broke_off_nothing_is_replayed():
+    attempts = []
+
+    def second_breaks(work):
+        attempts.append(work)
+        if len(attempts) == 2:
+            raise BrokenOffError("operation not permitted when stream is capturing")
+        return again(work)
+
+    graphs = GradientGraphs(second_breaks)
+    expected, seen = gradients(memory.backward, 8), gradients(graphs.backward, 8)
+    assert graphs.recorded == 0 and len(attempts) == 2
+    for one, other in zip(expected, seen, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_modes_that_go_back_in_parts_are_not_recorded():
     graphs = GradientGraphs(lambda work: pytest.fail("recorded"))
     gradients(graphs.backward, 4, "block")
@@ -120,14 +136,29 @@ def test_runs_with_and_without_recorded_steps_are_the_same_bits(precision, tmp_p
     assert losses[0] == losses[1]
 
 
+class Asking(ToyTask):
+    """A loss that waits for the GPU on the host, once in a way that torch notices, once in a way that it does not."""
+
+    def __init__(self, train, hidden, **options):
+        super().__init__(train, **options)
+        self.hidden = hidden
+
+    def loss(self, model, batch):
+        value, weight = super().loss(model, batch)
+        if self.hidden:
+            torch.cuda.synchronize()
+            return value, weight
+        return (value if value.item() > 0 else value * 2), weight
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
-def test_a_loss_that_asks_the_host_is_not_recorded(tmp_path):
-    class Asking(ToyTask):
-        def loss(self, model, batch):
-            value, weight = super().loss(model, batch)
-            return (value if float(value) > 0 else value * 2), weight
-
-    config = replace(TRAIN, accelerator="gpu")
-    result = fit(Asking(config), OptimConfig(lr=1e-3), config, tmp_path / "run")
-    assert result.steps == 12
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_loss_that_asks_the_host_is_not_recorded(hidden, tmp_path, monkeypatch):
+    monkeypatch.setattr(GradientGraphs, "_again", staticmethod(lambda *a: pytest.fail("replayed")))
+    train = replace(TRAIN, accelerator="gpu")
+    for name, config in {"graphs": train, "kernels": replace(train, cuda_graphs=False)}.items():
+        result = fit(Asking(config, hidden, dropout=0.2), OptimConfig(lr=1e-3), config, tmp_path / name)
+        assert result.steps == 12
+    one, other = (load_file(tmp_path / name / "checkpoints" / "last" / "model.safetensors") for name in ("graphs", "kernels"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
