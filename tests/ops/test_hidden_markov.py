@@ -92,6 +92,7 @@ def test_wrong_arguments_are_named():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("shape", [{}, dict(rows=1, length=1), dict(rows=37, length=300, models=9), dict(rows=2, length=5000), dict(states=13), dict(states=1)], ids=str)
 def test_the_gpu_equals_the_reference(shape):
     arguments = example(**shape)
