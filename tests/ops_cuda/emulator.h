@@ -114,6 +114,13 @@ DEVICE void mma(float* sum, uint4 a, unsigned b0, unsigned b1) {
 }
 DEVICE float lane_from(float v, int lane) { return emulated::exchange(v, lane); }
 DEVICE float lane_xor(float v, int bit) { return emulated::exchange(v, (threadIdx.x % 32) ^ bit); }
+DEVICE unsigned warp_most(unsigned v) {
+    for (int bit = 1; bit < 32; bit *= 2) {
+        unsigned other = __float_as_uint(lane_xor(__uint_as_float(v), bit));
+        v = v > other ? v : other;
+    }
+    return v;
+}
 DEVICE float lane_up(float v, int by) {
     const int lane = threadIdx.x % 32;
     return emulated::exchange(v, lane < by ? lane : lane - by);

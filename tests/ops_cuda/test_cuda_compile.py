@@ -80,7 +80,8 @@ def test_decoder_compiles(arch, cluster, streams, half):
 @pytest.mark.parametrize("arch, module, d_model, half", [(80, batched, 96, 1), (90, batched, 256, 0), (90, solo, 256, 1), (100, solo, 64, 0)])
 def test_decoders_of_one_size_compile(arch, module, d_model, half):
     program = Program(build_model(ModelConfig(d_model=d_model, n_layer=1, vocab_size=64)))
-    sizes = module.Sizes.of(program, bool(half), 227 * 1024)
+    device = (227 * 1024,) if module is batched else (227 * 1024, 1, 132)
+    sizes = module.Sizes.of(program, bool(half), *device)
     values = sizes.defines(program) if module is batched else sizes.defines()
     image = nvrtc.compile_source(nvrtc.source(module.SOURCE), nvrtc.options(values, arch), module.SOURCE)
     assert image[:4] == b"\x7fELF"

@@ -83,7 +83,7 @@ def test_rounded_weights_are_close():
 
 def test_a_cluster_takes_what_fits():
     def sizes(half, **config):
-        return solo.Sizes.of(Program(build_model(ModelConfig(vocab_size=256, **config))), half, 227 * 1024)
+        return solo.Sizes.of(Program(build_model(ModelConfig(vocab_size=256, **config))), half, 227 * 1024, 1, 132)
 
     assert [sizes(True, d_model=d, n_layer=8).cluster for d in (64, 128, 256)] == [4, 8, 16]
     assert not sizes(True, d_model=64, n_layer=8).half

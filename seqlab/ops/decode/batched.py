@@ -23,7 +23,7 @@ SOURCE = "decode/batched.cu"
 IN, SCAN, OUT, FINISH = "mixer_in", "mixer_scan", "mixer_out", "finish"
 KERNELS = (IN, SCAN, OUT, FINISH)
 THREADS = {IN: 256, SCAN: 512, OUT: 256, FINISH: 512}
-IN_ROWS, OUT_ROWS, SCAN_STREAMS, FINISH_STREAMS = 64, 32, 4, 8
+IN_CHANNELS, OUT_ROWS, SCAN_STREAMS, FINISH_STREAMS = 32, 32, 4, 8
 ROOM = 1024
 """Tokens a stream that graphs may write before they are fetched."""
 TOGETHER = 16
@@ -71,6 +71,7 @@ class Sizes:
     def __init__(self, program: Program, half: bool, in_tiles: int, out_tiles: int):
         o = program.operations[0]
         d, inner, n = o.d_model, o.d_inner, program.d_state
+        self.d_model, self.inner = d, inner
         self.half, self.in_tiles, self.out_tiles = half, in_tiles, out_tiles
         self.unit, size = (16, 2) if half else (8, 4)
         self.rank = _up(o.rank, 8)
@@ -81,7 +82,7 @@ class Sizes:
         scan = self.depth * 4 * (n // 4) * THREADS[SCAN] + 2 * 4 * pitch + 4 * (16 * self.x_groups + 4)
         scan += max(4 * pitch, THREADS[SCAN] // 32 * 4 * 16 * self.x_groups)
         self.shared = {
-            IN: size * (IN_ROWS * d + self.in_streams * self._pitch(d)) + 4 * (self.in_streams + (2 + program.d_conv) * IN_ROWS),
+            IN: size * (2 * IN_CHANNELS * d + self.in_streams * self._pitch(d)) + 4 * (self.in_streams + (3 + program.d_conv) * IN_CHANNELS),
             SCAN: 4 * scan,
             OUT: size * (OUT_ROWS * inner + self.out_streams * self._pitch(inner)) + 4 * 4 * 128 * out_tiles,
             FINISH: 4 * (8 * (_up(d, 32) + 8) + 16 + 16 * (_up(program.vocab_size, 16) + 4)),
@@ -89,6 +90,14 @@ class Sizes:
 
     def _pitch(self, k: int) -> int:
         return _up(k, 64 if self.half else 32) + 8
+
+    def grids(self, batch: int) -> dict[str, int]:
+        """Blocks of a mixer's kernels."""
+        return {
+            IN: self.inner // IN_CHANNELS * -(-batch // self.in_streams),
+            SCAN: -(-batch // SCAN_STREAMS),
+            OUT: self.d_model // OUT_ROWS * -(-batch // self.out_streams),
+        }
 
     @classmethod
     def of(cls, program: Program, half: bool, limit: int) -> "Sizes | None":
@@ -110,17 +119,20 @@ class Sizes:
 
 def price(request: Request) -> float:
     """Microseconds a token of every stream takes, roughly."""
-    program, half = Program(request.model), request.dtype == torch.bfloat16
-    return cost(program, request.batch, half, nvrtc.multiprocessors(request.device.index))
+    program, half, device = Program(request.model), request.dtype == torch.bfloat16, persistent.Device(request.device.index)
+    return cost(program, request.batch, half, device.multiprocessors, device.shared_limit)
 
 
-def cost(program: Program, batch: int, half: bool, multiprocessors: int) -> float:
-    """The same on a GPU of so many multiprocessors. Fitted on an H200."""
-    total = 8.0
+def cost(program: Program, batch: int, half: bool, multiprocessors: int, limit: int) -> float:
+    """The same on a GPU of so many multiprocessors and bytes of shared memory a block: what a mixer takes however few streams there
+    are, turns of blocks that do not all find room at once, states. Fitted on an H200."""
+    sizes, total = Sizes.of(program, half, limit), 14.0
+    grids = sizes.grids(batch)
+    turns = {kernel: math.ceil(grid / (multiprocessors * max(limit // sizes.shared[kernel], 1))) for kernel, grid in grids.items()}
     for o in program.operations:
-        waves = math.ceil(batch / SCAN_STREAMS / multiprocessors)
-        products = 6 * batch * o.d_model * o.d_inner / (90e6 if half else 32e6)
-        total += 8.0 + max(waves * o.d_inner * 0.035, 9.0) + products
+        alone = max((0.034 if half else 0.046) * o.d_model, 9.0)
+        total += alone * (1 + 0.5 * (turns[SCAN] - 1)) + (0.0049 if half else 0.0114) * o.d_model * (turns[IN] + turns[OUT])
+        total += batch * o.d_inner * program.d_state * 8 / 2.8e6
     return total
 
 
@@ -170,12 +182,7 @@ class Runner:
         end = self._params(
             head=self._pack([program.head], rows, half), head_bias=bias, embedding=self._embedding, base=self._base, shift=self._shift
         )
-        s = self._sizes
-        grids = {
-            IN: 2 * inner // IN_ROWS * -(-batch // s.in_streams),
-            SCAN: -(-batch // SCAN_STREAMS),
-            OUT: d // OUT_ROWS * -(-batch // s.out_streams),
-        }
+        grids = self._sizes.grids(batch)
         self._launches = [(kernel, grid, layer) for layer in layers for kernel, grid in grids.items()]
         self._launches.append((FINISH, len(self._steps), end))
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -202,7 +209,7 @@ class Runner:
         x_proj = torch.cat([t["x_proj"][: o.rank], spread, t["x_proj"][o.rank :]])
         dt_proj = torch.nn.functional.pad(t["dt_proj"], (0, self._sizes.rank - o.rank))
         return self._params(
-            w_in=self._pack(list(t["in_proj"].split(IN_ROWS)), IN_ROWS, half),
+            w_in=self._pack([torch.cat(pair) for pair in zip(*(w.split(IN_CHANNELS) for w in t["in_proj"].chunk(2)))], 2 * IN_CHANNELS, half),
             w_x=self._pack([x_proj], 16 * self._sizes.x_groups, half),
             w_dt=self._pack([dt_proj], o.d_inner, False),
             w_out=self._pack(list(t["out_proj"].split(OUT_ROWS)), OUT_ROWS, half),

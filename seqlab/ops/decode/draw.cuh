@@ -13,10 +13,16 @@ DEVICE void mma(float* sum, uint4 a, u32 b0, u32 b1) {
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 DEVICE float lane_from(float v, int lane) { return __shfl_sync(FULL, v, lane); }
+// The largest of a warp.
+DEVICE u32 warp_most(u32 v) { u32 r; asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(v)); return r; }
 #endif
 
 DEVICE float warp_sum(float v) { for (int b = 16; b; b >>= 1) v += lane_xor(v, b); return v; }
-DEVICE float warp_max(float v) { for (int b = 16; b; b >>= 1) v = fmaxf(v, lane_xor(v, b)); return v; }
+// In one instruction, which knows whole numbers alone: a float's bits are put into its order first. -0 is less than 0.
+DEVICE float warp_max(float v) {
+    const u32 bits = __float_as_uint(v), most = warp_most(bits >> 31 ? ~bits : bits | 0x80000000u);
+    return __uint_as_float(most >> 31 ? most & 0x7fffffffu : ~most);
+}
 
 DEVICE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 DEVICE int quotient(int a, int b) { return (int)(((float)a + 0.5f) * rcp_fast((float)b)); }  // exact for a below 2^20

@@ -16,10 +16,11 @@ def self_check(backend: str) -> float:
     if (reason := BACKENDS[backend].unavailable()) is not None:
         raise RuntimeError(f"decode: back end {backend!r} is not available: {reason}")
     device = "cuda" if backend in ("persistent", "batched", "solo", "graph") else "cpu"
-    shape = {"d_model": 64} if backend in ("batched", "solo") else {"architecture": "unet", "d_model": 16, "pool": (2, 2)}
+    stack = {"d_model": 64, "n_layer": 2}
+    shape = stack if backend in ("batched", "solo") else {"architecture": "unet", "d_model": 16, "n_layer": 1, "pool": (2, 2)}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build_model(ModelConfig(**shape, n_layer=1, vocab_size=32)).to(device).eval()
+        model = build_model(ModelConfig(**shape, vocab_size=32)).to(device).eval()
     model.embedding.weight.mul_(30.0)
     ids = torch.randint(0, 32, (2, 31), generator=torch.Generator().manual_seed(0)).to(device)
     exact = model(ids)[0].log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]

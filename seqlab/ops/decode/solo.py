@@ -42,8 +42,7 @@ def unavailable(request: Request | None = None) -> str | None:
         return f"the decoder is on {request.device}; pass device='cuda'"
     if (why := unfit(request)) is not None:
         return why
-    limit = nvrtc.shared_limit(index)
-    if Sizes.of(Program(request.model), request.dtype == torch.bfloat16, limit) is None:
+    if _sizes(request, persistent.Device(index)) is None:
         return "weights and states of this stack do not fit a cluster's registers and shared memory"
     return None
 
@@ -84,21 +83,21 @@ class Sizes(NamedTuple):
     layers: int
 
     @classmethod
-    def of(cls, program: Program, half: bool, limit: int) -> "Sizes | None":
-        """The largest cluster whose blocks have room in registers and in `limit` bytes of shared memory. Weights of d_model 64 are so few
-        that they stay float32: then a thread's share of a row is 16 bytes, and the cluster may be larger."""
+    def of(cls, program: Program, half: bool, limit: int, batch: int, multiprocessors: int) -> "Sizes | None":
+        """The cluster that `cost` thinks fastest among those whose blocks have room in registers and in `limit` bytes of shared memory.
+        Weights of d_model 64 are so few that they stay float32: then a thread's share of a row is 16 bytes, and the cluster may be larger."""
         o = program.operations[0]
         half = half and o.d_model > 64
-        for own in (32, 64):
+        possible = []
+        for own in (32, 64) if o.d_model >= 256 else (32,):  # more streams of narrower stacks are as well served by `persistent`
             cluster = o.d_inner // own
             if cluster not in (2, 4, 8, 16) or cluster * own != o.d_inner:
                 continue
             rows = _up(-(-program.vocab_size // cluster), 4)
             rank = _up(o.rank, 4)
             sizes = cls(cluster, o.d_model, o.d_inner, rank, program.d_state, program.d_conv, program.vocab_size, rows, half, len(program.operations))
-            if sizes.possible(limit):
-                return sizes
-        return None
+            possible += [sizes] if sizes.possible(limit) else []
+        return min(possible, key=lambda sizes: cost(sizes, batch, multiprocessors), default=None)
 
     @property
     def own(self) -> int:
@@ -128,11 +127,14 @@ class Sizes(NamedTuple):
         return self.own * (2 + self.width + 3 + self.states + self.rank) + self.d_model
 
     def possible(self, limit: int) -> bool:
-        out = self.own / (self.per_row * self.piece)
-        if out < 1 or -(-self.head_rows // 64) > self.in_rounds:
-            return False
-        pieces = self.in_rounds * self.d_model // (8 * self.piece) + -(-self.x_rows // 64) * self.own // 32 + out
-        return pieces <= PIECES and self.shared <= limit
+        whole = self.own >= self.per_row * self.piece and -(-self.head_rows // 64) <= self.in_rounds
+        return whole and self.pieces <= PIECES and self.shared <= limit
+
+    @property
+    def pieces(self) -> int:
+        """So many times 16 bytes of a mixer's weights does a thread have."""
+        x = -(-self.x_rows // 64) * self.own // 32
+        return self.in_rounds * self.d_model // (8 * self.piece) + x + self.own // (self.per_row * self.piece)
 
     @property
     def shared(self) -> int:
@@ -153,14 +155,19 @@ def _up(n: int, to: int) -> int:
 
 def price(request: Request) -> float:
     """Microseconds a token of every stream takes, roughly."""
-    index, program, half = request.device.index, Program(request.model), request.dtype == torch.bfloat16
-    return cost(Sizes.of(program, half, nvrtc.shared_limit(index)), request.batch, nvrtc.multiprocessors(index))
+    device = persistent.Device(request.device.index)
+    return cost(_sizes(request, device), request.batch, device.multiprocessors)
+
+
+def _sizes(request: Request, device) -> Sizes | None:
+    half = request.dtype == torch.bfloat16
+    return Sizes.of(Program(request.model), half, device.shared_limit, request.batch, device.multiprocessors)
 
 
 def cost(sizes: Sizes, batch: int, multiprocessors: int) -> float:
     """The same on a GPU of so many multiprocessors. Fitted on an H200."""
     at_once = max((10 * multiprocessors // 11 if sizes.cluster < 16 else 7 * multiprocessors // 8) // sizes.cluster, 1)
-    mixer = 0.8 + (0.104 if sizes.half else 0.131) * sizes.cluster
+    mixer = 1.1 + 0.1 * sizes.pieces + 0.02 * sizes.cluster
     return math.ceil(batch / at_once) * (2.0 + mixer * sizes.layers)
 
 
@@ -191,10 +198,10 @@ class Runner:
     """Runs the tokens of all streams; the kernel takes the states from memory and puts them back."""
 
     def __init__(self, request: Request, device=None, sizes: Sizes | None = None):
-        self.batch, self._torch_device, half = request.batch, request.device, request.dtype == torch.bfloat16
+        self.batch, self._torch_device = request.batch, request.device
         self._device = device or persistent.Device(request.device.index)
         program = self._program = Program(request.model)
-        self.sizes = sizes or Sizes.of(program, half, self._device.shared_limit)
+        self.sizes = sizes or _sizes(request, self._device)
         self._carried = Carried(program, request.batch, request.device)
         self._module = self._device.module(self.sizes.defines(), SOURCE)
         self._kept: list[Tensor] = []

@@ -219,7 +219,7 @@ def test_wide_stacks(backend, batch, d_model, monkeypatch):
 @pytest.mark.skipif("batched" not in AVAILABLE, reason="needs an NVIDIA GPU")
 def test_auto_takes_what_costs_least(monkeypatch):
     model = make("wide")
-    for cheap in ("persistent", "batched"):
+    for cheap in ("persistent", "batched", "solo"):
         for name in ("persistent", "batched", "solo"):
             monkeypatch.setattr(decode.BACKENDS[name], "price", lambda request, name=name: float(name != cheap))
         assert Decoder(model, 2).backend == cheap
