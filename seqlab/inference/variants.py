@@ -89,7 +89,7 @@ def score_variants(
     *,
     context: int,
     device: str = "cpu",
-    precision: str = "auto",
+    precision: str = "float32",
     together: int = 256,
 ) -> Iterator[list[float | None]]:
     """A score for each ALT of each variant, in order; None where there is none to give (see the module and `Variant`).

@@ -59,7 +59,7 @@ def score(
         while some := list(itertools.islice(items, 1024)):  # a large file is never held
             scores = score_variants(
                 loaded.model, (Variant(genome[r.chrom], r.start, r.ref, r.alts) for r in some if isinstance(r, Record)),
-                context=length, device=device, precision=loaded.config.train.precision,
+                context=length, device=device,
             )  # fmt: skip
             for item in some:
                 if not isinstance(item, Record):

@@ -90,6 +90,21 @@ def test_what_is_unknown_is_not_counted_and_nothing_known_is_nan():
     np.testing.assert_allclose(a, b, atol=1e-6)  # causal: what follows changes no feature before it
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gpu_gives_the_same_vectors_in_any_company(name):
+    model = make(name)
+    records = [(str(i), sequence(n, i)) for i, n in enumerate((1, 64, 65, 200, 3, 130, 3000))]
+    expected = [vector for _, vector, _ in embed_records(model, records)]
+    for (_, vector, _), wanted in zip(embed_records(model, records, device="cuda", precision="float32"), expected, strict=True):
+        np.testing.assert_allclose(vector, wanted, atol=1e-4)
+    together = [vector for _, vector, _ in embed_records(model, records, device="cuda")]
+    for record, vector in zip(records, together, strict=True):
+        ((_, alone, _),) = embed_records(model, [record], device="cuda", batch_size=1)
+        np.testing.assert_array_equal(alone, vector)
+
+
 # -- the command ---------------------------------------------------------------------------------------------------
 def call(*arguments, code=0):
     result = CliRunner().invoke(app, [str(a) for a in arguments])

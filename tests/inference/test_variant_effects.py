@@ -123,6 +123,23 @@ def test_a_model_that_reads_both_strands_scores_a_variant_alike_on_both():
         assert one == pytest.approx(two, abs=2e-5) and (one != 0 or GENOME[150] == "A")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gpu_gives_the_same_scores_in_any_company(name):
+    model, rng = make(name), np.random.default_rng(3)
+    some = [variant(int(rng.integers(0, 290)), int(rng.integers(1, 4)), *rng.choice(["A", "C", "GT", "TTAAG"], 2)) for _ in range(40)]
+    expected = list(score_variants(model, some, context=CONTEXT))
+    options = dict(context=CONTEXT, device="cuda")
+    exact = list(score_variants(model, some, **options))
+    for got, wanted in zip(exact, expected, strict=True):
+        assert got == pytest.approx(wanted, abs=1e-3)
+    options["precision"] = "bfloat16"
+    half = [next(score_variants(model, [v], **options)) for v in some]
+    assert list(score_variants(model, some, **options)) == half and half != exact
+    assert list(score_variants(model, some[::-1], together=7, **options)) == half[::-1]
+
+
 # -- the command ---------------------------------------------------------------------------------------------------
 def call(*arguments, code=0):
     result = CliRunner().invoke(app, [str(a) for a in arguments])
