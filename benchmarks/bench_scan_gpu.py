@@ -294,6 +294,31 @@ def short(shapes):
     return result
 
 
+@torch.no_grad()
+def at_once(shapes):
+    """Both directions of a bidirectional block, whose scans share no tensor, in one launch and one after the other:
+    microseconds on the GPU and on the host, forward and backward."""
+    rows, choose = [], native.short
+    print("\ntwo scans of batch, d_inner, length | GPU forward, backward us: apart, at once | host forward, backward us: apart, at once")
+    for shape in shapes:
+        scans = tuple((*x[:6], None, x[7]) for x in (inputs(*shape), inputs(*shape)))
+        segment = native.segment_length(shape[0], shape[2], shape[1])
+        row, dy = {"shape": shape}, torch.randn_like(scans[0][0])
+        for name in ("apart", "at_once"):
+            native.short = choose if name == "at_once" else lambda *a: None if a[-1] == 2 else choose(*a)  # two at once: never
+            native._recipes.clear()
+            kept = [states for _, states in native.forward_pair(scans, None, True, segment)]
+            calls = (lambda: native.forward_pair(scans, None, True, segment),
+                     lambda kept=kept: native.backward_pair(dy, scans, None, kept, True, segment))  # fmt: skip
+            row[name] = {"device_us": [device_us(f) for f in calls], "host_us": [host_us(f, 100) for f in calls]}
+        native.short = choose
+        native._recipes.clear()
+        rows.append(row)
+        pairs = [(row["apart"][k][i], row["at_once"][k][i]) for k in ("device_us", "host_us") for i in (0, 1)]
+        print(f"{str(shape):<22}", " | ".join(f"{a:6.1f} -> {b:6.1f}" for a, b in pairs), flush=True)
+    return rows
+
+
 def bidirectional(shape):
     """Both directions with one set of inputs, ours without flips, theirs with."""
     x, theirs = inputs(*shape), peer()
@@ -407,6 +432,7 @@ def main(argv=None):
     if options.short:
         few = [(b, d, n, 16) for b, d, n in GRID if b * d * n < 1 << 25]
         result["short"], result["grid"] = short(few), table(few, "never slower than mamba_ssm")
+        result["at_once"] = at_once([s for s in few if math.prod(s[:3]) <= 1 << 20])
         print(json.dumps(result))
         return
     result["compile"] = compile_seconds()
