@@ -451,6 +451,14 @@ def _run_forward(recipe: _Recipe, u, delta, A, B, C, D, z, bias, initial, mask, 
     p = type(recipe.params).from_buffer_copy(recipe.params)
     if not _fill(p, u, delta, B, C, z, None, A, D, bias, initial, None, mask) and recipe.aligned:
         return None
+    launch = recipe.module.launch
+    *first_passes, outputs = recipe.launches
+    if recipe.work:
+        work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
+        p.ends = work.data_ptr()
+        p.sums = p.ends + recipe.sums
+    for what in first_passes:  # the GPU works while the rest is allocated
+        launch(*what, p)
     y, states, last = _outputs(u, mask), None, None
     p.y = y.data_ptr()
     if final:
@@ -459,12 +467,7 @@ def _run_forward(recipe: _Recipe, u, delta, A, B, C, D, z, bias, initial, mask, 
     if recipe.keep:
         states = A.new_empty(recipe.kept)
         p.segments = states.data_ptr()
-    if recipe.work:
-        work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
-        p.ends = work.data_ptr()
-        p.sums = p.ends + recipe.sums
-    for launch in recipe.launches:
-        recipe.module.launch(*launch, p)
+    launch(*outputs, p)
     return y, last, states
 
 
@@ -578,40 +581,57 @@ def _take_workspace(recipe: _Recipe, p, work: int, states: Tensor) -> None:
     p.segments = states.data_ptr()
 
 
-def _take_outputs(recipe: _Recipe, p, u, delta, A, B, C, D, z, bias, initial, mask):
-    """All gradients, not yet written, their addresses in the parameters."""
-    du, ddelta, dB, dC, dA = _outputs(u, mask), _outputs(delta, mask), _like(B), _like(C), _like(A)
-    p.du, p.ddelta, p.into_B, p.into_C, p.dA = du.data_ptr(), ddelta.data_ptr(), dB.data_ptr(), dC.data_ptr(), dA.data_ptr()
-    if recipe.keep:
-        p.dB, p.dC = p.into_B, p.into_C
-    dD = dz = dbias = dinitial = None
+def _take_first_outputs(p, u, delta, z, initial, mask):
+    """du, ddelta, dz, dinitial, which the gradients' own kernel writes, their addresses in the parameters."""
+    du, ddelta = _outputs(u, mask), _outputs(delta, mask)
+    p.du, p.ddelta = du.data_ptr(), ddelta.data_ptr()
+    dz = dinitial = None
     if z is not None:
         dz = _outputs(z, mask)
         p.dz = dz.data_ptr()
+    if initial is not None:
+        dinitial = _like(initial)
+        p.dinitial = dinitial.data_ptr()
+    return du, ddelta, dz, dinitial
+
+
+def _take_sums(p, A, B, C, D, bias):
+    """dA, dB, dC, dD, dbias, which are added up at the end (dB and dC at once if there is nothing to add), likewise."""
+    dA, dB, dC = _like(A), _like(B), _like(C)
+    p.dA, p.into_B, p.into_C = dA.data_ptr(), dB.data_ptr(), dC.data_ptr()
+    dD = dbias = None
     if D is not None:
         dD = _like(D)
         p.dD = dD.data_ptr()
     if bias is not None:
         dbias = _like(bias)
         p.dbias = dbias.data_ptr()
-    if initial is not None:
-        dinitial = _like(initial)
-        p.dinitial = dinitial.data_ptr()
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
+    return dA, dB, dC, dD, dbias
 
 
 def _run_backward(recipe: _Recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
-    """All gradients by one recipe; None if it takes aligned data and these are not."""
+    """All gradients by one recipe; None if it takes aligned data and these are not.
+
+    A kernel is launched as soon as what it writes has a place: the GPU works while the rest is allocated."""
     p = type(recipe.params).from_buffer_copy(recipe.params)
     if not _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask) and recipe.aligned:
         return None
+    launch = recipe.module.launch
+    *first_passes, gradients, sums = recipe.launches
     work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
     _take_workspace(recipe, p, work.data_ptr(), states)
-    grads = _take_outputs(recipe, p, u, delta, A, B, C, D, z, bias, initial, mask)
-    launch = recipe.module.launch
-    for what in recipe.launches:
+    for what in first_passes:
         launch(*what, p)
-    return grads
+    du, ddelta, dz, dinitial = _take_first_outputs(p, u, delta, z, initial, mask)
+    if recipe.keep:
+        dA, dB, dC, dD, dbias = _take_sums(p, A, B, C, D, bias)
+        p.dB, p.dC = p.into_B, p.into_C
+        launch(*gradients, p)
+    else:
+        launch(*gradients, p)
+        dA, dB, dC, dD, dbias = _take_sums(p, A, B, C, D, bias)
+    launch(*sums, p)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
 
 
 def _run_backward_groups(recipes: tuple[_Recipe, ...], dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
@@ -743,7 +763,9 @@ def backward_pair(dy: Tensor, scans, mask: Tensor | None, states, softplus: bool
         u, delta, A, B, C, D, z, bias, initial, mask = tensors
         _fill(mine, u, delta, B, C, z, dy, A, D, bias, initial, None, mask)
         _take_workspace(recipe, mine, start, kept)
-        grads.append(_take_outputs(recipe, mine, *tensors))
+        du, ddelta, dz, _ = _take_first_outputs(mine, u, delta, z, None, mask)
+        dA, dB, dC, dD, dbias = _take_sums(mine, A, B, C, D, bias)
+        grads.append((du, ddelta, dA, dB, dC, dD, dz, dbias, None))
         start += 2 * recipe.work  # bytes of half of it
     for what in recipe.launches:
         recipe.module.launch(*what, p)
