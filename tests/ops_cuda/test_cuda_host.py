@@ -136,4 +136,5 @@ def test_bytes_of_a_shape_match_the_formula():
     assert scan._shared_bytes("scan_forward", 16, 4, 2, 1) == slots + 2 * staged + inputs  # B and C twice: one stage ahead
     assert scan._shared_bytes("scan_forward", 64, 1, 4, 0) == 8 * 32 * 64 + 4 * 64 * 36 * 2 + 3 * 8 * 64 * 4
     assert 2 * (scan._shared_bytes("scan_backward", 16, 4) + 1024) <= 228 * 1024  # two blocks a Hopper multiprocessor
+    assert 4 * (scan._shared_bytes("scan_backward", 16, 2) + 1024) <= 228 * 1024  # once three fitted: 1.35 times the time
     assert 2 * (scan._shared_bytes("scan_backward", 16, 3, 4) + 1024) <= 228 * 1024
