@@ -9,6 +9,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
+from seqlab.model import ModelConfig, build_model
 from seqlab.ops import nvrtc
 
 HERE = Path(__file__).resolve().parent
@@ -64,3 +67,19 @@ class Device:
         kernels = re.findall(r"^KERNEL\b.*? (\w+)\(const (\w+) p\)", nvrtc.source(name), re.MULTILINE)
         wanted = "Pair" if dict(defines).get("BOTH") else "Params"  # scan_short.cu: one scan at a time, or two
         return Module(name, defines, tuple(kernel for kernel, takes in kernels if takes == wanted), self._resident)
+
+
+def decoded_model(options: dict, shifts: float = 0.5):
+    """A language model for the decoding kernels to be compared with, of more than zeros and ones, and with logits as large as a
+    trained model's. `shifts`: the spread of matrices that begin as zero."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                parameter += 0.2 * torch.randn_like(parameter)
+            if "embedding" in name or "lm_head" in name:
+                parameter.mul_(20)
+            if any(part in name for part in ("class_shifts", "prediction_head.weight", "prediction_head.input")):
+                parameter.normal_(std=shifts)
+    return model

@@ -19,25 +19,11 @@ MODELS = {
 }  # fmt: skip
 
 
-def make(name: str):
-    torch.manual_seed(0)
-    model = build_model(ModelConfig(**MODELS[name])).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                parameter += 0.2 * torch.randn_like(parameter)
-            if "embedding" in parameter_name or "lm_head" in parameter_name:
-                parameter.mul_(20)
-            if "class_shifts" in parameter_name:
-                parameter.normal_(std=0.5)
-    return model
-
-
 @torch.inference_mode()
 def errors(name, batch, half=False, steps=7, sampling=None, allowed=None, given=False, monkeypatch=None, tiles=None):
     """Largest difference of log-probabilities and of every state tensor; whether all tokens agree."""
     sampling = sampling or Sampling(seed=2)
-    model = make(name)
+    model = emulate.decoded_model(MODELS[name])
     classes = torch.arange(batch) % 4 if model.config.n_classes else None
     base = None if classes is None else model.class_embedding.weight[classes]
     device = emulate.Device(batched.SOURCE, batched.KERNELS)

@@ -4,7 +4,7 @@ import emulate
 import pytest
 import torch
 
-from seqlab.model import ModelConfig, build_model
+from seqlab.model import build_model
 from seqlab.ops.decode import persistent, reference
 from seqlab.ops.decode.request import Request
 from seqlab.ops.decode.sampling import Sampling, stream_key
@@ -31,16 +31,7 @@ class Device(emulate.Device):
 
 
 def make(name: str):
-    torch.manual_seed(0)
-    model = build_model(ModelConfig(**MODELS[name])).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                parameter += 0.2 * torch.randn_like(parameter)
-            if "embedding" in parameter_name or "lm_head" in parameter_name:
-                parameter.mul_(20)
-            if any(name in parameter_name for name in ("class_shifts", "prediction_head.weight", "prediction_head.input")):  # they start as zero
-                parameter.normal_(std=0.05)
+    model = emulate.decoded_model(MODELS[name], shifts=0.05)
     if name == "held":
         model.prediction_head.predictor.hold = 0.3
     return model

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from seqlab.ops import nvrtc
 from seqlab.ops.decode import persistent
-from seqlab.ops.decode.persistent import VOCAB_MAX, Shape, pack
-from seqlab.ops.decode.program import BLOCK, Carried, Program, reason
+from seqlab.ops.decode.persistent import Shape, pack
+from seqlab.ops.decode.program import Carried, Program
 from seqlab.ops.decode.request import Request
 from seqlab.ops.decode.sampling import Sampling
 
@@ -46,18 +46,9 @@ def unavailable(request: Request | None = None) -> str | None:
 
 def unfit(request: Request) -> str | None:
     """Why these kernels cannot run a model, wherever they are."""
-    if (why := reason(request.model)) is not None:
+    if (why := persistent.no_selective_stack(request)) is not None:
         return why
-    config = request.model.config
-    if request.guidance:
-        return "guidance pairs streams: use persistent"
-    if config.prediction_order:
-        return "a linear prediction is made by persistent alone"
-    if config.vocab_size > VOCAB_MAX:
-        return f"the vocabulary has {config.vocab_size} tokens; the kernel draws from {VOCAB_MAX} at most"
-    program = Program(request.model)
-    if any(o.kind != BLOCK or o.fixed for o in program.operations):
-        return "only isotropic stacks of selective blocks: use persistent"
+    config, program = request.model.config, Program(request.model)
     if config.d_state not in (16, 32):
         return f"d_state is {config.d_state}; 16 or 32"
     if any(o.d_model % 32 or o.d_inner % 64 for o in program.operations):

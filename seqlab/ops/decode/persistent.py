@@ -9,6 +9,7 @@ more streams in a cluster share each weight that is read and add arithmetic.
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,37 @@ def unavailable(request: Request | None = None) -> str | None:
     if plan(Program(request.model), request.batch, request.dtype == torch.bfloat16, device, bool(request.guidance)) is None:
         return f"the activations of one stream do not fit {device.shared_limit} bytes of shared memory"
     return None
+
+
+def no_selective_stack(request: Request) -> str | None:
+    """What `batched` and `solo`, which run stacks of equal selective blocks alone, leave to this back end."""
+    if (why := reason(request.model)) is not None:
+        return why
+    config = request.model.config
+    if request.guidance:
+        return "guidance pairs streams: use persistent"
+    if config.prediction_order:
+        return "a linear prediction is made by persistent alone"
+    if config.vocab_size > VOCAB_MAX:
+        return f"the vocabulary has {config.vocab_size} tokens; the kernel draws from {VOCAB_MAX} at most"
+    if any(o.kind != BLOCK or o.fixed for o in Program(request.model).operations):
+        return "only isotropic stacks of selective blocks: use persistent"
+    return None
+
+
+def in_launches(device: torch.device, launch: Callable, token: Tensor, n: int, keys: Tensor, forced: Tensor | None):
+    """n tokens a stream, (b n) int64, and their log-probabilities (b n), of as many launches as that takes: each is
+    launch(token, keys, forced, start=, n=), for tokens start .. start + n, with that part of `forced`."""
+    parts, token = [], token.contiguous()
+    for start in range(0, n, TOKENS_MAX):
+        stop = min(n, start + TOKENS_MAX)
+        given = None if forced is None else forced[:, start:stop].long().contiguous()
+        this = functools.partial(launch, start=start, n=stop - start)
+        parts.append(nvrtc.on_device(this, token, keys, given) if device.type == "cuda" else this(token, keys, given))
+        token = parts[-1][0][:, -1].contiguous()
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([tokens for tokens, _ in parts], 1), torch.cat([log_probs for _, log_probs in parts], 1)
 
 
 class Device:
@@ -396,20 +428,12 @@ class Runner:
         self, token: Tensor, position: int, n: int, sampling: Sampling, keys: Tensor, forced: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """n tokens a stream, (b n) int64, and their log-probabilities (b n); see Decoder."""
-        parts, token = [], token.contiguous()
-        for start in range(0, n, TOKENS_MAX):
-            stop = min(n, start + TOKENS_MAX)
-            given = None if forced is None else forced[:, start:stop].long().contiguous()
-            launch = functools.partial(self._launch, position=position + start, n=stop - start, sampling=sampling)
-            if self._torch_device.type == "cuda":
-                parts.append(nvrtc.on_device(launch, token, keys, given))
-            else:
-                parts.append(launch(token, keys, given))
-            token = parts[-1][0][:, -1].contiguous()
-            self._carried.advance(stop - start)
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([tokens for tokens, _ in parts], 1), torch.cat([log_probs for _, log_probs in parts], 1)
+        def launch(token: Tensor, keys: Tensor, forced: Tensor | None, start: int, n: int):
+            made = self._launch(token, keys, forced, position + start, n, sampling)
+            self._carried.advance(n)
+            return made
+
+        return in_launches(self._torch_device, launch, token, n, keys, forced)
 
     def _launch(self, token: Tensor, keys: Tensor, forced: Tensor | None, position: int, n: int, sampling: Sampling):
         device = self._torch_device

@@ -6,7 +6,6 @@ file lays out the weights and fills in the addresses.
 powers of two, and streams by the handful. `price` says what a token costs.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -15,8 +14,7 @@ from torch import Tensor
 
 from seqlab.ops import nvrtc
 from seqlab.ops.decode import persistent
-from seqlab.ops.decode.persistent import TOKENS_MAX, VOCAB_MAX
-from seqlab.ops.decode.program import BLOCK, Carried, Operation, Program, reason
+from seqlab.ops.decode.program import Carried, Operation, Program
 from seqlab.ops.decode.request import Request
 from seqlab.ops.decode.sampling import Sampling
 
@@ -49,18 +47,9 @@ def unavailable(request: Request | None = None) -> str | None:
 
 def unfit(request: Request) -> str | None:
     """Why this kernel cannot run a model, whatever its size."""
-    if (why := reason(request.model)) is not None:
+    if (why := persistent.no_selective_stack(request)) is not None:
         return why
-    config = request.model.config
-    if request.guidance:
-        return "guidance pairs streams: use persistent"
-    if config.prediction_order:
-        return "a linear prediction is made by persistent alone"
-    if config.vocab_size > VOCAB_MAX:
-        return f"the vocabulary has {config.vocab_size} tokens; the kernel draws from {VOCAB_MAX} at most"
-    program = Program(request.model)
-    if any(o.kind != BLOCK or o.fixed for o in program.operations):
-        return "only isotropic stacks of selective blocks: use persistent"
+    config, program = request.model.config, Program(request.model)
     if config.d_state != 16:
         return f"d_state is {config.d_state}; 16"
     if program.d_model not in (64, 128, 256, 512):
@@ -267,15 +256,10 @@ class Runner:
         self, token: Tensor, position: int, n: int, sampling: Sampling, keys: Tensor, forced: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """n tokens a stream, (b n) int64, and their log-probabilities (b n); see Decoder."""
-        parts, token = [], token.contiguous()
-        for start in range(0, n, TOKENS_MAX):
-            stop = min(n, start + TOKENS_MAX)
-            given = None if forced is None else forced[:, start:stop].long().contiguous()
-            launch = functools.partial(self._launch, position=position + start, n=stop - start, sampling=sampling)
-            on_gpu = self._torch_device.type == "cuda"
-            parts.append(nvrtc.on_device(launch, token, keys, given) if on_gpu else launch(token, keys, given))
-            token = parts[-1][0][:, -1].contiguous()
-        return torch.cat([tokens for tokens, _ in parts], 1), torch.cat([log_probs for _, log_probs in parts], 1)
+        def launch(token: Tensor, keys: Tensor, forced: Tensor | None, start: int, n: int):
+            return self._launch(token, keys, forced, position + start, n, sampling)
+
+        return persistent.in_launches(self._torch_device, launch, token, n, keys, forced)
 
     def _launch(self, token: Tensor, keys: Tensor, forced: Tensor | None, position: int, n: int, sampling: Sampling):
         device = self._torch_device
