@@ -132,13 +132,11 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, check
         options = {**options, **started_from(checkpoint, "dna", config is not None)}
     settings = load_config(DnaConfig, name, set_ or [], options)
     dataset = None if data is None else known_dataset(data, "seqlab prep dna", ("dna", "species"))
-    run_dir = new_run_directory(name, out)
+    run_dir = begin_run(name, out, overwrite, undo, data, checkpoint, *(fasta or []))
     if not is_main_process():
         dataset = dataset or run_dir / "data"
         _wait_for(dataset / "manifest.json")
         return run_dir, dataset, settings
-    in_use = [path for path in (data, checkpoint, *(fasta or [])) if path is not None]
-    undo.enter_context(fresh_directory(run_dir, overwrite, in_use))
     if dataset is None:
         dataset = run_dir / "data"
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -208,22 +206,14 @@ def train_species(
         else:
             if data is None:
                 raise UserError("--data: give the dataset that `seqlab prep species` wrote")
-            if freeze and init is None:
-                raise UserError("--freeze: trains the head on a backbone that has learnt; give one with --init RUN")
-            checkpoint = None if init is None else runs.find_checkpoint(init)
+            checkpoint = backbone_to_start_from(init, freeze)
             given = train_options(**options)
             if freeze:
                 given = {**given, "freeze": "backbone", "loss": {"language_model": 0.0}}
-            if checkpoint is not None:
-                from seqlab.classifier import backbone_shape
-
-                runs.check_init(checkpoint, ("dna", "species", "classify"))
-                given = {**given, "model": backbone_shape(checkpoint)}
+            given |= shape_to_start_from(checkpoint)
             settings = load_config(species.Config, config or "species", set_ or [], given)
             dataset = known_dataset(data, "seqlab prep species", ("species",))
-            run_dir = new_run_directory(config or "species", out)
-            if is_main_process():
-                undo.enter_context(fresh_directory(run_dir, overwrite, [p for p in (data, checkpoint) if p is not None]))
+            run_dir = begin_run(config or "species", out, overwrite, undo, data, checkpoint)
         accelerator = resolve_accelerator(settings.train)
         model = settings.model
         note(
@@ -287,24 +277,16 @@ def train_classify(
         else:
             if data is None:
                 raise UserError("--data: give the dataset that `seqlab prep labelled` wrote")
-            if freeze and init is None:
-                raise UserError("--freeze: trains the head on a backbone that has learnt; give one with --init RUN")
-            checkpoint = None if init is None else runs.find_checkpoint(init)
+            checkpoint = backbone_to_start_from(init, freeze)
             given = train_options(**options)
             own = {"seeds": seeds, "epochs": epochs, "freeze": "backbone" if freeze else None}
             given |= {key: value for key, value in own.items() if value is not None}
-            if checkpoint is not None:
-                from seqlab.classifier import backbone_shape
-
-                runs.check_init(checkpoint, ("dna", "species", "classify"))
-                given["model"] = backbone_shape(checkpoint)
+            given |= shape_to_start_from(checkpoint)
             if strand is not None:
                 given["model"] = {**given.get("model", {}), "strand": strand}
             settings = load_config(classification.Config, config or "classify", set_ or [], given)
             dataset = known_dataset(data, "seqlab prep labelled", ("labelled",))
-            run_dir = new_run_directory(config or "classify", out)
-            if is_main_process():
-                undo.enter_context(fresh_directory(run_dir, overwrite, [p for p in (data, checkpoint) if p is not None]))
+            run_dir = begin_run(config or "classify", out, overwrite, undo, data, checkpoint)
         accelerator = resolve_accelerator(settings.train)
         model = settings.model
         note(
@@ -374,10 +356,7 @@ def train_audio(
                 given |= started_from(checkpoint, audio.NAME, config != "audio_fsdd")
             settings = load_config(audio.Config, config, set_ or [], given)
             dataset = known_dataset(data, "seqlab prep audio", ("audio",))
-            run_dir = new_run_directory(config, out)
-            if is_main_process():
-                in_use = [path for path in (data, checkpoint) if path is not None]
-                undo.enter_context(fresh_directory(run_dir, overwrite, in_use))
+            run_dir = begin_run(config, out, overwrite, undo, data, checkpoint)
         from seqlab.training.config import resolve_accelerator
 
         accelerator, model = resolve_accelerator(settings.train), settings.model
@@ -404,6 +383,15 @@ def train_audio(
         {"run": str(run_dir), "result": result.__dict__, "evaluation": report.audio_evaluation_dict(evaluation)},
         human=human,
     )
+
+
+def begin_run(name: str, out: Optional[Path], overwrite: bool, undo: contextlib.ExitStack, *reads: Optional[Path]) -> Path:
+    """Where a new run goes, made free by the main process; `reads`: what the run reads, None for nothing. `undo` learns how to
+    leave things as they were if the run does not get as far as training."""
+    run_dir = new_run_directory(name, out)
+    if is_main_process():
+        undo.enter_context(fresh_directory(run_dir, overwrite, [path for path in reads if path is not None]))
+    return run_dir
 
 
 def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path], set_, given: dict, refused: dict):
@@ -445,6 +433,26 @@ def started_from(checkpoint: Path, task: str, has_config: bool) -> dict:
         return {}
     model = runs.check_init(checkpoint, (task,))
     return {} if has_config else {"model": {key: value for key, value in model.items() if key != "dropout"}}
+
+
+def backbone_to_start_from(init: Optional[Path], freeze: bool) -> Optional[Path]:
+    """The checkpoint that `--init` means, for a classifier; None without one."""
+    from tasks import runs
+
+    if freeze and init is None:
+        raise UserError("--freeze: trains the head on a backbone that has learnt; give one with --init RUN")
+    return None if init is None else runs.find_checkpoint(init)
+
+
+def shape_to_start_from(checkpoint: Optional[Path]) -> dict:
+    """What a classifier's settings take from the run that it starts from: the shape of the backbone."""
+    if checkpoint is None:
+        return {}
+    from seqlab.classifier import backbone_shape
+    from tasks import runs
+
+    runs.check_init(checkpoint, ("dna", "species", "classify"))
+    return {"model": backbone_shape(checkpoint)}
 
 
 def note_training_result(result, run_dir: Path, command_name: str, metric: str) -> None:
