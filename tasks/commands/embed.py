@@ -35,9 +35,7 @@ def embed(
         raise UserError("--json -: standard output is taken by the table; give --out FILE, or --json FILE")
     if out != "-" and Path(out).suffix not in (".npz", ".tsv"):
         raise UserError(f"--out {out}: give a name that ends in .npz or .tsv, or - for TSV on standard output")
-    if out != "-" and Path(out).exists() and not overwrite:
-        raise UserError(f"{out}: exists; choose another --out or add --overwrite")
-    check_output_file(out, "--out")
+    check_output_file(out, "--out", overwrite)
     device = resolve_device(device)
     loaded = runs.load_run(run)
     if loaded.task not in ("dna", "species", "classify"):

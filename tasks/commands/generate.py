@@ -157,9 +157,7 @@ def generate_dna(
     from tasks import dna_generation, runs
 
     device = resolve_device(device)
-    if out != "-" and Path(out).exists() and not overwrite:
-        raise UserError(f"{out}: exists; choose another --out, or add --overwrite")
-    check_output_file(out, "--out")
+    check_output_file(out, "--out", overwrite)
     try:
         sampling = Sampling(temperature, top_k, top_p, seed)
     except ValueError as error:

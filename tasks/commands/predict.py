@@ -81,10 +81,8 @@ def table_out(out: str, overwrite: bool):
     if out == "-":
         yield sys.stdout
         return
+    check_output_file(out, "--out", overwrite)
     path = Path(out)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path}: exists; choose another --out or add --overwrite")
-    check_output_file(out, "--out")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

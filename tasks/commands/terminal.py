@@ -81,11 +81,14 @@ def program() -> str:
         return str(called.resolve())
 
 
-def check_output_file(name: Optional[str], option: str) -> None:
-    """UserError, before any work is done, unless a file of that name can be written; None and - are none."""
+def check_output_file(name: Optional[str], option: str, overwrite: bool = True) -> None:
+    """UserError, before any work is done, unless a file of that name can be written; None and - are none. `overwrite`: also
+    over one that is there."""
     if name in (None, "-"):
         return
     path = Path(name)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists; choose another {option} or add --overwrite")
     if path.is_dir():
         raise UserError(f"{option} {name}: is a directory; give a file in it, or - for standard output")
     parent = path.parent
