@@ -121,26 +121,25 @@ def why_no_gpu() -> str:
 
 def back_ends() -> list[Finding]:
     """Each operator's back ends: available with the error of a quick check, or the exact reason and remedy."""
-    from seqlab.ops import backends, decode
-    from seqlab.ops.decode.self_check import self_check as check_decoder
+    from seqlab.ops import OPERATORS, backends
     from seqlab.ops.self_check import self_check
 
+    against = {"decode": "parallel forward pass", "block": "separate operators in float64"}
     found = []
-    for op in ("selective_scan", "causal_conv1d", "decode"):
-        for name, module in (decode.BACKENDS if op == "decode" else backends(op)).items():
+    for op in OPERATORS:
+        for name, module in backends(op).items():
             reason = module.unavailable(None)
             if reason is not None:
                 found.append(Finding(f"back ends of {op}", name, "absent", reason))
                 continue
             try:
-                error = check_decoder(name) if op == "decode" else self_check(op, name)
+                error = self_check(op, name)
             except Exception as problem:
                 first = " ".join(f"{type(problem).__name__}: {problem}".split())[:160]
                 found.append(Finding(f"back ends of {op}", name, "problem", f"self-check failed: {first}"))
                 continue
             status: Status = "ok" if error <= LIMIT else "problem"
-            against = "parallel forward pass" if op == "decode" else "float64 reference"
-            detail = f"works; largest error against the {against} {error:.1e} (limit {LIMIT:.0e})"
+            detail = f"works; largest error against the {against.get(op, 'float64 reference')} {error:.1e} (limit {LIMIT:.0e})"
             found.append(Finding(f"back ends of {op}", name, status, detail))
     return found
 

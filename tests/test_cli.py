@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -162,8 +163,14 @@ def test_doctor_checks_every_back_end():
     for word in ("selective_scan", "causal_conv1d", "reference", "cpu", "mamba_ssm", "torch + torchaudio"):
         assert word in stdout
     data = json.loads(run("doctor", "--json", "-")[0])
-    works = {f["name"] for f in data["findings"] if f["section"].startswith("back ends") and f["status"] == "ok"}
-    assert {"reference", "cpu"} <= works
+    found = {(f["section"].removeprefix("back ends of "), f["name"]): f for f in data["findings"] if f["section"].startswith("back ends of ")}
+    folders = {path.parent.name for path in (ROOT / "seqlab" / "ops").glob("*/__init__.py")}
+    assert {op for op, _ in found} == folders  # no operator is left out
+    for op in folders - {"block"}:
+        assert found[op, "reference"]["status"] == found[op, "cpu"]["status"] == "ok"
+    if not torch.cuda.is_available():
+        reason = found["hidden_markov", "cuda"]["detail"]
+        assert reason and reason == found["block", "cuda"]["detail"] == found["selective_scan", "cuda"]["detail"]
 
 
 def test_doctor_reports_a_broken_pair_of_torch_and_torchaudio(monkeypatch):

@@ -9,14 +9,17 @@ from types import ModuleType
 from seqlab.ops.causal_conv1d import causal_conv1d
 from seqlab.ops.selective_scan import selective_scan
 
-__all__ = ["backends", "causal_conv1d", "selective_scan"]
+__all__ = ["OPERATORS", "backends", "causal_conv1d", "selective_scan"]
+
+OPERATORS = ("selective_scan", "causal_conv1d", "block", "hidden_markov", "decode")
+"""The folders here."""
 
 
 def backends(op: str) -> dict[str, ModuleType]:
-    """Back ends of an operator ("selective_scan" or "causal_conv1d"), name -> module, fastest first.
+    """Back ends of an operator, name -> module, fastest first.
 
     `backends(op)[name].unavailable()` is None or the reason why this machine cannot run it.
     """
-    if op not in ("selective_scan", "causal_conv1d"):
-        raise ValueError(f"op {op!r} does not exist; allowed: selective_scan, causal_conv1d")
+    if op not in OPERATORS:
+        raise ValueError(f"op {op!r} does not exist; allowed: {', '.join(OPERATORS)}")
     return dict(importlib.import_module(f"seqlab.ops.{op}").BACKENDS)

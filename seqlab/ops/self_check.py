@@ -1,4 +1,9 @@
-"""Compare a back end with the float64 reference on this machine, quickly: what `seqlab doctor` shows beside its name."""
+"""Compare a back end with a reference on this machine, quickly: what `seqlab doctor` shows beside its name.
+
+Here for selective_scan and causal_conv1d, which are called alike; the other operators have a self_check.py of their own.
+"""
+
+import importlib
 
 import torch
 from torch import Tensor
@@ -10,7 +15,8 @@ BATCH, LENGTH, CHANNELS, STATES, WIDTH = 2, 150, 24, 5, 4
 
 
 def self_check(op: str, backend: str) -> float:
-    """Largest error of a back end over outputs and every gradient, in both directions, relative to each one's largest value.
+    """Largest error of a back end over outputs and every gradient, relative to each one's largest value; scan and convolution
+    in both directions.
 
     Runs in float32 on the device the back end is for; initial state and final-state gradient take part where it has
     them. About 1e-6 is right, above 1e-3 is broken.
@@ -25,6 +31,8 @@ def self_check(op: str, backend: str) -> float:
     reason = modules[backend].unavailable()
     if reason is not None:
         raise RuntimeError(f"{op}: back end {backend!r} is not available: {reason}")
+    if op not in ("selective_scan", "causal_conv1d"):
+        return importlib.import_module(f"seqlab.ops.{op}.self_check").self_check(backend)
     device = "cuda" if backend in ("cuda", "mamba_ssm") else "cpu"
     width, states = (0, STATES) if op == "selective_scan" else (WIDTH, 0)
     worst = 0.0

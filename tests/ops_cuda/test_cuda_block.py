@@ -286,3 +286,12 @@ def test_stack_that_keeps_no_inputs(emulated, monkeypatch, direction, masked):
     assert max(relative(a, r) for a, r in pairs) < TOLERANCE[FLOAT]
     with pytest.raises(RuntimeError, match="goes back once"):
         y.backward(seed.float())
+
+
+def test_self_check_is_small_and_sees_a_wrong_block(emulated, monkeypatch):
+    from seqlab.ops.block.self_check import self_check
+
+    assert self_check(device="cpu") < 1e-5
+    right = fused.rows.norm_forward
+    monkeypatch.setattr(fused.rows, "norm_forward", lambda x, weight, *rest: right(x, 1.01 * weight, *rest))
+    assert self_check(device="cpu") > 1e-3

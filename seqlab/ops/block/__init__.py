@@ -5,15 +5,21 @@ the two together, outputs and every gradient. What it keeps and recomputes is in
 """
 
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqlab.ops import dispatch
+from seqlab.ops.block import cuda, rows
 from seqlab.ops.block.parameters import Direction
+from seqlab.ops.selective_scan import cuda as scan
 
-__all__ = ["Direction", "compute_dtype", "mamba_block", "mamba_stack", "unavailable"]
+__all__ = ["BACKENDS", "Direction", "compute_dtype", "mamba_block", "mamba_stack", "unavailable"]
+
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda}
+"""Away from it, the separate operators of seqlab/backbones/mamba.py, with back ends of their own."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -32,17 +38,12 @@ def unavailable(x: Tensor, d_inner: int, d_state: int) -> str | None:
         return "nothing to compute"
     if os.environ.get(dispatch.ENVIRONMENT) not in (None, "", "auto", "cuda"):
         return f"{dispatch.ENVIRONMENT} asks for another back end"
-    from seqlab.ops.block import rows
-    from seqlab.ops.causal_conv1d import cuda as conv
-    from seqlab.ops.selective_scan import cuda as scan
-
     dtype = compute_dtype(x)
     if x.dtype not in (torch.float32, dtype):
         return f"the residual stream is {x.dtype} beside {dtype}"
     if x.shape[2] > rows.WIDEST or d_state > scan.GROUP:
         return f"it takes d_model up to {rows.WIDEST} and d_state up to {scan.GROUP}"
-    request = dispatch.Request("cuda", dtype, d_inner)
-    return scan.unavailable(request) or conv.unavailable(request)
+    return cuda.unavailable(dispatch.Request("cuda", dtype, d_inner))
 
 
 def mamba_block(
@@ -82,8 +83,6 @@ def mamba_block(
         raise ValueError(f"mamba_block: {len(directions)} directions with reverse {reverse}; allowed: one, or (False, True)")
     if ranks is not None and (conv_state is not None or ssm_state is not None or return_state):
         raise ValueError("mamba_block: a sequence shared by several ranks carries no state in or out")
-    from seqlab.ops.block import cuda
-
     tensors = (x, mask, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias)
     tensors += tuple(t for direction in directions for t in direction)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -97,7 +96,6 @@ def mamba_stack(x: Tensor, blocks: list[tuple], mask: Tensor | None = None) -> T
     blocks: for each, mamba_block's arguments from norm_weight to reverse; all of one kind. Inputs recovered on the way back
     are off by float32's rounding of a sum (seqlab/ops/block/stack.py).
     """
-    from seqlab.ops.block import cuda
     from seqlab.ops.block.stack import Stack
 
     specs, parameters = [], []

@@ -22,7 +22,13 @@ from seqlab.ops.block import rows
 from seqlab.ops.block.parameters import Direction
 from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.causal_conv1d import last_real_positions
+from seqlab.ops.dispatch import Request
 from seqlab.ops.selective_scan import cuda as scan
+
+
+def unavailable(request: Request | None = None) -> str | None:
+    """Why the kernels of a block cannot run here (or cannot run this); None if they can."""
+    return scan.unavailable(request) or conv.unavailable(request)
 
 
 @dataclass(frozen=True)
