@@ -25,3 +25,16 @@ def operator(name: str, devices: str | None = None) -> Callable[[Callable], torc
         return getattr(torch.ops.seqlab, name).default
 
     return register
+
+
+def only_once(backward: torch._ops.OpOverload) -> None:
+    """Say of an operator that computes gradients that it has none itself. Without this torch warns, once, and then takes
+    its outputs for constants: a gradient penalty, a Hessian or a sharpness would be wrong and look right."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            f"{backward.name()} has no gradient of its own: only back end 'reference' can be differentiated twice "
+            "(backend='reference', or SEQLAB_BACKEND=reference)"
+        )
+
+    torch.library.register_autograd(backward, refuse)

@@ -1,5 +1,6 @@
 """The references themselves: by hand, by gradcheck, and against independent formulas."""
 
+import functools
 import math
 
 import pytest
@@ -141,3 +142,23 @@ def test_conv_gradcheck(reverse, masked, activation):
         )
 
     assert torch.autograd.gradcheck(f, tuple(t.values()))
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
+def test_second_gradients_are_right_or_refused(op):
+    """A fast back end's gradients were taken for constants when differentiated again, with no more than a warning."""
+    if op == "selective_scan":
+        function = functools.partial(selective_scan, delta_softplus=True)
+        tensors = scan_arguments(1, 3, 2, 2, torch.float64, softplus=True)
+    else:
+        function = functools.partial(causal_conv1d, activation="silu")
+        tensors = conv_arguments(1, 3, 2, 4, torch.float64)
+    leaves = [t.requires_grad_() for t in tensors.values()]
+
+    def run(backend):
+        return lambda *values: function(**dict(zip(tensors, values, strict=True)), backend=backend)
+
+    assert torch.autograd.gradgradcheck(run("reference"), leaves)
+    gradient = torch.autograd.grad(run("auto")(*leaves).sum(), leaves[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        gradient.square().sum().backward()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seqlab.ops import needs_numba, threads
-from seqlab.ops.register import operator
+from seqlab.ops.register import only_once, operator
 
 STEPS = 256  # times in one cell of work
 UNITS_MAX = 256  # shares of the parameters' gradients
@@ -100,6 +100,7 @@ def _autograd(ctx, dy):
 
 
 torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
+only_once(_backward)
 
 
 class _Call:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seqlab.ops.dispatch import Request
-from seqlab.ops.register import operator
+from seqlab.ops.register import only_once, operator
 
 INSTALL = (
     "CAUSAL_CONV1D_FORCE_BUILD=TRUE pip install --no-build-isolation causal-conv1d (needs nvcc; a plain "
@@ -152,3 +152,4 @@ def _autograd(ctx, dy):
 
 
 torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
+only_once(_backward)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seqlab.ops import needs_numba, threads
-from seqlab.ops.register import operator
+from seqlab.ops.register import only_once, operator
 
 NATIVE_MASK = True
 CHUNK_MAX = 256
@@ -243,6 +243,7 @@ def _autograd(ctx, dy, dfinal, _):
 
 
 torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
+only_once(_backward)
 
 
 # ------------------------------------------------------------------------------------------- tensors into addresses

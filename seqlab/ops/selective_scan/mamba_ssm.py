@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from seqlab.ops.dispatch import Request
-from seqlab.ops.register import operator
+from seqlab.ops.register import only_once, operator
 
 INSTALL = (
     "MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm causal-conv1d "
@@ -233,3 +233,4 @@ def _autograd(ctx, dy, *_):
 
 
 torch.library.register_autograd(_forward, _autograd, setup_context=_setup_context)
+only_once(_backward)
