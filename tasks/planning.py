@@ -18,7 +18,7 @@ from tasks.runs import task_module
 
 @dataclass(frozen=True)
 class RunPlan:
-    """`seconds` is the whole run on `devices` devices like this one; None where no mode fits."""
+    """`seconds` is the whole run on `devices` devices like this one, of `steps` steps; None where no mode fits."""
 
     plan: planner.Plan
     parameters: int
@@ -58,8 +58,11 @@ def plan_run(config: Any) -> RunPlan:
     load = planner.load_of(model, batch, -(-windows // rows), train.ema_decay > 0, rows, length)
     result = planner.plan(probe, load, train, everything=True)
     result = dataclasses.replace(result, length=context)
-    seconds = None if result.chosen is None else result.chosen.step_seconds * train.max_steps
-    if seconds is not None and train.max_minutes is not None:
-        seconds = min(seconds, 60 * train.max_minutes)
+    steps, seconds = train.max_steps, None
+    if result.chosen is not None:
+        seconds = result.chosen.step_seconds * steps
+        if train.max_minutes is not None and seconds > 60 * train.max_minutes:
+            seconds = 60 * train.max_minutes
+            steps = max(1, int(seconds / result.chosen.step_seconds))
     parameters = sum(p.numel() for p in model.parameters())
-    return RunPlan(result, parameters, devices, train.max_steps, windows * context * devices // sharing, seconds)
+    return RunPlan(result, parameters, devices, steps, windows * context * devices // sharing, seconds)

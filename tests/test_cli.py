@@ -57,7 +57,8 @@ def trained(tmp_path_factory) -> Path:
     """A small run, made by the command itself."""
     folder = tmp_path_factory.mktemp("trained")
     genome(folder / "g.fa")
-    run("train", "dna", "--fasta", folder / "g.fa", "--out", folder / "run", "--max-steps", 6, *TOY)
+    _, stderr = run("train", "dna", "--fasta", folder / "g.fa", "--out", folder / "run", "--max-steps", 6, *TOY)
+    (folder / "said.txt").write_text(stderr)
     return folder / "run"
 
 
@@ -71,6 +72,14 @@ def test_train_leaves_a_run_that_explains_itself(trained):
     assert "Markov order 3" in report and "bits/base" in report
     facts = json.loads((trained / "run.json").read_text())
     assert facts["ended"] == "finished" and facts["result"]["steps"] == 6 and facts["torch"]
+
+
+def test_the_commands_that_train_suggests_work(trained):
+    """It named a context of 4096, which a small genome's test split does not hold."""
+    said = [line.split() for line in (trained.parent / "said.txt").read_text().splitlines()]
+    (words,) = [words for words in said if str(trained) in words and "eval" in words]
+    assert "--context" in words
+    run(*words[words.index("eval") :])
 
 
 def test_eval_prints_the_model_beside_markov_models(trained):
@@ -199,7 +208,7 @@ def test_help_is_there_and_shows_an_example(words):
     stdout, _ = run(*words, "--help")
     assert "Usage" in stdout
     if words and words not in (["prep"], ["train"]):
-        assert "Example:" in stdout
+        assert "Example:" in stdout and "--json" in stdout and "--debug" in stdout
 
 
 # -- wrong input ---------------------------------------------------------------------------------------------------

@@ -326,8 +326,10 @@ def test_dna_is_drawn_as_fasta(dna, tmp_path):
     base = ["generate", "dna", dna, "--length", 90, "--num", 3, "--prompt", "ACGTACGTACGNNA"]
     text, stderr = run(*base)
     assert "bases/s" in stderr
-    run(*base, "--batch", 2, "--out", tmp_path / "a.fa")
+    facts = json.loads(run(*base, "--batch", 2, "--out", tmp_path / "a.fa", "--json", "-")[0])
     assert (tmp_path / "a.fa").read_text() == text
+    assert [f"log_likelihood={s['log_likelihood']:.3f}" in text for s in facts["sequences"]] == [True] * 3
+    assert "standard output" in error_of(*base, "--json", "-")
     assert run(*base, "--seed", 1)[0] != text
     records = [part.split("\n", 1) for part in text.split(">")[1:]]
     assert len(records) == 3

@@ -148,6 +148,7 @@ def generate_dna(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[str, typer.Option("--backend", help="Back end of the decoder; auto: the fastest.")] = "auto",
     overwrite: Overwrite = False,
+    json_out: Json = None,
 ) -> None:
     """Draw DNA from a causal model: A, C, G and T only, with the log-likelihood of each sequence.
 
@@ -158,6 +159,8 @@ def generate_dna(
 
     device = resolve_device(device)
     check_output_file(out, "--out", overwrite)
+    if out == "-" and json_out == "-":
+        raise UserError("--out - and --json -: both go to standard output; give a file for one of them")
     try:
         sampling = Sampling(temperature, top_k, top_p, seed)
     except ValueError as error:
@@ -177,4 +180,6 @@ def generate_dna(
 
         write_text(Path(out), text)
     rate = length * num / max(seconds, 1e-9)
-    note(f"{num} sequences of {length:,} bases in {seconds:.1f} s: {rate:,.0f} bases/s ({used} decoder on {device})")
+    done = f"{num} sequences of {length:,} bases in {seconds:.1f} s: {rate:,.0f} bases/s ({used} decoder on {device})"
+    facts = {"seconds": seconds, "bases_per_second": rate, "backend": used, "device": device}
+    emit(json_out, {**facts, "sequences": [vars(sequence) for sequence in sequences]}, human=lambda: note(done))

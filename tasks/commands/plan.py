@@ -55,9 +55,10 @@ def plan(
         if result.chosen is None:
             note(result.refusal(None if settings.train.memory == "auto" else settings.train.memory))
             return
+        hours = found.device_hours
         note(
             f"`train` would use memory {result.chosen.memory}: {found.steps:,} steps, {found.steps * per_step:,} tokens, "
-            f"{show_duration(found.seconds)} on {found.devices} device(s), {found.device_hours:,.1f} device-hours, validation apart."
+            f"{show_duration(found.seconds)} on {found.devices} device(s), {hours:,.{2 if hours < 10 else 0}f} device-hours, validation apart."
         )
 
     data = {"config": config, **{k: v for k, v in dataclasses.asdict(found).items() if k != "plan"}, "plan": planner.as_dict(result)}

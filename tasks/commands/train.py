@@ -111,7 +111,8 @@ def train_dna(
         note("Next:")
         if fasta is None and data is None and not resume:
             note(f"  {program()} train dna --fasta YOUR_GENOME.fa.gz     train on your own genome")
-        note(f"  {program()} eval {run_dir} --context 256 --context 4096")
+        lengths = " ".join(f"--context {c}" for c in sorted({min(evaluation.contexts), max(evaluation.contexts)}))
+        note(f"  {program()} eval {run_dir} {lengths}")
         note(f"  {program()} train dna --data {dataset} --init {run_dir}   train further from these weights")
 
     emit(json_out, {"run": str(run_dir), "result": result.__dict__, "evaluation": report.evaluation_dict(evaluation)}, human=human)

@@ -210,6 +210,13 @@ def run_plan(*arguments):
     return CliRunner().invoke(cli.app, ["plan", *arguments, *(x for text in TOY for x in ("--set", text))])
 
 
+def test_plan_of_a_run_bounded_by_time_counts_the_steps_that_it_takes():
+    """100,000 steps in 2.5 minutes, it said of the demo: the limit of steps beside the limit of time."""
+    limits = ["--set", "train.max_minutes=0.5", "--set", "train.max_steps=10000000"]
+    plan = json.loads(run_plan("dna_small", "--json", "-", *limits).stdout)
+    assert plan["seconds"] == 30 and plan["steps"] == max(1, int(30 / plan["plan"]["chosen"]["step_seconds"]))
+
+
 def test_plan_command(tmp_path):
     done = run_plan("dna_small", "--context", "1_000_000", "--json", str(tmp_path / "plan.json"))
     assert done.exit_code == 0, done.output
