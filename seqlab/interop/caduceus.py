@@ -4,11 +4,13 @@ What the released files do that a loader must know:
 - Tied tensors are left out (in_proj and out_proj of the reverse direction, the head): they are tied again here.
 - Caduceus-PS was trained with a fused add-norm that swaps the two halves of the channels before every block, without a
   flip (not before the final norm). The swap is part of the function those weights compute; it cannot be seen in any
-  equivariance test. `fused_add_norm: false` checkpoints do not have it.
+  equivariance test. `fused_add_norm: false` checkpoints do not have it. Here it becomes an arrangement of the weights,
+  and the model an ordinary equivariant one (`_arrange`).
 - `complement_map` has string keys, in any order; it is read by key.
 - `bidirectional` may be the string "true,".
 """
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from seqlab.errors import UserError
 from seqlab.interop.weights import load_weights, read_json, save_weights
-from seqlab.model import ModelConfig, build_model, language_model
+from seqlab.model import LanguageModel, ModelConfig, build_model, language_model
 from seqlab.tokenizers.nucleotide import COMPLEMENT
 
 
@@ -67,13 +69,12 @@ def load_caduceus(directory: Path) -> nn.Module:
     model = build_model(config, complement)
     load_weights(language_model(model), directory / "model.safetensors", _rename)
     if swaps_halves:
-        for layer in language_model(model).backbone.layers:
-            layer.register_forward_pre_hook(_swap_halves)
+        _arrange(language_model(model), model.complement)
     return model
 
 
 def save_caduceus(model: nn.Module, directory: Path) -> None:
-    """Write a bidirectional language model (as `build_model` makes it) in the published layout: Caduceus-PS without the exchange
+    """Write a bidirectional language model (as `build_model` makes it) in the published layout: Caduceus-PS without the swap
     of halves if it is equivariant, else Caduceus-Ph. Raises UserError for a model that is neither."""
     inner = language_model(model)
     c = inner.config
@@ -111,14 +112,32 @@ def save_caduceus(model: nn.Module, directory: Path) -> None:
     save_weights(inner, directory, config, rename)
 
 
-def _swap_halves(layer: nn.Module, arguments: tuple) -> tuple:
-    """The fused add-norm's exchange of the channel halves, in our layout: two batch halves, each in its own frame.
+@torch.no_grad()
+def _arrange(model: LanguageModel, complement: Tensor) -> None:
+    """Weights of blocks that the strands are swapped before -> weights that compute the same without a swap.
 
-    In the published layout the second half of the channels is the other strand's row flipped along length and channels;
-    exchanging the halves there is exchanging the rows here and flipping both.
+    In our layout the strands are two rows p, q, each in its own frame, and the swap before a block b is (p, q) -> (F q, F p),
+    where F turns a row around along length and channels. F F = 1, so a swap moves through a block, and two of them cancel:
+
+        b2(swap(b1(swap(p, q)))) = b2(F b1(F p)), b2(F b1(F q))
+
+    Every row keeps to itself, and F b F is b with its directions exchanged and its channels in the opposite order. After an
+    odd number of blocks one swap is left: then the features are the other strand's turned around, and the head, which can no
+    longer be the embedding, turns them back (the released models have 4 and 16 blocks).
     """
-    forward_strand, reverse_strand = arguments[0].chunk(2)
-    return torch.cat([reverse_strand.flip(1, 2), forward_strand.flip(1, 2)]), *arguments[1:]
+    for layer in model.backbone.layers[::2]:
+        mixer = layer.mixer
+        mixer.mamba_fwd, mixer.mamba_rev = mixer.mamba_rev, mixer.mamba_fwd
+        layer.norm.weight.copy_(layer.norm.weight.flip(0))
+        for in_proj in {mixer.mamba_fwd.in_proj, mixer.mamba_rev.in_proj}:  # tied: one
+            in_proj.weight.copy_(in_proj.weight.flip(1))
+        for out_proj in {mixer.mamba_fwd.out_proj, mixer.mamba_rev.out_proj}:
+            for parameter in out_proj.parameters():
+                parameter.copy_(parameter.flip(0))
+    if len(model.backbone.layers) % 2:
+        model.backbone.norm_f.weight.copy_(model.backbone.norm_f.weight.flip(0))
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight[complement].flip(1))
+        model.config = dataclasses.replace(model.config, tie_embeddings=False)
 
 
 def _rename(name: str) -> str | None:

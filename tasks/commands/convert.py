@@ -38,12 +38,7 @@ def import_(
         raise UserError(f"{source}: no such folder; give the one that config.json and model.safetensors lie in")
     kind = read_json(source / "config.json", "a model's").get("model_type")
     if kind == "caduceus":
-        config, complement, swaps_halves = caduceus.read_config(source / "config.json")
-        if swaps_halves:
-            raise UserError(
-                f"{source}: Caduceus-PS with fused_add_norm exchanges the strands before every block, which a run cannot hold; use the "
-                "Caduceus-Ph checkpoint, or seqlab.interop.caduceus.load_caduceus in Python"
-            )
+        config, complement, _ = caduceus.read_config(source / "config.json")
         if complement is not None and not torch.equal(complement, torch.from_numpy(nucleotide.COMPLEMENT.astype("int64"))):
             raise UserError(f"{source}: complement_map is not that of the vocabulary A 7, C 8, G 9, T 10; other symbols are not supported")
     elif kind == "mamba":
@@ -55,6 +50,7 @@ def import_(
     load = caduceus.load_caduceus if kind == "caduceus" else transformers_mamba.load_transformers_mamba
     with fresh_directory(out, overwrite, [source]):
         model = load(source)
+        config = language_model(model).config
         text = dump_yaml(dataclasses.replace(Config(), model=config))
         facts = {"task": "dna", "imported": str(source.resolve()), "parameters": sum(p.numel() for p in language_model(model).parameters())}
         write_text(out / "config.yaml", text)

@@ -1,5 +1,6 @@
 """Caduceus checkpoints: golden logits of the reference code, and cases of our own that always run."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from seqlab.errors import UserError
-from seqlab.interop.caduceus import load_caduceus
+from seqlab.interop.caduceus import _arrange, load_caduceus, save_caduceus
+from seqlab.model import ModelConfig, build_model
 
 FIXTURES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "caduceus_fixtures"
 COMPLEMENT = torch.tensor([0, 1, 2, 3, 4, 5, 6, 10, 9, 8, 7, 11, 12, 13, 14, 15])
@@ -46,7 +48,7 @@ def write(directory: Path, rcps: bool, **changes) -> Path:
         "caduceus.backbone.norm_f.weight": 1 + random(d),
         "lm_head.complement_map": COMPLEMENT,
     }
-    for i in range(2):
+    for i in range(changes.get("n_layer", 2)):
         layer = f"caduceus.backbone.layers.{i}."
         weights[layer + "norm.weight"] = 1 + random(d)
         mixer = layer + f"mixer{middle}.mamba_"
@@ -88,8 +90,48 @@ def test_equivariant_checkpoint_is_equivariant_and_the_swap_matters(tmp_path):
         with torch.no_grad():
             logits[fused] = model(ids)[0]
             back = model(COMPLEMENT[ids].flip(1))[0]
+            save_caduceus(model, tmp_path / "again")
+            assert torch.equal(load_caduceus(tmp_path / "again").eval()(ids)[0], logits[fused])
         assert (back - logits[fused].flip(1)[..., COMPLEMENT]).abs().max() < 1e-5
     assert (logits[True] - logits[False]).abs().max() > 1e-2
+
+
+def swapped(model):
+    """`model`, the strands swapped before every block as the fused add-norm does it: the definition, which mixes rows."""
+
+    def swap(layer, arguments):
+        forward_strand, reverse_strand = arguments[0].chunk(2)
+        return torch.cat([reverse_strand.flip(1, 2), forward_strand.flip(1, 2)]), *arguments[1:]
+
+    for layer in model.model.backbone.layers:
+        layer.register_forward_pre_hook(swap)
+    return model
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("changes", [{}, {"tie_projections": False, "combine": "multiply"}, {"bias": True}], ids=str)
+def test_the_swap_of_strands_is_an_arrangement_of_weights(layers, changes):
+    torch.manual_seed(0)
+    config = ModelConfig(d_model=10, n_layer=layers, d_state=3, direction="bidirectional", strand="equivariant", **changes)
+    model = build_model(config, COMPLEMENT).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    ids = torch.randint(3, 12, (3, 19), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(19) < torch.tensor([[19], [12], [7]])
+    arranged = copy.deepcopy(model)
+    _arrange(arranged.model, arranged.complement)
+    assert arranged.model.config.tie_embeddings == (layers % 2 == 0)
+    with torch.no_grad():
+        for m in (None, mask):
+            expected = swapped(copy.deepcopy(model))(ids, mask=m)[0]
+            found = arranged(ids, mask=m)[0]
+            back = arranged(COMPLEMENT[ids].flip(1), mask=None if m is None else m.flip(1))[0]
+            assert (expected - model(ids, mask=m)[0]).abs().max() > 1e-2  # the swap matters
+            assert (found - expected).abs().max() < 1e-11
+            assert (back - found.flip(1)[..., COMPLEMENT]).abs().max() < 1e-11
+        alone = arranged(ids[1:2, :12])[0]  # no row depends on another one
+        assert (alone - arranged(ids, mask=mask)[0][1:2, :12]).abs().max() < 1e-11
 
 
 def test_plain_checkpoint_loads_with_tied_projections(tmp_path):

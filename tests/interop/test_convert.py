@@ -105,6 +105,31 @@ def test_a_run_exported_and_imported_is_the_same_model(kind, data, tmp_path):
     assert load_run(tmp_path / "further").config.model.d_model == 16
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+def test_a_released_caduceus_ps_is_a_run_like_any_other(layers, data, tmp_path):
+    from tests.interop.test_caduceus import write
+
+    source = write(tmp_path / "ps", rcps=True, n_layer=layers)
+    call("import", source, "--out", tmp_path / "run")
+    assert torch.equal(logits(load_run(tmp_path / "run").model.eval()), logits(load_caduceus(source).eval()))
+    letters = "".join(np.random.default_rng(1).choice(list("ACGTN"), 300))
+    other = letters[::-1].translate(str.maketrans("ACGT", "TGCA"))
+    (tmp_path / "x.fa").write_text(f">a\n{letters}\n>b\n{other}\n")
+    call("embed", tmp_path / "run", tmp_path / "x.fa", "--out", tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as found:
+        a, b = found["embeddings"]
+        assert a.std() > 0.1
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    base = letters.replace("N", "A")
+    (tmp_path / "g.fa").write_text(f">chr\n{base}\n")
+    alt = "C" if base[149] != "C" else "G"
+    (tmp_path / "v.vcf").write_text(f"##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\nchr\t150\t.\t{base[149]}\t{alt}\t.\t.\t.\n")
+    call("score", tmp_path / "run", "--fasta", tmp_path / "g.fa", tmp_path / "v.vcf", "--context", 64, "--out", tmp_path / "s.vcf")
+    assert "SEQLAB" in (tmp_path / "s.vcf").read_text().splitlines()[-1].upper()
+    call("train", "dna", "--data", data, "--context", 64, "--max-steps", 1, *TOY, "--init", tmp_path / "run", "--out", tmp_path / "further")
+    assert "causal" in call("generate", "dna", tmp_path / "run", "--length", 10, code=1).stderr
+
+
 def test_wrong_input_is_one_line_and_leaves_nothing(data, tmp_path):
     def folder(name, config, weights=None):
         (tmp_path / name).mkdir()
@@ -116,10 +141,9 @@ def test_wrong_input_is_one_line_and_leaves_nothing(data, tmp_path):
     save_transformers_mamba(make(), tmp_path / "good")
     good = json.loads((tmp_path / "good" / "config.json").read_text())
     weights = load_file(tmp_path / "good" / "model.safetensors")
-    ps = make(direction="bidirectional", strand="equivariant")
-    save_caduceus(ps, tmp_path / "ps")
+    save_caduceus(make(direction="bidirectional", strand="equivariant"), tmp_path / "ps")
     config = json.loads((tmp_path / "ps" / "config.json").read_text())
-    (tmp_path / "ps" / "config.json").write_text(json.dumps({**config, "fused_add_norm": True}))
+    (tmp_path / "ps" / "config.json").write_text(json.dumps({**config, "complement_map": {str(i): i for i in range(16)}}))
     (tmp_path / "file").write_text("x")
     cases = (
         (tmp_path / "none", "no such folder"),
@@ -135,7 +159,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(data, tmp_path):
         (folder("empty", good), "cannot be read"),
         (folder("short", good, {k: v for k, v in weights.items() if "norm_f" not in k}), "lacks backbone.norm_f.weight"),
         (folder("wide", {**good, "hidden_size": 32}, weights), "in a model of its config.json"),
-        (tmp_path / "ps", "exchanges the strands before every block"),
+        (tmp_path / "ps", "complement_map is not that of the vocabulary"),
     )
     before = {p.name for p in tmp_path.iterdir()}
     for source, expected in cases:
