@@ -102,14 +102,19 @@ def save_caduceus(model: nn.Module, directory: Path) -> None:
         "rcps": equivariant,
         "complement_map": {str(i): int(other) for i, other in enumerate(complement[: c.vocab_size])},
     }  # fmt: skip
-    middle = ".submodule" if equivariant else ""
+    words = "caduceus.backbone.embeddings.word_embeddings"
 
     def rename(name: str) -> str:
+        if not equivariant:
+            return f"{words}.weight" if name == "embedding.weight" else f"caduceus.{name}"
         if name == "embedding.weight":
-            return f"caduceus.backbone.embeddings.word_embeddings{'.embedding' if equivariant else ''}.weight"
-        return f"caduceus.{name.replace('.mixer.', f'.mixer{middle}.')}"
+            return f"{words}.embedding.weight"
+        for wrapped in (".mixer.", ".norm.", ".norm_f."):  # without the fused add-norm, norms are wrapped as mixers are
+            name = name.replace(wrapped, f"{wrapped}submodule.")
+        return f"caduceus.{name}"
 
-    save_weights(inner, directory, config, rename)
+    buffers = {f"{words}.complement_map": complement, "lm_head.complement_map": complement} if equivariant else {}
+    save_weights(inner, directory, config, rename, buffers)
 
 
 @torch.no_grad()

@@ -42,9 +42,12 @@ def load_weights(model: nn.Module, path: Path, rename: Callable[[str], str | Non
     model.load_state_dict(weights, strict=False)
 
 
-def save_weights(model: nn.Module, directory: Path, config: dict, rename: Callable[[str], str]) -> None:
-    """config.json and model.safetensors, each tied tensor once, under the names that `rename` makes of ours."""
-    weights: dict[str, Tensor] = {}
+def save_weights(
+    model: nn.Module, directory: Path, config: dict, rename: Callable[[str], str], buffers: dict[str, Tensor] | None = None
+) -> None:
+    """config.json and model.safetensors, each tied tensor once, under the names that `rename` makes of ours; `buffers` beside
+    them, under theirs."""
+    weights = {name: buffer.clone() for name, buffer in (buffers or {}).items()}
     seen = set()
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() not in seen:

@@ -53,10 +53,17 @@ def test_caduceus_layout_there_and_back(changes, tmp_path):
     ours = make(direction="bidirectional", **changes)
     save_caduceus(ours, tmp_path)
     assert torch.equal(logits(load_caduceus(tmp_path).eval()), logits(ours))
-    names = set(load_file(tmp_path / "model.safetensors"))
-    assert all(name.startswith("caduceus.backbone.") for name in names) and not any("mamba_rev.in_proj" in n for n in names) == (
-        changes.get("tie_projections", True)
-    )
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any("mamba_rev.in_proj" in name for name in stored) != changes.get("tie_projections", True)
+    # Caduceus' own code wraps mixers, and norms that are not fused with the addition, for PS; it reads no other names
+    equivariant = changes["strand"] == "equivariant"
+    wrapped, inner = (".submodule", ".embedding") if equivariant else ("", "")
+    outside = {f"embeddings.word_embeddings{inner}.weight", f"norm_f{wrapped}.weight", f"layers.0.norm{wrapped}.weight"}
+    outside |= {"embeddings.word_embeddings.complement_map"} if equivariant else set()
+    names = {name.removeprefix("caduceus.backbone.") for name in stored}
+    assert outside <= names and f"layers.1.mixer{wrapped}.mamba_rev.A_log" in names
+    assert ({"lm_head.complement_map"} & names) == ({"lm_head.complement_map"} if equivariant else set())
+    assert not json.loads((tmp_path / "config.json").read_text())["fused_add_norm"]
 
 
 def test_models_that_are_something_else_are_refused(tmp_path):
