@@ -340,6 +340,7 @@ def train(
 ) -> FitResult:
     """Train on a prepared dataset into `run_dir`. Nothing is created before the configuration is known to fit."""
     store = TokenStore.open(dataset)
+    resume, init = runs.start_of(run_dir, resume, init)
     task = AudioModeling(config, store)
     if not len(store.intervals("valid")):
         raise UserError(f"{dataset}: no valid split; early stopping needs one: prepare it again with a valid split")

@@ -93,6 +93,15 @@ def train(
     return result
 
 
+def start_of(run_dir: Path, resume: bool, init: Path | None) -> tuple[bool, Path | None]:
+    """(resume, init) as they are, but of a run to resume that was killed before it had saved anything: (False, the weights
+    that it began with). It begins again."""
+    if not resume or (Path(run_dir) / "checkpoints" / "last" / "trainer.pt").is_file():
+        return resume, init
+    saved = read_run_facts(run_dir).get("init")
+    return False, None if saved is None else Path(saved)
+
+
 def find_checkpoint(path: Path) -> Path:
     """`RUN`, `RUN/checkpoints/best` or a model.safetensors -> the model.safetensors meant. Raises UserError."""
     path = Path(path)

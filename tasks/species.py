@@ -50,7 +50,7 @@ from seqlab.heads.classification import ADDITIVE, evenly_spread_ends
 from seqlab.inference.classify import Predictor
 from seqlab.processes import is_main_process
 from seqlab.tokenizers import nucleotide
-from seqlab.training.checkpoint import load_model, save_model, write_atomic, write_json, write_text
+from seqlab.training.checkpoint import load_model, read_notes, save_model, write_atomic, write_json, write_text
 from seqlab.training.config import TrainConfig, step_seed
 from seqlab.training.facts import FitResult, read_run_facts
 from seqlab.training.history import read_history
@@ -428,6 +428,7 @@ def train(config: Config, dataset: Path, run_dir: Path, *, init: Path | None = N
     """Train on a prepared dataset into `run_dir`; `init`: a checkpoint of `train dna` or `train species` to start from.
     Nothing is created before the configuration is known to fit."""
     store = TokenStore.open(dataset)
+    resume, init = runs.start_of(run_dir, resume, init)
     task = SpeciesTask(config, store, None if resume else init)
     task.build_model()
     result = runs.train(task, run_dir, dataset, store.hash, pretrained=init, resume=resume)
@@ -451,9 +452,16 @@ def calibration_windows(lengths: Sequence[int], longest: int, trained: int, clas
 def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
     """Fit the biases, the length scale and what repeats count of the best checkpoint's head on fixed windows of the validation split
     (`calibration_windows`); the checkpoint is replaced. Nothing else of the model changes (vector scaling without the vector,
-    Guo et al. 2017). Returns the cross-entropy (nats) before and after, which are written into run.json."""
+    Guo et al. 2017). A checkpoint that was calibrated before (its run was resumed at its end) is calibrated anew, from what
+    training left, to the same values. Returns the cross-entropy (nats) before and after, which are written into run.json."""
     run = runs.load_run(run_dir, task=NAME)
     config, model = run.config, run.model
+    left = json.loads(read_notes(run.checkpoint).get("before_calibration", "{}"))
+    with torch.no_grad():
+        for name, values in left.items():
+            model.head.get_parameter(name).copy_(torch.tensor(values))
+    fitted_names = ("linear.bias", *(() if model.head.length_scale is None else ("length_scale",)))
+    left = json.dumps({name: model.head.get_parameter(name).tolist() for name in fitted_names})
     windows = ClassWindows(store, "valid", config.data.max_unknown)
     facts = read_run_facts(run.directory)
     trained = (facts.get("result") or {}).get("tokens", 0)
@@ -513,7 +521,7 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
             head.length_scale.copy_(scale.detach())
         if model.repeats is not None:
             head.repeat_scale.copy_(torch.stack([repeat[0].exp(), repeat[1].sigmoid()]).detach())
-    save_model(model.cpu(), run.checkpoint.parent, dump_yaml(config))
+    save_model(model.cpu(), run.checkpoint.parent, dump_yaml(config), before_calibration=left)
     write_json(run.directory / "run.json", {**facts, "calibration": {"before": before, "after": after, "lengths": lengths}})
     return {"before": before, "after": after}
 

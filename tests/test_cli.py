@@ -145,6 +145,30 @@ def test_killed_and_resumed_on_the_command_line_equals_uninterrupted(tmp_path):
         assert all(np.array_equal(one[key].numpy(), other[key].numpy()) for key in one)
 
 
+def test_killed_before_the_first_checkpoint_and_resumed_equals_uninterrupted(trained, tmp_path):
+    """Nothing was saved yet, so --resume refused."""
+    data = ["--data", trained / "data", "--max-steps", 3, *TOY]
+    run("train", "dna", *data, "--out", tmp_path / "whole", "--init", trained)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints")
+    run("train", "dna", "--resume", "--out", tmp_path / "killed")
+    one, other = (load_file(tmp_path / name / "checkpoints/last/model.safetensors") for name in ("whole", "killed"))
+    assert all(np.array_equal(one[key].numpy(), other[key].numpy()) for key in one)
+    facts = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "killed")]
+    assert facts[0]["init"] == facts[1]["init"] and facts[1]["result"]["steps"] == 3
+
+
+def test_a_number_of_steps_is_not_bounded_by_the_preset_s_time():
+    """The learning rate followed the clock of a preset with max_minutes, and no two runs of as many steps were the same."""
+    from tasks.commands.settings import load_config, train_options
+    from tasks.language_modeling import DnaConfig
+
+    def minutes(**given):
+        return load_config(DnaConfig, "dna_demo", [], train_options(**given)).train.max_minutes
+
+    assert (minutes(), minutes(max_steps=9), minutes(max_steps=9, max_minutes=2.0)) == (2.5, None, 2.0)
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     genome(tmp_path / "g.fa")
     run("prep", "dna", tmp_path / "g.fa", "--out", tmp_path / "data")

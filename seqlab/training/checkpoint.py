@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -65,8 +65,8 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1) + "\n")
 
 
-def save_model(model: nn.Module, directory: Path, config_text: str) -> None:
-    """Weights as safetensors, tied tensors once, with the config beside them."""
+def save_model(model: nn.Module, directory: Path, config_text: str, **notes: str) -> None:
+    """Weights as safetensors, tied tensors once, with the config beside them; `notes` go into the file's metadata."""
     weights, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() in seen and tensor.numel():
@@ -76,8 +76,14 @@ def save_model(model: nn.Module, directory: Path, config_text: str) -> None:
     write_text(directory / "config.yaml", config_text)
     write_atomic(
         directory / "model.safetensors",
-        lambda temporary: save_file(weights, temporary, metadata={"format": "pt", "writer": "seqlab"}),
+        lambda temporary: save_file(weights, temporary, metadata={"format": "pt", "writer": "seqlab", **notes}),
     )
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """The metadata of a model.safetensors that `save_model` wrote."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def load_model(model: nn.Module, path: Path) -> None:

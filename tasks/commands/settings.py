@@ -75,6 +75,8 @@ def train_options(
         "max_minutes": max_minutes,
     }
     options = {"train": {key: value for key, value in train.items() if value is not None}}
+    if max_steps is not None and max_minutes is None:
+        options["train"]["max_minutes"] = None  # of a preset: what was asked for is a number of steps, the same on every machine
     if context is not None:
         options["data"] = {"context": "whole" if context == "whole" else parse_context(context, "--context")}
     return options

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cli import app, load_config, presets
@@ -211,10 +213,6 @@ def test_calibration_costs_a_small_share_of_training():
 
 
 def test_calibration_moves_biases_alone_and_for_the_better(trained, data, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(trained, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "best" / "model.safetensors"
     weights = load_file(path)
@@ -266,6 +264,17 @@ def test_resume_init_and_freeze(trained, data, tmp_path):
     assert torch.equal(before.backbone.layers[0].mixer.A_log, after.backbone.layers[0].mixer.A_log)
     assert not torch.equal(before.head.linear.weight, after.head.linear.weight)
     assert json.loads((tmp_path / "b" / "run.json").read_text())["init"].endswith("model.safetensors")
+
+
+def test_a_run_resumed_at_its_end_is_what_it_was(trained, tmp_path):
+    """Its head was calibrated a second time, from where the first time had left it."""
+    shutil.copytree(trained, tmp_path / "again")
+    before = json.loads((trained / "run.json").read_text())["calibration"]
+    assert before["after"] < before["before"]
+    run("train", "species", "--resume", "--out", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "run.json").read_text())["calibration"] == before
+    one, other = (load_file(folder / "checkpoints/best/model.safetensors") for folder in (trained, tmp_path / "again"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_gene_models_learn_from_the_training_split_and_stay_as_they_are(data, tmp_path, monkeypatch):
