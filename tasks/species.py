@@ -50,7 +50,14 @@ from seqlab.heads.classification import ADDITIVE, evenly_spread_ends
 from seqlab.inference.classify import Predictor
 from seqlab.processes import is_main_process
 from seqlab.tokenizers import nucleotide
-from seqlab.training.checkpoint import load_model, read_notes, save_model, write_atomic, write_json, write_text
+from seqlab.training.checkpoint import (
+    load_model,
+    read_notes,
+    save_model,
+    write_atomic,
+    write_json,
+    write_text,
+)
 from seqlab.training.config import TrainConfig, step_seed
 from seqlab.training.facts import FitResult, read_run_facts
 from seqlab.training.history import read_history
