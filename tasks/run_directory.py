@@ -24,7 +24,8 @@ def newest_run() -> Path:
 
 def check_new_directory(path: Path, overwrite: bool) -> None:
     """UserError unless `path` can become a new directory (or --overwrite says it may be replaced)."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # a process that was killed while it prepared the data of a run leaves that half-done, under a hidden name, and nothing else
+    if path.exists() and (not path.is_dir() or any(not entry.match(".*.partial") for entry in path.iterdir())):
         if not overwrite:
             raise UserError(f"{path}: already used; choose another --out, continue with --resume, or add --overwrite")
         if not path.is_dir() or not (path / "run.json").exists():

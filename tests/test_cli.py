@@ -158,6 +158,15 @@ def test_killed_before_the_first_checkpoint_and_resumed_equals_uninterrupted(tra
     assert facts[0]["init"] == facts[1]["init"] and facts[1]["result"]["steps"] == 3
 
 
+def test_a_run_killed_while_its_data_was_prepared_can_be_started_again(tmp_path):
+    """Its directory was "already used", and "not a run directory" for --overwrite."""
+    genome(tmp_path / "g.fa")
+    (tmp_path / "run" / ".data.abc.partial").mkdir(parents=True)
+    run("train", "dna", "--fasta", tmp_path / "g.fa", "--out", tmp_path / "run", "--max-steps", 1, *TOY)
+    assert (tmp_path / "run" / "report.md").is_file() and not (tmp_path / "run" / ".data.abc.partial").exists()
+    assert not list(tmp_path.glob(".run*"))
+
+
 def test_a_number_of_steps_is_not_bounded_by_the_preset_s_time():
     """The learning rate followed the clock of a preset with max_minutes, and no two runs of as many steps were the same."""
     from tasks.commands.settings import load_config, train_options
