@@ -13,6 +13,7 @@ import torch
 from seqlab.errors import UserError
 from seqlab.training import planner
 from seqlab.training.config import resolve_accelerator
+from seqlab.training.task import Batch, Task
 from tasks.runs import task_module
 
 
@@ -32,30 +33,52 @@ class RunPlan:
         return None if self.seconds is None else self.seconds * self.devices / 3600
 
 
-def plan_run(config: Any) -> RunPlan:
-    """Measure short steps on one device of this machine, predict those of a run of `config` on as many like it as it asks for.
+@dataclass(frozen=True)
+class Step:
+    """What one device does in a step of a run: `windows` windows of `length`, `rows` of them at once. `task` and `batch`, of one
+    short row, are what to do it with."""
 
-    Raises UserError for a task that cannot be planned, or a device that is not there.
-    """
-    module, train = task_module(config.task), config.train
-    example = getattr(module, "example", None)
-    context = config.data.context
+    task: Task
+    batch: Batch
+    windows: int
+    rows: int
+    length: int
+
+    @property
+    def micro_batches(self) -> int:
+        return -(-self.windows // self.rows)
+
+
+def step_of(config: Any) -> Step:
+    """Raises UserError for a task that says nothing about its steps without data, and for windows of no fixed length."""
+    train, context = config.train, config.data.context
+    example = getattr(task_module(config.task), "example", None)
     if example is None:
         raise UserError(f"task: {config.task}: cannot be planned without data; `seqlab train {config.task}` plans as it starts")
     if not isinstance(context, int):
         raise UserError(f"data.context: {context}: give the length to plan for, --context N")
     devices, sharing = train.devices, train.context_parallel
     length = -(-context // sharing)
-    windows = max(1, train.tokens_per_step // context * sharing // devices)  # of a step on one device
+    windows = max(1, train.tokens_per_step // context * sharing // devices)
     rows = min(windows, max(1, (train.micro_batch_tokens or windows * context) // context))
+    return Step(*example(config, 1, min(length, 1024)), windows, rows, length)
+
+
+def plan_run(config: Any) -> RunPlan:
+    """Measure short steps on one device of this machine, predict those of a run of `config` on as many like it as it asks for.
+
+    Raises UserError for a task that cannot be planned, or a device that is not there.
+    """
+    step, train, context = step_of(config), config.train, config.data.context
+    task, batch, rows, length = step.task, step.batch, step.rows, step.length
+    devices, sharing = train.devices, train.context_parallel
     alone = dataclasses.replace(train, devices=1, context_parallel=1)
     device = torch.device("cuda" if resolve_accelerator(alone) == "gpu" else "cpu")
-    task, batch = example(config, 1, min(length, 1024))
     model = task.build_model().to(device)
     batch = {key: value.to(device) for key, value in batch.items()}
     bf16 = train.precision == "bfloat16" or (train.precision == "auto" and device.type == "cuda")
     probe = planner.Probe(model, task, batch, rows, length, bf16)
-    load = planner.load_of(model, batch, -(-windows // rows), train.ema_decay > 0, rows, length)
+    load = planner.load_of(model, batch, step.micro_batches, train.ema_decay > 0, rows, length)
     result = planner.plan(probe, load, train, everything=True)
     result = dataclasses.replace(result, length=context)
     steps, seconds = train.max_steps, None
@@ -65,4 +88,4 @@ def plan_run(config: Any) -> RunPlan:
             seconds = 60 * train.max_minutes
             steps = max(1, int(seconds / result.chosen.step_seconds))
     parameters = sum(p.numel() for p in model.parameters())
-    return RunPlan(result, parameters, devices, steps, windows * context * devices // sharing, seconds)
+    return RunPlan(result, parameters, devices, steps, step.windows * context * devices // sharing, seconds)

@@ -233,7 +233,7 @@ def test_doctor_reports_a_broken_pair_of_torch_and_torchaudio(monkeypatch):
 
 
 COMMANDS = "prep dna, prep species, prep labelled, prep benchmark, prep audio, train dna, train species, train classify, train audio"
-COMMANDS += ", predict, embed, score, eval, generate audio, generate dna, plan, bench scan, bench generate, import, export, doctor"
+COMMANDS += ", predict, embed, score, eval, generate audio, generate dna, plan, bench scan, bench generate, bench train, import, export, doctor"
 
 
 @pytest.mark.parametrize("words", [[], ["prep"], ["train"], *(name.split() for name in COMMANDS.split(", "))], ids=" ".join)

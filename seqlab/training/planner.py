@@ -118,7 +118,7 @@ def fits(peak: float, available: int, device: str) -> bool:
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
-class _Storages(TorchDispatchMode):
+class Storages(TorchDispatchMode):
     """Peak of the bytes in storages made while it is active (and those still alive), on any device."""
 
     def __init__(self, known: Iterator[Tensor]):
@@ -206,7 +206,7 @@ class Probe:
                 if device.type == "cpu":
                     known = [*self.model.parameters(), *self.model.buffers(), *batch.values()]
                     known += [p.grad for p in self.model.parameters() if p.grad is not None]
-                    with _Storages(iter(known)) as storages:
+                    with Storages(iter(known)) as storages:
                         modes.backward(memory, self.model, self.task, batch, 1.0)
                     peak = storages.peak
         finally:

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from seqlab.errors import UserError
-from tasks.commands.options import Json, parse_context, resolve_device
+from tasks.commands.options import Json, Precision, Set, parse_context, resolve_device
+from tasks.commands.settings import find_config, load_config, train_options
 from tasks.commands.terminal import command, emit, note, print_table
 
 group = typer.Typer(no_args_is_help=True, help="This machine's numbers, beside whatever peers are installed.")
@@ -119,3 +120,53 @@ def bench_generate(
         print(json.dumps(result.as_dict()))
 
     emit(json_out, result.as_dict(), human=human)
+
+
+@command(group, "train")
+def bench_train(
+    config: Annotated[str, typer.Argument(help="Preset or YAML file.")] = "dna_small",
+    context: Annotated[Optional[str], typer.Option("--context", help="Window length; default: the config's.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    precision: Precision = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long a contender's steps are timed.")] = 5.0,
+    set_: Set = None,
+    json_out: Json = None,
+) -> None:
+    """Tokens a second and memory of a preset's training step: parity with the reference first, then beside mamba_ssm if installed.
+
+    Example:  seqlab bench train dna_small --context 4096
+    """
+    import torch
+
+    from seqlab.bench import train
+    from seqlab.config import load_yaml
+    from tasks import planning, runs
+
+    device = resolve_device(device)
+    module = runs.task_module(str(load_yaml(find_config(config)).get("task", "dna")))
+    run = load_config(module.Config, config, set_ or [], train_options(context=context, precision=precision))
+    half = run.train.precision == "bfloat16" or (run.train.precision == "auto" and device == "cuda")
+    step = planning.step_of(run)
+    settings = train.Settings(
+        rows=step.rows,
+        length=step.length,
+        micro_batches=step.micro_batches,
+        device=device,
+        dtype=torch.bfloat16 if half else torch.float32,
+        seconds=seconds,
+    )
+    console = Console(stderr=True)
+    with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
+        show = (lambda text: status.update(text)) if status else (lambda text: None)
+        result = train.run(step.task, step.batch, settings, run.train, run.optim, show)
+
+    def human() -> None:
+        batches = f"{settings.rows} x {settings.length:,}" + (f", {settings.micro_batches} times" if settings.micro_batches > 1 else "")
+        title = f"{config}: {result.parameters:,} parameters, {batches} tokens a step, {result.settings['dtype']}, {result.machine}"
+        print_table(title, *train.table(result))
+        note("loss and gradients beside the reference operators': " + ", ".join(f"{name} {error:.1e}" for name, error in result.errors.items()))
+        for name, why in result.absent.items():
+            note(f"{name}: {why}")
+        print(json.dumps(result.as_dict()))
+
+    emit(json_out, {"config": config, **result.as_dict()}, human=human)

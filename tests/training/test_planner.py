@@ -60,7 +60,7 @@ def test_the_time_of_a_step_is_not_that_of_the_first_one(monkeypatch):
 
 def test_the_peak_that_is_measured_is_what_is_alive():
     known = torch.zeros(1000)
-    with planner._Storages(iter([known])) as storages:
+    with planner.Storages(iter([known])) as storages:
         known.add_(1)
         a = torch.ones(1000)
         b = a.view(10, 100)
