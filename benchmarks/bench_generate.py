@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,64,512")
     parser.add_argument("--backends", default="auto")
     parser.add_argument("--prompt", type=int, default=160_000)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--seconds", type=float, default=0.5)
     arguments = parser.parse_args()
     dtypes = (torch.float32, torch.bfloat16) if arguments.device == "cuda" else (torch.float32,)
@@ -33,6 +34,7 @@ def main() -> None:
         dtypes=dtypes,
         backends=tuple(arguments.backends.split(",")),
         prompt=arguments.prompt,
+        tokens=arguments.tokens,
         seconds=arguments.seconds,
         device=arguments.device,
     )

@@ -5,9 +5,11 @@ every back end, shape and number type that will be timed. What fails is reported
 several numbers of streams, drawing included, untrained weights of an equal stack everywhere (speed does not depend on
 their values); and the time a prompt takes.
 
-The peer is mamba_ssm's own generation: its language model, bfloat16, CUDA graphs (`cg=True`), drawing at temperature 1. What is
-timed is the difference between a long and a short text once the graph is there, so neither making the graph nor reading
-the prompt counts against it. It has no U-Net, so it is only timed on isotropic stacks.
+The peer is mamba_ssm's own generation: its language model, bfloat16, CUDA graphs (`cg=True`), drawing at temperature 1. It has no U-Net, so
+it is only timed on isotropic stacks. Both sides are timed in the same two ways, once everything is compiled and recorded:
+
+    whole        a call that reads a prompt of one token a stream and makes `tokens` more: what a user waits for
+    a further    the difference between that and a call for a thirty-second of the tokens: neither prompt nor call count
 """
 
 import dataclasses
@@ -43,7 +45,8 @@ class Settings:
     backends: tuple[str, ...] = ("auto",)
     vocab_size: int = 256
     prompt: int = 160_000  # tokens of the prompt that is timed; 0: none
-    seconds: float = 0.5  # about how long one timing runs
+    tokens: int = 2048  # of a whole call
+    seconds: float = 0.5  # about how long one timing runs, but two calls at least
     device: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -52,6 +55,8 @@ class Settings:
                 raise UserError(f"bench generate: shape {name!r} is not known; allowed: {', '.join(map(repr, SHAPES))}")
         if not self.batches or min(self.batches) < 1:
             raise UserError(f"bench generate: --batch must be 1 or more, got {list(self.batches)}")
+        if self.tokens < 2:
+            raise UserError(f"bench generate: --tokens must be 2 or more, got {self.tokens}")
         if self.seconds <= 0:
             raise UserError(f"bench generate: --seconds must be above 0, got {self.seconds:g}")
 
@@ -62,8 +67,9 @@ class Row:
     batch: int
     backend: str
     dtype: str
-    per_stream: float  # tokens a second of one stream
+    per_stream: float  # further tokens a second of one stream
     total: float  # of all streams
+    whole: float  # of all streams, by a whole call
 
 
 @dataclass
@@ -105,24 +111,32 @@ def error(model, batch: int, backend: str, dtype: torch.dtype, settings: Setting
         weight.copy_(before)
 
 
-def rate(step: Callable[[int], object], settings: Settings) -> float:
-    """Tokens a second of `step(n)`, which makes n tokens."""
+def rates(call: Callable[[int], object], settings: Settings) -> tuple[float, float]:
+    """Tokens a second of one stream: further ones, and those of a whole call. call(n) reads a token and makes n more."""
     synchronise = torch.cuda.synchronize if settings.device == "cuda" else (lambda: None)
-    n = 16
-    step(n)  # compiles, allocates
-    while True:
+
+    def took(n: int) -> float:
         synchronise()
         began = time.perf_counter()
-        step(n)
+        call(n)
         synchronise()
-        took = time.perf_counter() - began
-        if took >= 0.4 * settings.seconds:
-            return n / took
-        n = min(8 * n, max(n + 1, int(n * settings.seconds / max(took, 1e-9))))
+        return time.perf_counter() - began
+
+    def least(n: int) -> float:
+        times: list[float] = []
+        while len(times) < 2 or (sum(times) < settings.seconds and len(times) < 20):
+            times.append(took(n))
+        return min(times)
+
+    short, long = max(settings.tokens // 32, 1), settings.tokens
+    call(long)  # compiles, allocates; mamba_ssm makes its graph anew whenever a text is longer than any before
+    call(short)
+    whole, part = least(long), least(short)
+    return (long - short) / (whole - part) if whole > part else long / whole, long / whole
 
 
-def peer(shape: str, batch: int, settings: Settings) -> float:
-    """Tokens a second of one stream with mamba_ssm's own generation. Raises whatever keeps it from running."""
+def peer(shape: str, batch: int, settings: Settings) -> tuple[float, float]:
+    """The same of mamba_ssm's own generation. Raises whatever keeps it from running."""
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
@@ -131,18 +145,7 @@ def peer(shape: str, batch: int, settings: Settings) -> float:
     torch.manual_seed(0)
     model = MambaLMHeadModel(config, device=settings.device, dtype=torch.bfloat16).eval()
     ids = torch.full((batch, 1), settings.vocab_size // 2, device=settings.device)
-
-    def took(n: int) -> float:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        model.generate(input_ids=ids, max_length=n + 1, cg=True, top_k=0, temperature=1.0)
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    short, long = 64, 1088
-    took(long)  # a graph is made anew whenever max_length grows, and then kept by the model
-    best = [min(took(n) for _ in range(4)) for n in (short, long)]
-    return (long - short) / (best[1] - best[0])
+    return rates(lambda n: model.generate(input_ids=ids, max_length=n + 1, cg=True, top_k=0, temperature=1.0), settings)
 
 
 def run(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Result:
@@ -166,9 +169,7 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
                         result.absent[key] = f"not timed: log-probabilities differ by {result.errors[key]:.2g}"
                         continue
                     decoder = Decoder(model, batch, backend=backend, dtype=dtype)
-                    decoder.prefill(torch.tensor([settings.vocab_size // 2]))
-                    per_stream = rate(lambda n: decoder.generate(n, Sampling()), settings)
-                    result.rows.append(Row(shape, batch, backend, _name(dtype), per_stream, per_stream * batch))
+                    result.rows.append(_row(shape, batch, backend, _name(dtype), _rates(decoder, settings)))
                     result.state_bytes[shape] = decoder.state_bytes_per_stream
             _peer_row(shape, batch, settings, result, progress)
         if settings.prompt:
@@ -176,6 +177,21 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
     if not result.rows:
         raise UserError("bench generate: nothing was timed: " + "; ".join(f"{k}: {v}" for k, v in result.absent.items()))
     return result
+
+
+def _row(shape: str, batch: int, backend: str, dtype: str, timed: tuple[float, float]) -> Row:
+    further, whole = timed
+    return Row(shape, batch, backend, dtype, further, further * batch, whole * batch)
+
+
+def _rates(decoder: Decoder, settings: Settings) -> tuple[float, float]:
+    prompt = torch.tensor([settings.vocab_size // 2])
+
+    def call(n: int) -> None:
+        decoder.prefill(prompt)
+        decoder.generate(n, Sampling())
+
+    return rates(call, settings)
 
 
 def _backends(model, batch: int, dtype: torch.dtype, settings: Settings) -> list[str]:
@@ -192,11 +208,11 @@ def _peer_row(shape: str, batch: int, settings: Settings, result: Result, progre
         return
     progress(f"{shape}, {batch} streams, {PEER}")
     try:
-        per_stream = peer(shape, batch, settings)
+        timed = peer(shape, batch, settings)
     except Exception as e:  # a peer may fail in any way; that is its row
         result.absent[PEER] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
         return
-    result.rows.append(Row(shape, batch, PEER, "bf16", per_stream, per_stream * batch))
+    result.rows.append(_row(shape, batch, PEER, "bf16", timed))
 
 
 def _prompt_seconds(model, settings: Settings) -> float:
@@ -224,13 +240,17 @@ def _name(dtype: torch.dtype) -> str:
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """Header and rows: one a shape, number of streams, back end and number type."""
-    peers = {(row.shape, row.batch): row.total for row in result.rows if row.backend == PEER}
+    peers = {(row.shape, row.batch): row for row in result.rows if row.backend == PEER}
     rows = []
     for row in result.rows:
         theirs = peers.get((row.shape, row.batch))
-        ratio = f"{row.total / theirs:.1f}" if theirs and row.backend != PEER else ""
-        rows.append([row.shape, f"{row.batch:,}", row.backend, row.dtype, f"{row.per_stream:,.0f}", f"{row.total:,.0f}", ratio])
-    return ["shape", "streams", "back end", "weights", "tokens/s", "in total", "x mamba_ssm"], rows
+        times = ["", ""]
+        if theirs and row.backend != PEER:
+            times = [f"{row.total / theirs.total:.2f}", f"{row.whole / theirs.whole:.2f}"]
+        numbers = [f"{row.per_stream:,.0f}", f"{row.total:,.0f}", times[0], f"{row.whole:,.0f}", times[1]]
+        rows.append([row.shape, f"{row.batch:,}", row.backend, row.dtype, *numbers])
+    whole = f"calls of {result.settings['tokens']:,}"
+    return ["shape", "streams", "back end", "weights", "further tokens/s", "in total", f"x {PEER}", whole, f"x {PEER}"], rows
 
 
 def facts(result: Result) -> tuple[list[str], list[list[str]]]:

@@ -80,7 +80,8 @@ def bench_generate(
     backend: Annotated[Optional[list[str]], typer.Option("--backend", help="Back end; may be repeated. Default: auto.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     prompt: Annotated[str, typer.Option("--prompt", help="Length of the prompt that is timed; 0: none.")] = "160000",
-    seconds: Annotated[float, typer.Option("--seconds", help="About how long one timing runs.")] = 0.5,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of the calls that are timed whole.")] = 2048,
+    seconds: Annotated[float, typer.Option("--seconds", help="About how long one timing runs, two calls at least.")] = 0.5,
     json_out: Json = None,
 ) -> None:
     """Tokens a second while generating: parity with the parallel forward pass first, then beside mamba_ssm if installed.
@@ -104,6 +105,7 @@ def bench_generate(
         dtypes=(torch.float32, torch.bfloat16) if on_gpu else (torch.float32,),
         backends=tuple(backend or ("auto",)),
         prompt=0 if prompt == "0" else parse_context(prompt, "--prompt"),
+        tokens=tokens,
         seconds=seconds,
         device=device,
     )
