@@ -8,6 +8,11 @@ from typing import Any
 INK, MODEL, BASELINE, FAINT = "#22313f", "#0b6e8f", "#d1791f", "#c9d1d6"
 
 
+def report_path(directory: Path, name: str) -> Path:
+    """Where the report of an evaluation goes: report.md is the run's own, of its test split; others do not take its place."""
+    return directory / ("report.md" if name == "evaluation" else f"{name}.md")
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A GitHub-flavoured table; the first column is left-aligned, the others right."""
     lines = ["| " + " | ".join(header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]

@@ -587,7 +587,7 @@ class Scorer:
 
 
 def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation", out: Path | None = None) -> Path:
-    """Plots, `{name}.json` and report.md of a run, in the run or in `out`; returns the report's path."""
+    """Plots, `{name}.json` and the report of a run, in `out` (default: the run); returns the report's path."""
     target = Path(out or run_dir)
     plots = target / "plots"
     report.plot_audio_evaluation(evaluation, plots / f"{name}.png")
@@ -614,5 +614,5 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
             f"of {result['steps']:,}; seqlab {facts.get('seqlab')} ({facts.get('git')}), torch {facts.get('torch')}.",
             "",
         ]
-    write_text(target / "report.md", "\n".join(lines))
-    return target / "report.md"
+    write_text(path := report.report_path(target, name), "\n".join(lines))
+    return path

@@ -692,8 +692,7 @@ def evaluation_dict(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation", out: Path | None = None) -> Path:
-    """Plots, `{name}.json` and report.md (`{name}.md` if it is not "evaluation") of a run, in `out` (default: the run);
-    returns the report's path."""
+    """Plots, `{name}.json` and the report of a run, in `out` (default: the run); returns the report's path."""
     run_dir, out = Path(run_dir), Path(out or run_dir)
     plots = out / "plots"
     write_json(out / f"{name}.json", evaluation_dict(evaluation))
@@ -730,7 +729,7 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
             f"({facts.get('git')}), torch {facts.get('torch')}.",
             "",
         ]
-    path = out / ("report.md" if name == "evaluation" else f"{name}.md")
+    path = report.report_path(out, name)
     write_text(path, "\n".join(lines))
     return path
 

@@ -84,23 +84,23 @@ def evaluate_run(
     )
 
 
-def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation") -> Path:
-    """Plots, `{name}.json` and report.md of a run; returns the report's path."""
-    run_dir = Path(run_dir)
-    plots = run_dir / "plots"
+def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation", out: Path | None = None) -> Path:
+    """Plots, `{name}.json` and the report of a run, in `out` (default: the run); returns the report's path."""
+    run_dir, out = Path(run_dir), Path(out or run_dir)
+    plots = out / "plots"
     report.plot_evaluation(evaluation, plots / f"{name}.png")
-    write_json(run_dir / f"{name}.json", report.evaluation_dict(evaluation))
+    write_json(out / f"{name}.json", report.evaluation_dict(evaluation))
     header, rows = report.evaluation_rows(evaluation)
     facts = read_run_facts(run_dir)
     result = facts.get("result", {})
     order, markov = evaluation.best_markov
     lines = [f"# {run_dir.name}", "", report.evaluation_verdict(evaluation), "", report.markdown_table(header, rows), ""]
     lines += [
-        f"{evaluation.bases:,} bases scored, {evaluation.soft_masked:,} of them soft-masked; "
+        f"{evaluation.bases:,} bases of the {evaluation.split} split scored, {evaluation.soft_masked:,} of them soft-masked; "
         f"{evaluation.not_scored:,} positions not scored (N or another symbol). "
         "Markov models are fitted on both strands of the training split and scored on the same bases.",
         "",
-        f"![bits per base by context]({(plots / f'{name}.png').relative_to(run_dir)})",
+        f"![bits per base by context](plots/{name}.png)",
         "",
     ]
     metrics = run_dir / "metrics.csv"
@@ -116,5 +116,5 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
             f"of {result['steps']:,}; seqlab {facts.get('seqlab')} ({facts.get('git')}), torch {facts.get('torch')}.",
             "",
         ]
-    write_text(run_dir / "report.md", "\n".join(lines))
-    return run_dir / "report.md"
+    write_text(path := report.report_path(out, name), "\n".join(lines))
+    return path

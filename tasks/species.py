@@ -876,7 +876,7 @@ def plot_accuracy(evaluation: Evaluation, path: Path) -> Path:
 
 
 def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation", out: Path | None = None) -> Path:
-    """Plots, `{name}.json` and report.md of a run, in `out` (default: the run); returns the report's path."""
+    """Plots, `{name}.json` and the report of a run, in `out` (default: the run); returns the report's path."""
     run_dir = Path(run_dir)
     out = Path(out or run_dir)
     plots = out / "plots"
@@ -927,8 +927,8 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
             f"of {result['steps']:,}; seqlab {facts.get('seqlab')} ({facts.get('git')}), torch {facts.get('torch')}.",
             "",
         ]
-    write_text(out / "report.md", "\n".join(lines))
-    return out / "report.md"
+    write_text(path := report.report_path(out, name), "\n".join(lines))
+    return path
 
 
 def _confusion_table(classes: Sequence[str], confusion: list[list[int]]) -> str:

@@ -96,10 +96,16 @@ def test_eval_json_on_standard_output_is_json_alone(trained):
 
 def test_eval_on_another_genome_scores_all_of_it(trained, tmp_path):
     genome(tmp_path / "other.fa", 700, seed=3)
+    before = (trained / "report.md").read_text()
     stdout, _ = run("eval", trained, "--fasta", tmp_path / "other.fa", "--context", 100, "--json", tmp_path / "e.json")
     data = json.loads((tmp_path / "e.json").read_text())
     assert data["bases"] == 699 and "context 100" in stdout
     assert not list(tmp_path.glob("data*"))
+    # its own test split's report stays in its place
+    assert (trained / "report.md").read_text() == before and "699 bases" in (trained / "evaluation-other.md").read_text()
+    _, stderr = run("eval", trained, "--split", "valid", "--context", 64, "--out", tmp_path / "there")
+    assert str(tmp_path / "there" / "evaluation-valid.md") in stderr and (tmp_path / "there" / "evaluation-valid.md").is_file()
+    assert not (trained / "evaluation-valid.md").exists()
 
 
 def test_prep_then_train_then_init_from_it(trained, tmp_path):

@@ -21,7 +21,7 @@ def eval_(
     context: Annotated[Optional[list[str]], typer.Option("--context", help="Context length; may be repeated.")] = None,
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, for example eval.max_bases=100000.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    out: Annotated[Optional[Path], typer.Option("--out", help="Where to put the plot and table; default: in the run.")] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Where to put the report and plots; default: in the run.")] = None,
     json_out: Json = None,
 ) -> None:
     """Bits per base by context length, beside Markov models of order 0 to 12 on the same bases.
@@ -38,7 +38,7 @@ def eval_(
         check_output_file(str(out / "report.md"), "--out")
     loaded = runs.load_run(run)
     if out is None and not os.access(loaded.directory, os.W_OK):
-        raise UserError(f"{loaded.directory}: is not writable; give --out DIR for the plot and the table")
+        raise UserError(f"{loaded.directory}: is not writable; give --out DIR for the report")
     loaded = dataclasses.replace(loaded, config=lay_over(type(loaded.config), to_dict(loaded.config), {}, set_ or [], "--set"))
     if "imported" in loaded.facts:
         raise UserError(f"{run}: was imported, so there is no training split that baselines could be fitted on; use it with score or embed")
@@ -62,6 +62,7 @@ def _eval_dna(loaded, run: Path, data, fasta, training: Path, split, contexts, d
     import tempfile
 
     from seqlab import report
+    from tasks import dna
 
     with tempfile.TemporaryDirectory(prefix="seqlab-") as temporary:
         dataset, other = training, bool(fasta or data)
@@ -72,17 +73,18 @@ def _eval_dna(loaded, run: Path, data, fasta, training: Path, split, contexts, d
         elif data:
             dataset = data
         evaluation = evaluate(loaded, dataset, training, split or "test", contexts, device)
-    target = out or loaded.directory
-    if out is not None:
-        target.mkdir(parents=True, exist_ok=True)
-    name = "evaluation-other" if other else "evaluation"
-    plot = report.plot_evaluation(evaluation, target / "plots" / f"{name}.png")
+    report_path = dna.write_report(loaded.directory, evaluation, _name(other, evaluation.split), out)
 
     def human() -> None:
         print_evaluation(evaluation)
-        note(f"Plot: {plot}")
+        note(f"Report with plots: {report_path}")
 
     emit(json_out, {"run": str(run), **report.evaluation_dict(evaluation)}, human=human)
+
+
+def _name(other: bool, split: str) -> str:
+    """Of the files of an evaluation: those of the run's own test split keep their places."""
+    return "evaluation" + "-other" * bool(other) + f"-{split}" * (split != "test")
 
 
 def evaluate(run, dataset: Path, training: Path, split: str, contexts: tuple[int, ...], device: str):
@@ -119,8 +121,7 @@ def _eval_species(loaded, run: Path, data, training: Path, split: str, lengths, 
     from tasks import species
 
     evaluation = evaluate_species(loaded, data or training, training, split, lengths, device)
-    name = "evaluation-other" if data else "evaluation"
-    report_path = species.write_report(loaded.directory, evaluation, name, out)
+    report_path = species.write_report(loaded.directory, evaluation, _name(data, split), out)
 
     def human() -> None:
         print_species_evaluation(evaluation)
@@ -167,8 +168,7 @@ def _eval_labelled(loaded, run: Path, data, training: Path, split: str, contexts
         raise UserError("--context: a run of `train classify` reads whole sequences; leave it out (data.max_length cuts them)")
 
     evaluation = evaluate_labelled(loaded, data or training, training, split, device)
-    name = "evaluation-other" if data else "evaluation" if split == "test" else f"evaluation-{split}"
-    report_path = classification.write_report(loaded.directory, evaluation, name, out)
+    report_path = classification.write_report(loaded.directory, evaluation, _name(data, split), out)
 
     def human() -> None:
         print_labelled_evaluation(evaluation)
@@ -208,7 +208,7 @@ def _eval_audio(loaded, run: Path, data, training: Path, split: str, contexts, d
     from tasks import audio
 
     evaluation = evaluate(loaded, data or training, training, split, contexts, device)
-    report_path = audio.write_report(loaded.directory, evaluation, "evaluation-other" if data else "evaluation", out)
+    report_path = audio.write_report(loaded.directory, evaluation, _name(data, split), out)
 
     def human() -> None:
         print_audio_evaluation(evaluation)
