@@ -25,7 +25,13 @@ from seqlab.training.checkpoint import load_model, write_text
 from seqlab.training.facts import FitResult, read_run_facts, write_run_facts
 from seqlab.training.task import Task
 
-MODULES = {"audio": "tasks.audio", "classify": "tasks.classification", "dna": "tasks.dna", "species": "tasks.species"}
+MODULES = {
+    "audio": "tasks.audio",
+    "classify": "tasks.classification",
+    "dna": "tasks.dna",
+    "species": "tasks.species",
+    "synthetic": "tasks.synthetic",
+}
 """Task name -> module. A task's imports (plots, baselines) are paid by its own commands only."""
 
 
@@ -49,14 +55,14 @@ class LoadedRun:
 def train(
     task: Task,
     run_dir: Path,
-    dataset: Path,
-    dataset_hash: str,
+    dataset: Path | None,
+    dataset_hash: str | None,
     *,
     init: Path | None = None,
     pretrained: Path | None = None,
     resume: bool = False,
 ) -> FitResult:
-    """Train on a prepared dataset into `run_dir`, leaving its config, manifest and facts there.
+    """Train on a prepared dataset (None: the task makes its own data) into `run_dir`, leaving its config, manifest and facts there.
 
     `init` is a model.safetensors that the weights start from: the same model. A task that starts from another one's
     weights loads them in its `build_model`; `pretrained` is then the file they come from, for the record.
@@ -70,10 +76,11 @@ def train(
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     if is_main and not resume:
         write_text(run_dir / "config.yaml", dump_yaml(config))
-        write_text(run_dir / "manifest.json", (Path(dataset) / "manifest.json").read_text())
+        if dataset is not None:
+            write_text(run_dir / "manifest.json", (Path(dataset) / "manifest.json").read_text())
     facts = {
         "task": config.task,
-        "dataset": str(Path(dataset).resolve()),
+        "dataset": None if dataset is None else str(Path(dataset).resolve()),
         "dataset_hash": dataset_hash,
         "init": None if init is None and pretrained is None else str(init or pretrained),
         "parameters": sum(p.numel() for p in task.build_model().parameters()),

@@ -238,7 +238,7 @@ def test_doctor_reports_a_broken_pair_of_torch_and_torchaudio(monkeypatch):
     assert "pip install" in finding.remedy
 
 
-COMMANDS = "prep dna, prep species, prep labelled, prep benchmark, prep audio, train dna, train species, train classify, train audio"
+COMMANDS = "prep dna, prep species, prep labelled, prep benchmark, prep audio, train dna, train species, train classify, train audio, train synthetic"
 COMMANDS += ", predict, embed, score, eval, generate audio, generate dna, plan, bench scan, bench generate, bench train, import, export, doctor"
 
 

@@ -44,8 +44,13 @@ def eval_(
         raise UserError(f"{run}: was imported, so there is no training split that baselines could be fitted on; use it with score or embed")
     if "dataset" not in loaded.facts:
         raise UserError(f"{run}: no run.json beside the checkpoint, so its training split is unknown; give the run directory")
-    training = Path(loaded.facts["dataset"])
     contexts = tuple(parse_context(c, "--context") for c in context or [])
+    if loaded.task == "synthetic":
+        if fasta or data or split:
+            raise UserError("--fasta, --data and --split: a run of `train synthetic` makes its own sequences; leave them out")
+        _eval_synthetic(loaded, run, contexts, device, out, json_out)
+        return
+    training = Path(loaded.facts["dataset"])
     prepared_by = {"audio": "audio", "classify": "labelled", "species": "species"}.get(loaded.task)
     if prepared_by is None:
         _eval_dna(loaded, run, data, fasta, training, split, contexts, device, out, json_out)
@@ -224,3 +229,31 @@ def print_audio_evaluation(evaluation) -> None:
     title = f"{evaluation.samples:,} samples of {evaluation.recordings:,} recordings, {evaluation.split} split"
     print_table(title, header, rows)
     note(report.audio_verdict(evaluation))
+
+
+def _eval_synthetic(loaded, run: Path, lengths, device: str, out, json_out) -> None:
+    from tasks import synthetic
+
+    evaluation = evaluate_synthetic(loaded, lengths, device)
+    report_path = synthetic.write_report(loaded.directory, evaluation, out)
+
+    def human() -> None:
+        print_synthetic_evaluation(evaluation)
+        note(f"Report with plots: {report_path}")
+
+    emit(json_out, {"run": str(run), **synthetic.evaluation_dict(evaluation)}, human=human)
+
+
+def evaluate_synthetic(run, lengths: tuple[int, ...], device: str):
+    from tasks import synthetic
+
+    bar, update = progress_bar("evaluating", "k tokens", 1e3)
+    with bar:
+        return synthetic.evaluate_run(run, lengths, device, update)
+
+
+def print_synthetic_evaluation(evaluation) -> None:
+    from tasks import synthetic
+
+    print_table(f"{evaluation.problem}, {evaluation.sequences:,} sequences of each length", *synthetic.evaluation_rows(evaluation))
+    note(synthetic.evaluation_verdict(evaluation))

@@ -14,10 +14,12 @@ from tasks.commands.evaluate import (
     evaluate,
     evaluate_labelled,
     evaluate_species,
+    evaluate_synthetic,
     print_audio_evaluation,
     print_evaluation,
     print_labelled_evaluation,
     print_species_evaluation,
+    print_synthetic_evaluation,
 )
 from tasks.commands.options import (
     Devices,
@@ -386,6 +388,63 @@ def train_audio(
     )
 
 
+@command(group, "synthetic")
+def train_synthetic(
+    config: Annotated[str, typer.Option("--config", help="Preset (selective_copying, induction_heads) or YAML file.")] = "selective_copying",
+    set_: Set = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
+    resume: Resume = False,
+    init: Annotated[Optional[Path], typer.Option("--init", help="Start from the weights of this run.")] = None,
+    context: Annotated[Optional[str], typer.Option("--context", help="Length of a training sequence.")] = None,
+    seed: Seed = None,
+    devices: Devices = None,
+    precision: Precision = None,
+    max_steps: MaxSteps = None,
+    max_minutes: MaxMinutes = None,
+    overwrite: Overwrite = False,
+    json_out: Json = None,
+) -> None:
+    """Train on a made-up problem that wants memory, selective copying or induction heads, and evaluate it far beyond its length.
+
+    Example:  seqlab train synthetic --config induction_heads --max-minutes 3
+    """
+    from tasks import runs, synthetic
+
+    options = dict(context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
+    with contextlib.ExitStack() as undo:
+        checkpoint = None
+        if resume:
+            refused = {"--init": init, "--config": None if config == "selective_copying" else config}
+            run_dir, _, settings = resumed_run(synthetic.Config, synthetic.NAME, out, None, set_, options, refused)
+        else:
+            checkpoint = None if init is None else runs.find_checkpoint(init)
+            given = train_options(**options)
+            if checkpoint is not None:
+                given |= started_from(checkpoint, synthetic.NAME, config != "selective_copying")
+            settings = load_config(synthetic.Config, config, set_ or [], given)
+            run_dir = begin_run(config, out, overwrite, undo, checkpoint)
+        from seqlab.training.config import resolve_accelerator
+
+        accelerator, model, data = resolve_accelerator(settings.train), settings.model, settings.data
+        note(
+            f"{run_dir}: {data.problem}, {model.n_layer} layers of d_model {model.d_model}, length {data.context:,}, on the "
+            f"{accelerator.upper()}; Ctrl-C saves and stops"
+        )
+        result = synthetic.train(settings, run_dir, init=checkpoint, resume=resume)
+    if not is_main_process():
+        return
+    note_training_result(result, run_dir, synthetic.NAME, synthetic.Synthetic.metric)
+    evaluation = evaluate_synthetic(runs.load_run(run_dir), (), "auto")
+    report_path = synthetic.write_report(run_dir, evaluation)
+
+    def human() -> None:
+        print_synthetic_evaluation(evaluation)
+        note(f"Report with plots: {report_path}")
+        note(f"Next:  {program()} train synthetic --config {config} --set model.blocks=[s4d]    the same without selection")
+
+    emit(json_out, {"run": str(run_dir), "result": result.__dict__, "evaluation": synthetic.evaluation_dict(evaluation)}, human=human)
+
+
 def begin_run(name: str, out: Optional[Path], overwrite: bool, undo: contextlib.ExitStack, *reads: Optional[Path]) -> Path:
     """Where a new run goes, made free by the main process; `reads`: what the run reads, None for nothing. `undo` learns how to
     leave things as they were if the run does not get as far as training."""
@@ -396,7 +455,7 @@ def begin_run(name: str, out: Optional[Path], overwrite: bool, undo: contextlib.
 
 
 def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path], set_, given: dict, refused: dict):
-    """(run directory, dataset, settings) of a run to go on with: its own settings, with a longer end if asked. `given`:
+    """(run directory, dataset (None: it has none), settings) of a run to go on with: its own settings, with a longer end if asked. `given`:
     arguments of train_options; `refused`: option -> value, of options that a resumed run takes from itself."""
     from seqlab.config import load_yaml
     from seqlab.training.facts import read_run_facts
@@ -412,7 +471,7 @@ def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path],
         raise UserError(f"{run_dir}: was imported; start from it with --init {run_dir}, and another --out")
     path = run_dir / "config.yaml"
     settings = lay_over(cls, load_yaml(path), train_options(**given), set_ or [], str(path))
-    return run_dir, data or Path(facts["dataset"]), settings
+    return run_dir, data or (facts["dataset"] and Path(facts["dataset"])), settings
 
 
 def known_dataset(directory: Path, writer: str, kinds: tuple[str, ...]) -> Path:
