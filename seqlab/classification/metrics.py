@@ -78,7 +78,8 @@ def _classes(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequenc
     result = {
         "n": len(labels),
         "accuracy": float((predicted == labels).mean()),
-        "f1_macro": float(f1[present].mean()),
+        # a class that never occurs but is predicted counts, with 0, as in scikit-learn
+        "f1_macro": float(f1[present | np.isin(every, predicted)].mean()),
         "mcc": float(metrics.matthews_corrcoef(labels, predicted)) if is_defined else None,
         "auroc": _mean([_auroc(one_hot[:, c], probabilities[:, c]) for c in scored]) if is_defined else None,
         "auprc": _mean([_auprc(one_hot[:, c], probabilities[:, c]) for c in scored]) if is_defined else None,

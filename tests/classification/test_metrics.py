@@ -53,6 +53,9 @@ def test_a_class_that_never_occurs_is_left_out_not_guessed():
     m = evaluate_predictions(np.array([0, 1, 1]), np.eye(3)[[0, 1, 1]], list("abc"), "multi-class")
     assert m["accuracy"] == m["f1_macro"] == m["auroc"] == 1.0
     assert m["classes"]["c"]["support"] == 0
+    labels, predicted = np.array([0, 1, 1]), np.array([0, 1, 2])  # unless it is predicted
+    m = evaluate_predictions(labels, np.eye(3)[predicted], list("abc"), "multi-class")
+    assert m["f1_macro"] == pytest.approx(sk.f1_score(labels, predicted, average="macro"))
     one = evaluate_predictions(np.array([1, 1]), np.array([[0.4, 0.6], [0.7, 0.3]]), list("ab"), "binary")
     assert one["auroc"] is None and one["mcc"] is None and one["accuracy"] == 0.5
 
