@@ -29,7 +29,9 @@ class Record:
     alts: list[np.ndarray | None]
 
     def line(self, scores: list[float | None]) -> str:
-        """The line with INFO KEY=, a value for each ALT, `.` where there is none."""
+        """The line with INFO KEY=, a value for each ALT, `.` for one that has none; as it is where there is no ALT."""
+        if not scores:
+            return "\t".join(self.fields)
         values = KEY + "=" + ",".join("." if score is None else f"{score:.4f}" for score in scores)
         info = self.fields[7]
         return "\t".join([*self.fields[:7], values if info in (".", "") else f"{info};{values}", *self.fields[8:]])
@@ -90,9 +92,10 @@ def read_genome(path: Path, names: set[str]) -> dict[str, np.ndarray]:
 
 
 def check_reference(path: Path, record: Record, genome: np.ndarray) -> None:
-    """UserError unless the genome has the record's REF where the record says."""
+    """UserError unless the genome has the record's REF where the record says. Where the genome has an ambiguity code (GRCh38
+    does), a VCF has one of the bases that it stands for."""
     there = genome[record.start : record.start + len(record.ref)]
-    if not np.array_equal(there, record.ref):
+    if len(there) != len(record.ref) or ((there != record.ref) & (there != nucleotide.UNK)).any():
         seen = nucleotide.decode(there[:20]) if len(there) else f"its end ({len(genome):,} bases)"
         raise UserError(
             f"{path}: {record.chrom}:{record.start + 1} has REF {record.fields[3][:20]}, the genome has {seen} there; give the genome that "

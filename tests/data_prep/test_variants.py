@@ -40,6 +40,23 @@ def test_positions_count_from_zero_and_only_plain_alleles_are_sequences(tmp_path
     assert [item for item in read_vcf(path) if isinstance(item, str)] == ["##fileformat=VCFv4.2", COLUMNS]
 
 
+def test_a_record_without_alt_stays_as_it_is(tmp_path):
+    """It got "SEQLAB=", which is no INFO value."""
+    text = "c\t5\t.\tA\t.\t.\t.\tDP=3\tGT\t0/0"
+    (record,) = records(write(tmp_path / "x.vcf", text))
+    assert record.alts == [] and record.line([]) == text
+
+
+def test_an_ambiguity_code_of_the_genome_agrees_with_any_ref(tmp_path):
+    (tmp_path / "g.fa").write_text(">c\nACMTAC\n")
+    genome = read_genome(tmp_path / "g.fa", {"c"})
+    (record,) = records(write(tmp_path / "x.vcf", "c\t2\t.\tCA\tC\t.\t.\t."))
+    check_reference(tmp_path / "g.fa", record, genome["c"])
+    (record,) = records(write(tmp_path / "x.vcf", "c\t5\t.\tACC\tA\t.\t.\t."))
+    with pytest.raises(UserError, match="the genome has AC there"):
+        check_reference(tmp_path / "g.fa", record, genome["c"])
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
