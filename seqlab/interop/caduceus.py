@@ -27,6 +27,9 @@ def read_config(path: Path) -> tuple[ModelConfig, Tensor | None, bool]:
     data = read_json(path, "a Caduceus")
     if data.get("model_type") != "caduceus":
         raise UserError(f"{path}: model_type is {data.get('model_type')!r}, expected 'caduceus'")
+    for key in ("vocab_size", "d_model", "n_layer"):
+        if not isinstance(data.get(key), int):
+            raise UserError(f"{path}: has no {key!r}; it is no config.json of a Caduceus model")
     ssm = data.get("ssm_cfg") or {}
     vocab = data["vocab_size"]
     multiple = data.get("pad_vocab_size_multiple", 8)
@@ -35,29 +38,36 @@ def read_config(path: Path) -> tuple[ModelConfig, Tensor | None, bool]:
     rank = ssm.get("dt_rank", "auto")
     if not _truth(data.get("rms_norm", True)):
         raise UserError(f"{path}: rms_norm false (LayerNorm) is not supported; the released models use RMSNorm")
-    config = ModelConfig(
-        d_model=data["d_model"],
-        n_layer=data["n_layer"],
-        direction="bidirectional" if _truth(data.get("bidirectional", True)) else "causal",
-        d_state=ssm.get("d_state", 16),
-        d_conv=ssm.get("d_conv", 4),
-        expand=ssm.get("expand", 2),
-        dt_rank=None if rank == "auto" else rank,
-        conv_bias=ssm.get("conv_bias", True),
-        bias=ssm.get("bias", False),
-        norm_epsilon=data.get("norm_epsilon", 1e-5),
-        tie_projections=_truth(data.get("bidirectional_weight_tie", True)),
-        combine="add" if data.get("bidirectional_strategy", "add") in (None, "add") else "multiply",
-        vocab_size=vocab,
-        strand="equivariant" if rcps else "augment",
-    )
+    try:
+        config = ModelConfig(
+            d_model=data["d_model"],
+            n_layer=data["n_layer"],
+            direction="bidirectional" if _truth(data.get("bidirectional", True)) else "causal",
+            d_state=ssm.get("d_state", 16),
+            d_conv=ssm.get("d_conv", 4),
+            expand=ssm.get("expand", 2),
+            dt_rank=None if rank == "auto" else rank,
+            conv_bias=ssm.get("conv_bias", True),
+            bias=ssm.get("bias", False),
+            norm_epsilon=data.get("norm_epsilon", 1e-5),
+            tie_projections=_truth(data.get("bidirectional_weight_tie", True)),
+            combine="add" if data.get("bidirectional_strategy", "add") in (None, "add") else "multiply",
+            vocab_size=vocab,
+            strand="equivariant" if rcps else "augment",
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
     complement = None
     if data.get("complement_map"):
         complement = torch.arange(vocab)
-        for key, value in data["complement_map"].items():
-            if int(key) < vocab:
-                complement[int(key)] = int(value)
-        if not torch.equal(complement[complement], torch.arange(vocab)):
+        try:
+            for key, value in data["complement_map"].items():
+                if int(key) < vocab:
+                    complement[int(key)] = int(value)
+            is_involution = torch.equal(complement[complement], torch.arange(vocab))
+        except (AttributeError, TypeError, ValueError, IndexError):
+            is_involution = False
+        if not is_involution:
             raise UserError(f"{path}: complement_map is not an involution; the file is damaged")
     return config, complement, rcps and _truth(data.get("fused_add_norm", True))
 

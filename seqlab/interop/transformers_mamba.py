@@ -46,9 +46,8 @@ def load_transformers_mamba(directory: Path) -> LanguageModel:
     return model
 
 
-def save_transformers_mamba(model: LanguageModel, directory: Path) -> None:
-    """Write a directory that `transformers.MambaForCausalLM.from_pretrained` reads. Raises UserError for a model that is none."""
-    c = model.config
+def check_plain(c: ModelConfig, whose: str) -> None:
+    """UserError unless the model is a causal stack of selective blocks, which is all that others' Mamba is."""
     plain = ModelConfig(
         d_model=c.d_model, n_layer=c.n_layer, d_state=c.d_state, d_conv=c.d_conv, expand=c.expand, dt_rank=c.dt_rank, dt_min=c.dt_min,
         dt_max=c.dt_max, dt_init_floor=c.dt_init_floor, conv_bias=c.conv_bias, bias=c.bias, norm_epsilon=c.norm_epsilon,
@@ -57,9 +56,14 @@ def save_transformers_mamba(model: LanguageModel, directory: Path) -> None:
     )  # fmt: skip
     if c != plain:
         raise UserError(
-            "export: transformers' Mamba is a causal stack of selective blocks; this model has another direction, architecture, block "
-            "or head"
+            f"export: {whose} is a causal stack of selective blocks; this model has another direction, architecture, block or head"
         )
+
+
+def save_transformers_mamba(model: LanguageModel, directory: Path) -> None:
+    """Write a directory that `transformers.MambaForCausalLM.from_pretrained` reads. Raises UserError for a model that is none."""
+    check_plain(model.config, "transformers' Mamba")
+    c = model.config
     config = {
         "architectures": ["MambaForCausalLM"],
         "model_type": "mamba",

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from cli import app
 from seqlab.errors import UserError
 from seqlab.interop.caduceus import load_caduceus, save_caduceus
+from seqlab.interop.mamba_ssm import load_mamba_ssm, save_mamba_ssm
 from seqlab.interop.transformers_mamba import load_transformers_mamba, save_transformers_mamba
 from seqlab.model import ModelConfig, build_model
 from seqlab.tokenizers import nucleotide
@@ -48,6 +49,32 @@ def test_transformers_reads_what_is_exported_and_we_read_what_it_saves(changes, 
     assert torch.equal(logits(back), logits(ours)) and (back.lm_head.weight is back.embedding.weight) == ours.config.tie_embeddings
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"bias": True, "conv_bias": False, "dt_rank": 3, "expand": 3, "d_conv": 3}])
+def test_mamba_ssm_layout_there_and_back(changes, tmp_path):
+    ours = make(**changes)
+    save_mamba_ssm(ours, tmp_path)
+    back = load_mamba_ssm(tmp_path).eval()
+    assert torch.equal(logits(back), logits(ours)) and (back.lm_head.weight is back.embedding.weight) == ours.config.tie_embeddings
+    # its load_state_dict is strict: every name of MambaLMHeadModel, the tied head's too
+    stored = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    block = {"norm.weight", *(f"mixer.{n}" for n in ("A_log", "D", "in_proj.weight", "conv1d.weight", "x_proj.weight", "out_proj.weight"))}
+    block |= {"mixer.dt_proj.weight", "mixer.dt_proj.bias", *(["mixer.conv1d.bias"] if ours.config.conv_bias else [])}
+    block |= {"mixer.in_proj.bias", "mixer.out_proj.bias"} if ours.config.bias else set()
+    names = {"backbone.embedding.weight", "backbone.norm_f.weight", "lm_head.weight"}
+    assert set(stored) == names | {f"backbone.layers.{i}.{name}" for i in range(2) for name in block}
+    # a vocabulary that its own code pads, and names left to their defaults
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["vocab_size"] == 16
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 12, "pad_vocab_size_multiple": 8}))
+    assert torch.equal(logits(load_mamba_ssm(tmp_path).eval()), logits(ours))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="is a pickle, which is not read; make a safetensors file of it: python -c") as error:
+        load_mamba_ssm(tmp_path)
+    program = str(error.value).split('python -c "')[1].rstrip('"')
+    exec(program, {})
+    assert torch.equal(logits(load_mamba_ssm(tmp_path).eval()), logits(ours))
+
+
 @pytest.mark.parametrize("changes", [{"strand": "augment"}, {"strand": "equivariant"}, {"strand": "augment", "tie_projections": False, "combine": "multiply"}])
 def test_caduceus_layout_there_and_back(changes, tmp_path):
     ours = make(direction="bidirectional", **changes)
@@ -70,6 +97,10 @@ def test_models_that_are_something_else_are_refused(tmp_path):
     for changes in ({"direction": "bidirectional"}, {"architecture": "unet"}, {"blocks": ("s4d",)}, {"n_classes": 2}, {"prediction_order": 4}):
         with pytest.raises(UserError, match="export: transformers' Mamba is a causal stack"):
             save_transformers_mamba(make(**changes), tmp_path)
+        with pytest.raises(UserError, match="export: mamba_ssm's MambaLMHeadModel is a causal stack"):
+            save_mamba_ssm(make(**changes), tmp_path)
+    with pytest.raises(UserError, match="norm_epsilon 1e-06"):
+        save_mamba_ssm(make(norm_epsilon=1e-6), tmp_path)
     with pytest.raises(UserError, match="export: Caduceus is a bidirectional stack"):
         save_caduceus(make(), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -160,6 +191,9 @@ def test_wrong_input_is_one_line_and_leaves_nothing(data, tmp_path):
         (folder("list", "[]"), "holds no table"),
         (folder("bert", {"model_type": "bert"}), "caduceus and mamba are known"),
         (folder("little", {"model_type": "mamba"}), "has no 'hidden_size'"),
+        (folder("small", {"model_type": "caduceus"}), "has no 'vocab_size'"),
+        (folder("two", {"d_model": 8, "n_layer": 1, "vocab_size": 12, "ssm_cfg": {"layer": "Mamba2"}}), "only Mamba1 is supported"),
+        (folder("attention", {"d_model": 8, "n_layer": 1, "vocab_size": 12, "attn_layer_idx": [0]}), "attn_layer_idx is [0]"),
         (folder("text", {**good, "vocab_size": 50280}), "vocab_size is 50,280"),
         (folder("odd", {**good, "state_size": 9999}), "d_state: at most 256"),
         (folder("gelu", {**good, "hidden_act": "gelu"}), "only silu"),
@@ -167,6 +201,8 @@ def test_wrong_input_is_one_line_and_leaves_nothing(data, tmp_path):
         (folder("short", good, {k: v for k, v in weights.items() if "norm_f" not in k}), "lacks backbone.norm_f.weight"),
         (folder("wide", {**good, "hidden_size": 32}, weights), "in a model of its config.json"),
         (tmp_path / "ps", "complement_map is not that of the vocabulary"),
+        (folder("map", {**config, "complement_map": {"7": 99}}), "complement_map is not an involution"),
+        (folder("one way", {**config, "bidirectional": False}), "equivariant"),
     )
     before = {p.name for p in tmp_path.iterdir()}
     for source, expected in cases:
