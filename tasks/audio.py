@@ -207,6 +207,8 @@ class AudioModeling(AudioObjective):
         self._ends = store.offsets + store.lengths  # of the recordings, in increasing order
         # augmentation takes about as long as a GPU's step, so the next step's is made meanwhile; a CPU is busy itself
         self.prefetch = torch.cuda.is_available() and (config.data.gain_db > 0 or config.data.speed > 0)
+        # a GPU records the steps of a layout that comes again (seqlab/training/graphs.py); recordings have lengths of their own
+        self.multiple = max(1, config.data.context // 16) if torch.cuda.is_available() else 1
         self._worker = ThreadPoolExecutor(1)  # starts its thread when it is first used
         self._ahead: dict[tuple[int, int, int], Future] = {}
 
@@ -247,7 +249,7 @@ class AudioModeling(AudioObjective):
         hidden = rng.random(len(bounds)) < self.config.data.class_dropout
         batches = []
         for rows in group_by_length(bounds[:, 1] - bounds[:, 0], self.config.train.micro_batch_tokens):
-            batch = self.batch(bounds[rows], hidden[rows], self._augmenter(rng), self.end_silence)
+            batch = self.batch(bounds[rows], hidden[rows], self._augmenter(rng), self.end_silence, self.multiple)
             if self.config.data.input_noise:
                 noise = np.rint(rng.normal(0, self.config.data.input_noise, batch["ids"].shape)).astype(np.int16)
                 noisy = np.clip(batch["ids"].numpy().astype(np.int16) + noise, 0, VOCAB - 1)
@@ -274,12 +276,14 @@ class AudioModeling(AudioObjective):
 
         return augment
 
-    def batch(self, bounds: np.ndarray, hidden: np.ndarray | None = None, augment=None, end_silence: int = 0) -> Batch:
+    def batch(
+        self, bounds: np.ndarray, hidden: np.ndarray | None = None, augment=None, end_silence: int = 0, multiple: int = 1
+    ) -> Batch:
         """Windows (start, end, start of the interval), (b 3) -> ids, target, weight (b l), start (b,) and, with classes,
         classes (b,): "unknown" where `hidden` (None: everywhere)."""
         is_end = self._ends[np.searchsorted(self._ends, bounds[:, 1])] == bounds[:, 1]
         silence = np.where(is_end, end_silence, 0)
-        ids, target, weight = read_windows(self.store, bounds, self.zero, augment, silence)
+        ids, target, weight = read_windows(self.store, bounds, self.zero, augment, silence, multiple)
         batch = {
             "ids": torch.from_numpy(ids),
             "target": torch.from_numpy(target),
@@ -375,10 +379,11 @@ def read_windows(
     zero: int,
     augment: Callable[[np.ndarray], np.ndarray] | None = None,
     silence: np.ndarray | None = None,
+    multiple: int = 1,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Windows (start, end, start of the interval), (b 3) -> ids uint8, target uint8, weight float32, each (b l), padded on
-    the right with silence: ids are the targets one sample late. `augment` turns the codes of a window into others; the first
-    `silence` (b,) samples of padding weigh SILENCE_WEIGHT."""
+    the right with silence, l to a multiple of `multiple`: ids are the targets one sample late. `augment` turns the codes of a
+    window into others; the first `silence` (b,) samples of padding weigh SILENCE_WEIGHT."""
     silence = np.zeros(len(bounds), np.int64) if silence is None else silence
     rows = []
     for start, end, begin in bounds.tolist():
@@ -386,7 +391,7 @@ def read_windows(
         codes = codes if augment is None else augment(codes)
         rows.append(codes if start > begin else np.concatenate([np.full(1, zero, np.uint8), codes]))
     longest = max(len(codes) - 1 + n for codes, n in zip(rows, silence.tolist()))
-    ids = np.full((len(rows), longest), zero, np.uint8)
+    ids = np.full((len(rows), -(-longest // multiple) * multiple), zero, np.uint8)
     target = ids.copy()
     weight = np.zeros(ids.shape, np.float32)
     for i, codes in enumerate(rows):

@@ -111,6 +111,25 @@ def test_batches_are_pure_functions_of_the_step_and_groups_fit_the_budget(store)
     assert [g.tolist() for g in group_by_length(lengths, None)] == [[1, 4, 2, 3, 0, 5]]
 
 
+def test_batches_of_a_few_layouts_have_the_same_loss(store):
+    tight, wide = (AudioModeling(config("data.end_silence=0.01", *PLAIN), store) for _ in range(2))
+    wide.multiple = 64
+    model = tight.build_model().eval()
+    layouts = [set(), set()]
+    for step in range(12):
+        for a, b in zip(tight.train_batches(step, 0, 1), wide.train_batches(step, 0, 1), strict=True):
+            assert b["ids"].shape[1] % 64 == 0 and 0 <= b["ids"].shape[1] - a["ids"].shape[1] < 64
+            assert tight.tokens(a) == wide.tokens(b) and torch.equal(a["start"], b["start"])
+            if step < 3:
+                with torch.no_grad():
+                    (loss, weight), (other, same) = tight.loss(model, a), wide.loss(model, b)
+                torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-3)
+                assert weight == same
+            for seen, batch in zip(layouts, (a, b)):
+                seen.add(tuple(batch["ids"].shape))
+    assert len(layouts[1]) < len(layouts[0])
+
+
 def test_augmentation_plays_louder_and_faster(store):
     start, end = max(store.intervals("train").tolist(), key=lambda row: row[1] - row[0])
     task = AudioModeling(config("data.gain_db=6", "data.speed=0.2"), store)
