@@ -269,7 +269,8 @@ class AudioModeling(AudioObjective):
             samples = edges[codes] + rng.random(len(codes), dtype=np.float32) * (edges[1:] - edges[:-1])[codes]
             # never so loud that it clips: a model that has heard clipping makes it
             headroom_db = -20 * math.log10(max(1e-3, float(np.abs(samples).max()))) - 0.5  # resampling may overshoot
-            samples *= np.float32(10 ** (rng.uniform(-data.gain_db, min(data.gain_db, headroom_db)) / 20))
+            loudest_db = min(data.gain_db, headroom_db)
+            samples *= np.float32(10 ** (rng.uniform(min(-data.gain_db, loudest_db), loudest_db) / 20))
             if data.speed:
                 samples = change_speed(samples, 1 + rng.uniform(-data.speed, data.speed))
             return quantizer.encode(samples)

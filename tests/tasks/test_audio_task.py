@@ -145,6 +145,9 @@ def test_augmentation_plays_louder_and_faster(store):
     loud = q.encode(0.9 * np.sin(np.arange(400) / 3))
     peaks = [np.abs(q.decode(task._augmenter(np.random.default_rng(i))(loud))).max() for i in range(40)]
     assert max(peaks) < 1.0 and max(peaks) > 0.93, "louder, but never clipped"
+    full = q.encode(np.sin(np.arange(400) / 3))  # leaves no headroom
+    faster = AudioModeling(config("data.gain_db=0", "data.speed=0.2"), store)._augmenter(np.random.default_rng(0))
+    assert all(np.abs(q.decode(faster(full))).max() < 1.0 for _ in range(20))
     assert AudioModeling(config(*PLAIN), store)._augmenter(None) is None
 
 
