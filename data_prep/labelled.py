@@ -256,7 +256,14 @@ def _resolve_labels(raw: list[str], options: LabelOptions, where: list[str]) -> 
     values = set(raw)
     kind = options.kind
     if kind == "auto":
-        is_regression = len(values) > 50 and not options.classes and all(map(_is_number, values))
+        numbers = sum(map(_is_number, values)) if len(values) > 50 and not options.classes else 0
+        if len(values) > numbers >= 0.9 * len(values):  # a column of measurements with a gap in it
+            i, text = next((i, text) for i, text in enumerate(raw) if not _is_number(text))
+            raise UserError(
+                f"{where[i]}: label {text[:40]!r} is not a finite number, as nearly all the others are; mend it, leave the row out, or "
+                "say --kind multi-class"
+            )
+        is_regression = 0 < numbers == len(values)
         kind = "regression" if is_regression else "binary" if len(options.classes or values) == 2 else "multi-class"
     if kind == "regression":
         numbers = np.empty(len(raw), np.float64)

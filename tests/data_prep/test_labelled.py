@@ -241,6 +241,16 @@ def test_bad_options_are_one_line(tmp_path, options, message):
     assert not (tmp_path / "d").exists()
 
 
+def test_a_gap_among_measurements_is_named(tmp_path):
+    """80 classes of one sequence each, it was taken for, and the test split was said to be empty."""
+    rng = np.random.default_rng(0)
+    rows = ["".join(rng.choice(list("ACGT"), 20)) + f",{rng.normal()}" for _ in range(80)]
+    rows[5] = rows[5].split(",")[0] + ",nan"
+    (tmp_path / "a.csv").write_text("sequence,label\n" + "\n".join(rows) + "\n")
+    with pytest.raises(UserError, match="line 7: label 'nan' is not a finite number, as nearly all"):
+        prepare(tmp_path / "a.csv", tmp_path / "d")
+
+
 @pytest.mark.parametrize("kind, separator", [("many", None), ("binary", ";"), ("multi-label", None)])
 def test_label_options_are_checked(kind, separator):
     with pytest.raises(UserError):
