@@ -239,6 +239,9 @@ class Generator:
             self.decoder([0], [self.class_of(0)])  # refused now, not with half a folder
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "generation.json", self._facts([], None))
+            # so that a process that is killed before its first save can be resumed as well, from the start
+            start = {"queue": queue, "attempts": {}, "rows": {}, "made": self.made, "elapsed": self.elapsed, "done": None}
+            write_atomic(out / ".state.pt", lambda path: torch.save(start, path))
         before = self.elapsed
         while queue:
             group = queue[0]

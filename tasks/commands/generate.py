@@ -116,7 +116,8 @@ def generate_audio(
              f"{program()} generate audio --resume --out {folder}")  # fmt: skip
         raise typer.Exit(130)
     sound = f"{outcome.seconds_of_sound:,.1f} s of sound in {outcome.wall_seconds:,.1f} s"
-    speed = f"{outcome.real_time_factor:,.1f} x real time in all ({outcome.backend} decoder on {device})"
+    decoder = f"{outcome.backend} decoder on {device}" if outcome.backend else "nothing was left to make"
+    speed = f"{outcome.real_time_factor:,.1f} x real time in all ({decoder})"
     if to_stdout:
         note(f"{sound}: {speed}. Played with:  aplay -f S16_LE -c 1 -r {outcome.sample_rate}")
         return
