@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -55,7 +56,7 @@ def genome(path: Path, length: int = 6000, seed: int = 0, name: str = "chr") -> 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A small run, made by the command itself."""
-    folder = tmp_path_factory.mktemp("trained")
+    folder = tmp_path_factory.mktemp("trained well")
     genome(folder / "g.fa")
     _, stderr = run("train", "dna", "--fasta", folder / "g.fa", "--out", folder / "run", "--max-steps", 6, *TOY)
     (folder / "said.txt").write_text(stderr)
@@ -75,8 +76,8 @@ def test_train_leaves_a_run_that_explains_itself(trained):
 
 
 def test_the_commands_that_train_suggests_work(trained):
-    """It named a context of 4096, which a small genome's test split does not hold."""
-    said = [line.split() for line in (trained.parent / "said.txt").read_text().splitlines()]
+    """It named a context of 4096, which a small genome's test split does not hold; blanks in paths were not quoted."""
+    said = [shlex.split(line) for line in (trained.parent / "said.txt").read_text().splitlines() if line.startswith("  ")]
     (words,) = [words for words in said if str(trained) in words and "eval" in words]
     assert "--context" in words
     run(*words[words.index("eval") :])

@@ -7,7 +7,7 @@ import typer
 
 from seqlab.errors import UserError
 from tasks.commands.options import Json, Overwrite
-from tasks.commands.terminal import emit, note, program
+from tasks.commands.terminal import emit, note, program, quoted
 from tasks.run_directory import fresh_directory
 
 
@@ -64,7 +64,7 @@ def import_(
 
     def human() -> None:
         note(f"{out}: {config.direction} Mamba, {config.n_layer} layers of d_model {config.d_model}, {facts['parameters']:,} parameters")
-        note(f"Next:  {program()} train classify --data DATASET --init {out}")
+        note(f"Next:  {program()} train classify --data DATASET --init {quoted(out)}")
 
     emit(json_out, {"run": str(out), **facts}, human=human)
 

@@ -8,7 +8,16 @@ import typer
 
 from seqlab.errors import UserError
 from tasks.commands.options import Json, Overwrite, resolve_device
-from tasks.commands.terminal import check_output_file, command, emit, note, print_table, program, progress_bar
+from tasks.commands.terminal import (
+    check_output_file,
+    command,
+    emit,
+    note,
+    print_table,
+    program,
+    progress_bar,
+    quoted,
+)
 
 group = typer.Typer(no_args_is_help=True, help="Make sequences with a trained model.")
 
@@ -113,7 +122,7 @@ def generate_audio(
             outcome = generator.to_folder(folder, resume)
     if not outcome.finished:
         note(f"Stopped after {outcome.seconds_of_sound:.1f} s of sound; saved. Go on with:  "
-             f"{program()} generate audio --resume --out {folder}")  # fmt: skip
+             f"{program()} generate audio --resume --out {quoted(folder)}")  # fmt: skip
         raise typer.Exit(130)
     sound = f"{outcome.seconds_of_sound:,.1f} s of sound in {outcome.wall_seconds:,.1f} s"
     decoder = f"{outcome.backend} decoder on {device}" if outcome.backend else "nothing was left to make"

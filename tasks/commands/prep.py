@@ -8,7 +8,7 @@ import typer
 
 from seqlab.errors import UserError
 from tasks.commands.options import Block, Json, Overwrite, Splits, Test, Valid
-from tasks.commands.terminal import command, emit, note, print_table, program, progress_bar
+from tasks.commands.terminal import command, emit, note, print_table, program, progress_bar, quoted
 
 group = typer.Typer(no_args_is_help=True, help="Raw files -> dataset directory.")
 
@@ -33,7 +33,7 @@ def prep_dna(
 
     def human() -> None:
         print_manifest(manifest, dataset)
-        note(f"Next:  {program()} train dna --data {dataset}")
+        note(f"Next:  {program()} train dna --data {quoted(dataset)}")
 
     emit(json_out, {"dataset": str(dataset), **{k: manifest[k] for k in ("counts", "soft_masked", "total")}}, human=human)
 
@@ -114,7 +114,9 @@ def prep_species(
             note(f"Relatives: {100 * share:.0f} % of the test 32-mers of {mine} are in the training split of {other}.")
         if manifest["duplicates"]:
             note(f"Duplicates kept: {len(manifest['duplicates'])} pairs, first {' and '.join(manifest['duplicates'][0])}.")
-        note(f"Next:  {program()} train species --data {dataset} --context 4096")
+        longest = max(end - start for _, start, end in manifest["splits"]["train"])
+        context = min(4096, 1 << longest.bit_length() - 1)  # what a small genome's stretches hold
+        note(f"Next:  {program()} train species --data {quoted(dataset)} --context {context}")
 
     keys = ("classes", "class_bases", "shared_kmers", "duplicates", "total")
     emit(json_out, {"dataset": str(dataset), **{k: manifest[k] for k in keys}}, human=human)
@@ -184,7 +186,7 @@ def prep_labelled(
 
     def human() -> None:
         _print_labelled(manifest, dataset)
-        note(f"Next:  {program()} train classify --data {dataset}")
+        note(f"Next:  {program()} train classify --data {quoted(dataset)}")
 
     emit(json_out, {"dataset": str(dataset), **_labelled_summary(manifest)}, human=human)
 
@@ -251,7 +253,7 @@ def prep_benchmark(
             )
         preset = suite.replace("-", "_")
         data = {"dataset": str(dataset)}
-        emit(json_out, data, human=lambda: note(f"Next:  {program()} train species --data {dataset} --config {preset} --context 1024"))
+        emit(json_out, data, human=lambda: note(f"Next:  {program()} train species --data {quoted(dataset)} --config {preset} --context 1024"))
         return
     found = find_benchmarks(suite, folder, tuple(task or ()))
     made = []
@@ -268,7 +270,7 @@ def prep_benchmark(
         ]  # fmt: skip
         print_table(f"{out}: {suite}", ["task", "classes", "train", "test", "median length", "train in test"], rows)
         preset = "genomic_benchmarks" if suite == SUITES[0] else "nucleotide_transformer_tasks"
-        note(f"Next:  {program()} train classify --data {made[0]} --config {preset} --init RUN")
+        note(f"Next:  {program()} train classify --data {quoted(made[0])} --config {preset} --init RUN")
 
     emit(json_out, {"datasets": {str(d): _labelled_summary(m) for d, m in zip(made, manifests)}}, human=human)
 
@@ -324,7 +326,7 @@ def prep_audio(
 
     def human() -> None:
         _print_audio_manifest(manifest, dataset)
-        note(f"Next:  {program()} train audio --data {dataset}")
+        note(f"Next:  {program()} train audio --data {quoted(dataset)}")
 
     keys = ("total", "sample_rate", "scale", "labels", "clipped", "silent", "skipped")
     emit(json_out, {"dataset": str(dataset), **{k: manifest[k] for k in keys}}, human=human)

@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -76,9 +77,14 @@ def program() -> str:
     if shutil.which("seqlab"):
         return "seqlab"
     try:
-        return str(called.resolve().relative_to(Path.cwd().resolve()))
+        return quoted(called.resolve().relative_to(Path.cwd().resolve()))
     except ValueError:
-        return str(called.resolve())
+        return quoted(called.resolve())
+
+
+def quoted(path) -> str:
+    """A path as a shell takes it, in a command that the user is told to type."""
+    return shlex.quote(str(path))
 
 
 def check_output_file(name: Optional[str], option: str, overwrite: bool = True) -> None:

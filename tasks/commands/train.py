@@ -39,7 +39,7 @@ from tasks.commands.options import (
 )
 from tasks.commands.prep import prepare_dna
 from tasks.commands.settings import lay_over, load_config, train_options
-from tasks.commands.terminal import command, emit, note, program
+from tasks.commands.terminal import command, emit, note, program, quoted
 from tasks.run_directory import fresh_directory, new_run_directory, newest_run
 
 group = typer.Typer(no_args_is_help=True, help="Train a model.")
@@ -114,8 +114,8 @@ def train_dna(
         if fasta is None and data is None and not resume:
             note(f"  {program()} train dna --fasta YOUR_GENOME.fa.gz     train on your own genome")
         lengths = " ".join(f"--context {c}" for c in sorted({min(evaluation.contexts), max(evaluation.contexts)}))
-        note(f"  {program()} eval {run_dir} {lengths}")
-        note(f"  {program()} train dna --data {dataset} --init {run_dir}   train further from these weights")
+        note(f"  {program()} eval {quoted(run_dir)} {lengths}")
+        note(f"  {program()} train dna --data {quoted(dataset)} --init {quoted(run_dir)}   train further from these weights")
 
     emit(json_out, {"run": str(run_dir), "result": result.__dict__, "evaluation": report.evaluation_dict(evaluation)}, human=human)
 
@@ -235,7 +235,7 @@ def train_species(
     def human() -> None:
         print_species_evaluation(evaluation)
         note(f"Report with plots: {report_path}")
-        note(f"Next:  {program()} predict {run_dir} reads.fa.gz > labels.tsv")
+        note(f"Next:  {program()} predict {quoted(run_dir)} reads.fa.gz > labels.tsv")
 
     emit(
         json_out,
@@ -304,7 +304,7 @@ def train_classify(
     if not is_main_process():
         return
     if any(result.ended == "interrupted" for result in results.values()):
-        note(f"Stopped; saved. Go on with:  {program()} train classify --resume --out {run_dir}")
+        note(f"Stopped; saved. Go on with:  {program()} train classify --resume --out {quoted(run_dir)}")
         raise typer.Exit(130)
     evaluation = evaluate_labelled(runs.load_run(run_dir), dataset, dataset, "test", "auto")
     report_path = classification.write_report(run_dir, evaluation)
@@ -312,7 +312,7 @@ def train_classify(
     def human() -> None:
         print_labelled_evaluation(evaluation)
         note(f"Report with plots: {report_path}")
-        note(f"Next:  {program()} predict {run_dir} sequences.fa.gz > labels.tsv")
+        note(f"Next:  {program()} predict {quoted(run_dir)} sequences.fa.gz > labels.tsv")
 
     found = classification.evaluation_dict(evaluation)
     plain = {str(seed): result.__dict__ for seed, result in results.items()}
@@ -379,7 +379,7 @@ def train_audio(
     def human() -> None:
         print_audio_evaluation(evaluation)
         note(f"Report with plots: {report_path}")
-        note(f"Next:  {program()} generate audio {run_dir} --seconds 2 --num 8 --out samples/")
+        note(f"Next:  {program()} generate audio {quoted(run_dir)} --seconds 2 --num 8 --out samples/")
 
     emit(
         json_out,
@@ -518,7 +518,7 @@ def shape_to_start_from(checkpoint: Optional[Path]) -> dict:
 def note_training_result(result, run_dir: Path, command_name: str, metric: str) -> None:
     """What came out of training, for people; leaves with exit code 130 if it was stopped by Ctrl-C."""
     if result.ended == "interrupted":
-        note(f"Stopped at step {result.steps}; saved. Go on with:  {program()} train {command_name} --resume --out {run_dir}")
+        note(f"Stopped at step {result.steps}; saved. Go on with:  {program()} train {command_name} --resume --out {quoted(run_dir)}")
         raise typer.Exit(130)
     note(
         f"Trained {result.steps:,} steps, {result.tokens:,} tokens in {result.minutes:.1f} minutes "
