@@ -636,7 +636,7 @@ def published_rows(evaluation: Evaluation) -> list[list[str]]:
 
 
 def evaluation_verdict(evaluation: Evaluation) -> str:
-    """One honest sentence: whether the model or a baseline wins, by how much, and whether the seeds agree."""
+    """One honest sentence: whether the model, a baseline or chance wins, by how much, and whether the seeds agree."""
     metric, names = evaluation.main, [name for name in evaluation.details if evaluation.metrics[name]]
     ours = evaluation.mean(MODEL, metric)
     title = TITLES[metric]
@@ -647,7 +647,10 @@ def evaluation_verdict(evaluation: Evaluation) -> str:
     theirs = evaluation.mean(best, metric)
     seeds = "" if len(evaluation.seeds) == 1 else f" (means over {len(evaluation.seeds)} seeds)"
     label = shown(evaluation)[best]
-    if not _or_low(ours) > _or_low(theirs):
+    chance = evaluation.mean(CHANCE, metric) if evaluation.metrics.get(CHANCE) else math.nan
+    if not _or_low(ours) > max(_or_low(theirs), _or_low(chance)):
+        if _or_low(chance) >= _or_low(theirs):
+            return f"Nothing is better than chance: {title} {_number(chance)}, the model {_number(ours)}{seeds}, on {where}."
         return (
             f"A baseline wins: {label} reaches {title} {_number(theirs)}, the model {_number(ours)}{seeds}, on {where}."
         )

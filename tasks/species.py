@@ -813,6 +813,9 @@ def evaluation_verdict(evaluation: Evaluation) -> str:
                 )
     if lost:
         return f"A baseline beats the model at length {', '.join(lost)}."
+    guessed = [f"{r.length:,}" for r in evaluation.results if r.accuracy("model") <= r.accuracy("chance")]
+    if guessed:
+        return f"The model is no better than chance at length {', '.join(guessed)}."
     if not evaluation.results[0].details:
         return "No baseline was asked for (eval.baselines)."
     first, last = evaluation.results[0], evaluation.results[-1]

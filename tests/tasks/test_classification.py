@@ -222,6 +222,24 @@ def test_a_run_explains_itself(trained, data):
     assert len(list((data / "binary" / "baselines").glob("*.npz"))) == 2  # of the first seed
 
 
+@pytest.mark.parametrize(
+    "model, kmers, chance, said",
+    [
+        (0.9, 0.8, 0.5, "The model wins: accuracy 0.900 against 0.800"),
+        (0.8, 0.9, 0.5, "A baseline wins: k-mer logistic regression reaches accuracy 0.900, the model 0.800"),
+        (0.4, 0.6, 0.5, "A baseline wins"),
+        (0.5, 0.4, 0.5, "Nothing is better than chance: accuracy 0.500, the model 0.500"),  # the model won, it said
+    ],
+)
+def test_the_verdict_knows_chance(model, kmers, chance, said):
+    found = classification.Evaluation(
+        split="test", dataset="d", kind="binary", classes=("a", "b"), seeds=(0,), n=10, details={"k-mers": [""]}, best_seed=0,
+        metrics={name: [{"accuracy": value}] for name, value in (("model", model), ("k-mers", kmers), ("chance", chance))},
+        labels=np.zeros(10), predictions={}, benchmark=None,
+    )  # fmt: skip
+    assert classification.evaluation_verdict(found).startswith(said)
+
+
 def test_eval_repeats_the_report_without_fitting_baselines_again(trained, monkeypatch):
     before = json.loads((trained / "evaluation.json").read_text())
 
