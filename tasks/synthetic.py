@@ -196,6 +196,7 @@ def example(config: SyntheticConfig, rows: int, length: int) -> tuple[Synthetic,
 
 
 def train(config: SyntheticConfig, run_dir: Path, *, init: Path | None = None, resume: bool = False) -> FitResult:
+    resume, init = runs.start_of(run_dir, resume, init)
     return runs.train(Synthetic(config), run_dir, None, None, init=init, resume=resume)
 
 

@@ -1,12 +1,14 @@
 """`seqlab train synthetic`: the problems by hand, what a perfect and a wrong model score, training, the commands."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli import app, load_config, presets
@@ -135,6 +137,10 @@ def test_train_resume_evaluate(tmp_path):
     found = json.loads((tmp_path / "t.json").read_text())
     assert set(found["evaluation"]["lengths"]) == {str(32 * 2**i) for i in range(7)} and (out / "report.md").is_file()
     assert runs.load_run(out).config.model.vocab_size == 18 and not (out / "manifest.json").exists()
+    shutil.copytree(out, tmp_path / "killed", ignore=shutil.ignore_patterns("checkpoints"))  # before its first checkpoint
+    call("train", "synthetic", "--resume", "--out", tmp_path / "killed")
+    ours, theirs = (load_file(folder / "checkpoints/last/model.safetensors") for folder in (out, tmp_path / "killed"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     call("train", "synthetic", "--resume", "--out", out, "--max-steps", 8)
     assert json.loads((out / "run.json").read_text())["result"]["steps"] == 8
     first, again = (json.loads(call("eval", out, "--context", 32, "--context", 100, "--json", "-").stdout) for _ in range(2))
