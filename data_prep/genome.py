@@ -55,6 +55,7 @@ def prepare_genome(
 
     Splits, one of four ways:
     - `splits`: a BED file of chrom, start, end, train|valid|test (0-based half-open). Bases outside it are in no split.
+      Rows of one split may overlap, as those of the published human intervals do, and are joined; rows of two may not.
     - `valid`, `test`: names of the sequences that validate and test; the others train. One of them may be empty.
     - by default, blocks of `block` bases (65,536; less for a small genome, so that there are 20 or more), cut within
       each sequence and counted from 0 through all of them: every tenth block (k % 10 = 0) tests, the next one
@@ -619,17 +620,23 @@ def _splits_from_bed(
         placed.append((names[name], start, end, split, number))
     placed.sort()
     table: Table = {name: [] for name in SPLITS}
-    for i, (index, start, end, split, number) in enumerate(placed):
-        if i and placed[i - 1][0] == index and placed[i - 1][2] > start:
-            lines = sorted((placed[i - 1][4], number))
+    far, overlapping = (-1, 0, "", 0), 0  # sequence, end, split, line of the row that reaches furthest yet
+    for index, start, end, split, number in placed:
+        overlaps = far[0] == index and far[1] > start
+        if overlaps and far[2] != split:
+            lines = sorted((far[3], number))
             raise UserError(
-                f"{path}: lines {lines[0]} and {lines[1]} overlap in {sequences[index]['name']!r}; "
-                "every base may be in one row only"
+                f"{path}: lines {lines[0]} and {lines[1]} overlap in {sequences[index]['name']!r} and are of two splits, "
+                f"{far[2]} and {split}; every base may be in one split only"
             )
+        overlapping += overlaps
         last = table[split][-1] if table[split] else None
-        if last and last[0] == index and last[2] == start:
-            last[2] = end
+        if last and last[0] == index and last[2] >= start:
+            last[2] = max(last[2], end)
         else:
             table[split].append([index, start, end])
-    return table, f"BED file {path.name}, {len(rows)} rows"
+        if index != far[0] or end > far[1]:
+            far = (index, end, split, number)
+    met = f", {overlapping} of them over others of their split" if overlapping else ""
+    return table, f"BED file {path.name}, {len(rows)} rows{met}"
 

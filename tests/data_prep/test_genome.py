@@ -387,13 +387,33 @@ def test_splits_from_a_bed_file(tmp_path):
     assert again.manifest["splits"] == store.manifest["splits"]
 
 
+def test_rows_of_one_split_may_overlap(tmp_path):
+    """As the published human intervals do; they were refused."""
+    rng = np.random.default_rng(0)
+    paint, rows = np.zeros((2, 400), int), []
+    for split, chrom, low in ((1, 0, 0), (2, 0, 200), (3, 1, 0)):
+        for start in rng.integers(low, low + 180, 9):
+            end = start + rng.integers(1, 20)
+            paint[chrom, start:end] = split
+            rows.append(f"chr{chrom + 1}\t{start}\t{end}\t{('train', 'valid', 'test')[split - 1]}\n")
+    bed = write(tmp_path / "s.bed", "".join(rng.permutation(rows)))
+    store = prepared(tmp_path, ">chr1\n" + "A" * 400 + "\n>chr2\n" + "C" * 400, splits=bed)
+    found = np.zeros((2, 400), int)
+    for split, intervals in enumerate(store.manifest["splits"].values(), start=1):
+        for (index, start, end), after in zip(intervals, [*intervals[1:], None]):
+            assert after is None or after[0] > index or after[1] > end, "stretches that touch are one"
+            found[index, start:end] += split
+    assert np.array_equal(found, paint) and "27 rows, " in store.manifest["split_rule"]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ("chr1\t0\t10\ttrain\nchr3\t0\t5\ttest\n", "line 2: no sequence 'chr3' in the FASTA; did you mean 'chr"),
         ("chr1\t0\t41\ttrain\n", "line 1: end 41 is past the end of 'chr1' (40 bases)"),
         ("chr1\t0\t10\ttrain\nchr1\t20\t30\ttest\nchr1\t9\t12\tvalid\n", "lines 1 and 3 overlap in 'chr1'"),
-        ("chr1\t0\t10\ttrain\nchr1\t0\t10\ttrain\n", "lines 1 and 2 overlap"),
+        ("chr1\t0\t10\ttrain\nchr1\t0\t10\ttest\n", "lines 1 and 2 overlap"),
+        ("chr1\t0\t30\ttrain\nchr1\t5\t9\ttrain\nchr1\t20\t25\tvalid\n", "lines 1 and 3 overlap in 'chr1' and are of two splits, train and valid"),
         ("chr1\t0\t10\ttrian\n", "line 1: split 'trian' is not one of train, valid, test; did you mean train?"),
         ("chr1\t0\t10\n", "line 1: 3 columns"),
         ("chr1\t0\tten\ttrain\n", "line 1: '0', 'ten': start and end must be whole numbers"),
