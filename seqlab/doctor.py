@@ -138,8 +138,9 @@ def back_ends() -> list[Finding]:
                 first = " ".join(f"{type(problem).__name__}: {problem}".split())[:160]
                 found.append(Finding(f"back ends of {op}", name, "problem", f"self-check failed: {first}"))
                 continue
-            status: Status = "ok" if error <= LIMIT else "problem"
-            detail = f"works; largest error against the {against.get(op, 'float64 reference')} {error:.1e} (limit {LIMIT:.0e})"
+            limit = getattr(module, "TOLERANCE", LIMIT)
+            status: Status = "ok" if error <= limit else "problem"
+            detail = f"works; largest error against the {against.get(op, 'float64 reference')} {error:.1e} (limit {limit:.0e})"
             found.append(Finding(f"back ends of {op}", name, status, detail))
     return found
 

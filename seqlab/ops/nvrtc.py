@@ -212,7 +212,7 @@ def params_type(name: str) -> type[ctypes.Structure]:
 
 
 # --------------------------------------------------------------------------------------------------- load and launch
-PROGRAMMATIC_STREAM_SERIALIZATION = 6  # cuda.h: CU_LAUNCH_ATTRIBUTE_...
+CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # cuda.h: CU_LAUNCH_ATTRIBUTE_...
 
 
 class _Attribute(ctypes.Structure):  # CUlaunchAttribute
@@ -275,6 +275,16 @@ class Module:
         )
         if count.value == 0:
             raise NativeError(f"{kernel}: a block of {block} threads with {shared} bytes does not fit this GPU")
+        return count.value
+
+    def clusters(self, kernel: str, block: int, shared: int, size: int) -> int:
+        """How many clusters of `size` blocks of a kernel the GPU runs at a time."""
+        count = ctypes.c_int()
+        f = self.function(kernel, shared)
+        make_current(self.device)
+        attribute = _Attribute(CLUSTER_DIMENSION, 0, (ctypes.c_int32 * 16)(size, 1, 1))
+        config = _Config(size, 1, 1, block, 1, 1, shared, None, ctypes.pointer(attribute), 1)
+        _cuda(driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), f, ctypes.byref(config)), kernel)
         return count.value
 
     def launch(

@@ -49,6 +49,9 @@ class Module:
     def resident(self, kernel, block, shared):
         return self._resident
 
+    def clusters(self, kernel, block, shared, size):
+        return self._resident
+
     def launch(self, kernel, grid, block, shared, params, early=False):
         call = getattr(self._library, f"run_{kernel}")
         call(ctypes.c_uint(grid), ctypes.c_uint(block), ctypes.c_ulong(shared), ctypes.byref(params))

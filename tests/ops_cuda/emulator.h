@@ -4,6 +4,7 @@
 // nobody wrote shows.
 #pragma once
 #include <cmath>
+#include <cstdio>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -85,12 +86,30 @@ static inline void __syncwarp() { emulated::warp_barrier(); }
 DEVICE void cluster_barrier() { emulated::cluster_barrier(); }
 #define CALLED static
 static inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
-DEVICE void arrivals_begin(unsigned long long*, int) {}
-DEVICE void arrivals_expect(unsigned long long*, unsigned) {}
-DEVICE void arrivals_wait(unsigned long long*, unsigned) { emulated::cluster_barrier(); }
-DEVICE void remote_store(float* at, int rank, float4 v, unsigned long long*) {
-    float* here = (float*)emulated::shared[emulated::block()].data();
-    *(float4*)((float*)emulated::shared[rank].data() + (at - here)) = v;
+// Barriers that count bytes in, as the PTX ISA describes them for one arrival a phase: the phase ends once that arrival has come and no
+// byte is missing. Too few or too many bytes: the kernel never ends.
+struct Arrivals { int missing; short arrived, phase; };
+DEVICE void arrivals_check(Arrivals* b) { if (b->arrived && b->missing == 0) b->arrived = 0, b->phase ^= 1; }
+DEVICE void arrivals_begin(unsigned long long* barriers, int count) { memset(barriers, 0, 8 * count); }
+DEVICE void arrivals_expect(unsigned long long* barrier, unsigned bytes) {
+    Arrivals* b = (Arrivals*)barrier;
+    b->missing += bytes, b->arrived = 1;
+    arrivals_check(b);
+}
+DEVICE void arrivals_wait(unsigned long long* barrier, unsigned parity) {
+    for (long tries = 0; ((volatile Arrivals*)barrier)->phase == (short)parity; emulated::yield())
+        if (++tries == 50000) {
+            fprintf(stderr, "block %u, thread %u waits for ever at barrier %d: %d bytes are missing\n", emulated::block(), threadIdx.x,
+                    (int)((float*)barrier - (float*)emulated::shared[emulated::block()].data()) / 2, ((Arrivals*)barrier)->missing);
+            abort();
+        }
+}
+DEVICE void remote_store(float* at, int rank, float4 v, unsigned long long* barrier) {
+    float *here = (float*)emulated::shared[emulated::block()].data(), *there = (float*)emulated::shared[rank].data();
+    *(float4*)(there + (at - here)) = v;
+    Arrivals* b = (Arrivals*)(there + ((float*)barrier - here));
+    b->missing -= 16;
+    arrivals_check(b);
 }
 DEVICE float load_shared_global(const float* p) { return *p; }
 // mma.m16n8k16 as the PTX ISA lays its fragments out: lane 4 g + t has rows g, g + 8 and columns 2t, 2t + 1 (and 8 further on).
@@ -111,6 +130,20 @@ DEVICE void mma(float* sum, uint4 a, unsigned b0, unsigned b1) {
         }
     }
     warp_barrier();
+}
+// ldmatrix as the PTX ISA describes it: lane 8 i + r points to row r of matrix i; lane 4 g + t gets two numbers of row g of each.
+namespace emulated {
+static std::vector<const void*> places;
+static unsigned columns(const void* at, int matrix) {
+    if (places.size() < slot.size()) places.resize(slot.size());
+    places[current] = at;
+    warp_barrier();
+    const unsigned lane = current % 32;
+    unsigned v;
+    memcpy(&v, (const char*)places[current / 32 * 32 + 8 * matrix + lane / 4] + lane % 4 * 4, 4);
+    warp_barrier();
+    return v;
+}
 }
 DEVICE float lane_from(float v, int lane) { return emulated::exchange(v, lane); }
 DEVICE float lane_xor(float v, int bit) { return emulated::exchange(v, (threadIdx.x % 32) ^ bit); }

@@ -6,7 +6,7 @@ from seqlab.model import ModelConfig, build_model
 from seqlab.ops import nvrtc
 from seqlab.ops.block import rows
 from seqlab.ops.causal_conv1d import cuda as conv
-from seqlab.ops.decode import batched, persistent, solo
+from seqlab.ops.decode import batched, clustered, persistent, solo
 from seqlab.ops.decode.program import Program
 from seqlab.ops.hidden_markov import cuda as markov
 from seqlab.ops.selective_scan import cuda as scan
@@ -87,6 +87,14 @@ def test_decoders_of_one_size_compile(arch, module, d_model, half):
     assert image[:4] == b"\x7fELF"
     for kernel in batched.KERNELS if module is batched else (solo.KERNEL,):
         assert kernel.encode() in image
+
+
+@pytest.mark.parametrize("arch, d_model", [(90, 64), (90, 256), (100, 512)])
+def test_clusters_of_streams_compile(arch, d_model):
+    program = Program(build_model(ModelConfig(d_model=d_model, n_layer=2, vocab_size=64)))
+    sizes = clustered.Sizes.of(program, 512, clustered.at_once(d_model // 32, 132), 227 * 1024)
+    image = nvrtc.compile_source(nvrtc.source(clustered.SOURCE), nvrtc.options(sizes.defines(), arch), clustered.SOURCE)
+    assert image[:4] == b"\x7fELF" and clustered.KERNEL.encode() in image
 
 
 def test_error_carries_the_compilers_words():

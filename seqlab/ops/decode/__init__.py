@@ -9,6 +9,7 @@ Whatever the back end, the tokens are those of `reference`: the model's forward 
 
     persistent   CUDA C++: one launch for a block of tokens; a thread block, or a cluster of them, keeps its streams
     batched      CUDA C++: three launches a mixer, each over all streams: for hundreds of streams of an isotropic stack
+    clustered    CUDA C++: clusters of blocks keep tens of streams each, states move in the background: the same in bfloat16
     solo         CUDA C++: one stream a cluster, weights in registers before their turn: for a few streams of one
     graph        a CUDA graph of the model's own steps: any causal model
     cpu          one compiled call for a block of tokens (numba)
@@ -27,14 +28,16 @@ from seqlab.backbones.mamba import MixerState
 from seqlab.backbones.unet import PoolState, UNetState
 from seqlab.heads.sample import SampleState
 from seqlab.ops import dispatch
-from seqlab.ops.decode import batched, cpu, graph, persistent, reference, solo
+from seqlab.ops.decode import batched, clustered, cpu, graph, persistent, reference, solo
 from seqlab.ops.decode.program import map_tensors
 from seqlab.ops.decode.request import Request
 from seqlab.ops.decode.sampling import Sampling, stream_key
 
 __all__ = ["BACKENDS", "Decoder", "Sampling", "fastest", "unavailable"]
 
-BACKENDS: dict[str, ModuleType] = {"persistent": persistent, "batched": batched, "solo": solo, "graph": graph, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "persistent": persistent, "batched": batched, "clustered": clustered, "solo": solo, "graph": graph, "cpu": cpu, "reference": reference,
+}  # fmt: skip
 """What "auto" tries in order; of those that name a price, it takes the cheapest."""
 
 PREFILL = 1 << 17
