@@ -51,10 +51,10 @@ class Step:
 
 def step_of(config: Any) -> Step:
     """Raises UserError for a task that says nothing about its steps without data, and for windows of no fixed length."""
-    train, context = config.train, config.data.context
     example = getattr(task_module(config.task), "example", None)
     if example is None:
         raise UserError(f"task: {config.task}: cannot be planned without data; `seqlab train {config.task}` plans as it starts")
+    train, context = config.train, config.data.context
     if not isinstance(context, int):
         raise UserError(f"data.context: {context}: give the length to plan for, --context N")
     devices, sharing = train.devices, train.context_parallel

@@ -238,5 +238,6 @@ def test_plan_command(tmp_path):
     assert run_plan("nonsense").exit_code == 1
     sound = run_plan("audio_fsdd", "--context", "2000", "--set", "model.pool=[4, 4]", "--json", "-")
     assert json.loads(sound.stdout)["plan"]["modes"][-1]["memory"]["mode"] == "chunked", sound.output
-    refused = run_plan("species")
-    assert refused.exit_code == 1 and "cannot be planned without data" in " ".join(refused.output.split())
+    for preset in ("species", "classify"):
+        refused = run_plan(preset)
+        assert refused.exit_code == 1 and "cannot be planned without data" in " ".join(refused.output.split()), refused.output
