@@ -74,6 +74,11 @@ class Plan:
         others = [e for e in self.estimates if e.fits and e not in asked]
         if others:
             return f"{line}; use --set train.memory={others[0].memory.mode} ({gib(others[0].peak)})"
+        chunk = least.memory.chunk_tokens
+        if least.memory.cuts_sequences and self.length > chunk > SMALLEST_CHUNK:  # pieces of a size that the config says
+            smaller = 1 << int(math.log2(0.8 * chunk * min(1, self.capacity / least.peak)))
+            if smaller >= SMALLEST_CHUNK:
+                return f"{line}; use --set train.chunk_tokens={smaller}"
         longest = max(asked, key=lambda e: e.longest)
         if longest.longest < 2:
             return f"{line}; use a smaller model or another device"

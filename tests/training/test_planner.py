@@ -125,6 +125,13 @@ def test_refusal_names_what_fits():
     assert "context 3,000" in line and "--set train.memory=block" in line and "\n" not in line
     nothing = planner.plan(probe, load, TrainConfig(chunk_tokens=2000), available=int(probe.whole("plain", 1500)[0]))
     assert nothing.chosen is None and "--context" in nothing.refusal()
+    # pieces that the config says are too large for this machine: smaller ones, not a context shorter than they are
+    probe = probe_of(length=100_000, **CAUSAL)
+    load, least = load_of(probe), probe.cut("chunked", 4096, 100_000)[0]
+    large = planner.plan(probe, load, TrainConfig(memory="chunked", chunk_tokens=16384), available=int(1.5 * (1.2 * least + load.static)))
+    assert large.chosen is None
+    smaller = int(large.refusal("chunked").rsplit("; use --set train.chunk_tokens=")[1])
+    assert planner.plan(probe, load, TrainConfig(memory="chunked", chunk_tokens=smaller), available=large.capacity).chosen is not None
     with pytest.raises(UserError, match="train.memory: layerwise cannot be used: only a stack of bidirectional"):
         planner.plan(probe, load, TrainConfig(memory="layerwise"))
 
