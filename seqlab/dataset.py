@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from seqlab.errors import UserError
-from seqlab.tokenizers.nucleotide import COMPLEMENT, N
+from seqlab.tokenizers.nucleotide import BASES, COMPLEMENT, N
 
 FORMAT, VERSION = "seqlab-dataset", 1
 SPLITS = ("train", "valid", "test")
@@ -170,6 +170,14 @@ class TokenStore:
         if split in SPLITS:
             return np.empty((0, 2), np.int64)
         raise UserError(f"{split!r}: no such split; choose one of {', '.join(self._intervals) or ', '.join(SPLITS)}")
+
+    def has_bases(self, split: str) -> bool:
+        """Whether there is any A, C, G or T in a split of DNA; reads no further than the first."""
+        for start, end in self.intervals(split).tolist():
+            for at in range(start, end, 1 << 20):
+                if np.isin(self.tokens[at : min(at + (1 << 20), end)], BASES).any():
+                    return True
+        return False
 
     def soft_mask(self, start: int, end: int) -> np.ndarray:
         """(end - start,) bool: which tokens of a global interval are soft-masked (lower case in the source)."""

@@ -174,6 +174,22 @@ def test_a_run_killed_while_its_data_was_prepared_can_be_started_again(tmp_path)
     assert not list(tmp_path.glob(".run*"))
 
 
+def test_splits_without_bases_are_refused_before_training_and_a_missing_test_split_is_no_error(tmp_path):
+    """Both were errors at the end, when the model was trained."""
+    rng = np.random.default_rng(0)
+    one, other = ("".join(rng.choice(list("ACGT"), 1000)) for _ in range(2))
+    (tmp_path / "g.fa").write_text(f">a\n{one}\n>b\n{other}\n>n\n{'N' * 1000}\n")
+    train = ["train", "dna", "--fasta", tmp_path / "g.fa", *TOY, "--max-steps", 1, "--out", tmp_path / "run"]
+    for splits, empty in ((("b", "n"), "test"), (("n", "b"), "valid")):
+        message = error_of(*train, "--valid", splits[0], "--test", splits[1])
+        assert f"the {empty} split holds no A, C, G or T" in message and not (tmp_path / "run").exists()
+    (tmp_path / "s.bed").write_text("n\t0\t1000\ttrain\na\t0\t1000\tvalid\nb\t0\t1000\ttest\n")
+    assert "the train split holds no A, C, G or T" in error_of(*train, "--splits", tmp_path / "s.bed")
+    _, stderr = run(*train, "--valid", "b")
+    assert "no test split: evaluated on the validation split" in stderr
+    assert "bases of the valid split" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_a_number_of_steps_is_not_bounded_by_the_preset_s_time():
     """The learning rate followed the clock of a preset with max_minutes, and no two runs of as many steps were the same."""
     from tasks.commands.settings import load_config, train_options

@@ -110,6 +110,16 @@ def evaluate(run, dataset: Path, training: Path, split: str, contexts: tuple[int
         )
 
 
+def held_out_split(dataset: Path) -> str:
+    """What a run is evaluated on when it ends: test, or valid where the dataset has no test split."""
+    from seqlab.dataset import TokenStore
+
+    if len(TokenStore.open(dataset).intervals("test")):
+        return "test"
+    note("The dataset has no test split: evaluated on the validation split, which chose the checkpoint.")
+    return "valid"
+
+
 def print_evaluation(evaluation) -> None:
     from seqlab import report
 

@@ -15,6 +15,7 @@ from tasks.commands.evaluate import (
     evaluate_labelled,
     evaluate_species,
     evaluate_synthetic,
+    held_out_split,
     print_audio_evaluation,
     print_evaluation,
     print_labelled_evaluation,
@@ -103,7 +104,7 @@ def train_dna(
     if not is_main_process():
         return
     note_training_result(result, run_dir, "dna", "bits per base")
-    evaluation = evaluate(runs.load_run(run_dir), dataset, dataset, "test", (), "auto")
+    evaluation = evaluate(runs.load_run(run_dir), dataset, dataset, held_out_split(dataset), (), "auto")
     report_path = dna.write_report(run_dir, evaluation)
     from seqlab import report
 
@@ -372,7 +373,7 @@ def train_audio(
     if not is_main_process():
         return
     note_training_result(result, run_dir, "audio", "bits per sample")
-    evaluation = evaluate(runs.load_run(run_dir), dataset, dataset, "test", (), "auto")
+    evaluation = evaluate(runs.load_run(run_dir), dataset, dataset, held_out_split(dataset), (), "auto")
     report_path = audio.write_report(run_dir, evaluation)
     from seqlab import report
 
