@@ -349,6 +349,7 @@ def train(
     task = AudioModeling(config, store)
     if not len(store.intervals("valid")):
         raise UserError(f"{dataset}: no valid split; early stopping needs one: prepare it again with a valid split")
+    runs.check_lengths("eval.contexts", config.eval.contexts, store)
     return runs.train(task, run_dir, dataset, store.hash, init=init, resume=resume)
 
 

@@ -46,6 +46,7 @@ def train(
     task = LanguageModeling(config, store)
     if not len(store.intervals("valid")):
         raise UserError(f"{dataset}: no valid split; early stopping needs one: prepare it again with a valid split")
+    runs.check_lengths("eval.contexts", config.eval.contexts, store)
     for split in ("train", "valid", "test"):  # known now, not after hours
         if len(store.intervals(split)) and not store.has_bases(split):
             raise UserError(f"{dataset}: the {split} split holds no A, C, G or T; prepare other splits")

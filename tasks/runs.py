@@ -11,6 +11,7 @@ and is listed in `task_module`. What is evaluated, and how, is the task's own.
 
 import importlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from seqlab.config import dump_yaml, from_dict, load_yaml
+from seqlab.dataset import TokenStore
 from seqlab.errors import UserError
 from seqlab.processes import is_main_process
 from seqlab.training.checkpoint import load_model, write_text
@@ -107,6 +109,17 @@ def start_of(run_dir: Path, resume: bool, init: Path | None) -> tuple[bool, Path
         return resume, init
     saved = read_run_facts(run_dir).get("init")
     return False, None if saved is None else Path(saved)
+
+
+def check_lengths(field: str, lengths: Sequence[int], store: TokenStore, longest: int | None = None) -> None:
+    """UserError for a length to evaluate at that the test split (or the valid one, where there is none) does not hold: known
+    before training, not after. `longest`: that it holds, by default its longest stretch."""
+    split = "test" if len(store.intervals("test")) else "valid"
+    if longest is None:
+        intervals = store.intervals(split)
+        longest = int((intervals[:, 1] - intervals[:, 0]).max(initial=0))
+    if lengths and max(lengths) > longest:
+        raise UserError(f"{field}: {max(lengths):,}: the {split} split of {store.directory} has windows of at most {longest:,}")
 
 
 def find_checkpoint(path: Path) -> Path:

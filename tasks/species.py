@@ -436,6 +436,8 @@ def train(config: Config, dataset: Path, run_dir: Path, *, init: Path | None = N
     Nothing is created before the configuration is known to fit."""
     store = TokenStore.open(dataset)
     resume, init = runs.start_of(run_dir, resume, init)
+    if config.eval.lengths:
+        runs.check_lengths("eval.lengths", config.eval.lengths, store, ClassWindows(store, "test", config.data.max_unknown).longest())
     task = SpeciesTask(config, store, None if resume else init)
     task.build_model()
     result = runs.train(task, run_dir, dataset, store.hash, pretrained=init, resume=resume)

@@ -190,6 +190,14 @@ def test_splits_without_bases_are_refused_before_training_and_a_missing_test_spl
     assert "bases of the valid split" in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_lengths_that_cannot_be_evaluated_are_refused_before_training(tmp_path):
+    genome(tmp_path / "g.fa")
+    train = ["train", "dna", "--fasta", tmp_path / "g.fa", *TOY, "--max-steps", 1, "--out", tmp_path / "run"]
+    message = error_of(*train, "--set", "eval.contexts=[64, 100000]")
+    assert "eval.contexts: 100,000: the test split of" in message and "windows of at most" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_number_of_steps_is_not_bounded_by_the_preset_s_time():
     """The learning rate followed the clock of a preset with max_minutes, and no two runs of as many steps were the same."""
     from tasks.commands.settings import load_config, train_options
