@@ -1,7 +1,11 @@
 """The command line: `seqlab`, `python -m cli`, `torchrun -m cli`. The commands themselves are in tasks/commands/."""
 
-import typer
+from typing import Annotated
 
+import typer
+from typer.core import TyperGroup
+
+import seqlab
 from tasks.commands import bench, generate, prep, train
 from tasks.commands.convert import export, import_
 from tasks.commands.doctor import doctor
@@ -15,12 +19,38 @@ from tasks.commands.terminal import command
 
 __all__ = ["app", "load_config", "presets"]
 
+ORDER = "doctor prep train eval generate predict embed score import export plan bench".split()
+
+
+class InOrder(TyperGroup):
+    """Lists the commands in the order in which they are met; typer has groups last."""
+
+    def list_commands(self, context) -> list[str]:
+        return sorted(super().list_commands(context), key=[*ORDER, *self.commands].index)
+
+
 app = typer.Typer(
+    cls=InOrder,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Train and run Mamba models on DNA and raw audio at million-token context.",
 )
+
+
+def show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"seqlab {seqlab.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    pass
+
+
 command(app, "predict")(predict)
 command(app, "embed")(embed)
 command(app, "score")(score)

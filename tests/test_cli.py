@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import seqlab
 from cli import app
 from seqlab.config import load_yaml
 
@@ -273,6 +274,12 @@ def test_help_is_there_and_shows_an_example(words):
     assert "Usage" in stdout
     if words and words not in (["prep"], ["train"]):
         assert "Example:" in stdout and "--json" in stdout and "--debug" in stdout
+
+
+def test_version_and_order_of_the_commands():
+    assert run("--version")[0] == f"seqlab {seqlab.__version__}\n"
+    found = [line.split()[1] for line in run("--help")[0].splitlines() if line.startswith("│ ") and line[2] not in " -"]
+    assert found[0] == "doctor" and found.index("prep") < found.index("train") < found.index("eval") < found.index("bench")
 
 
 # -- wrong input ---------------------------------------------------------------------------------------------------

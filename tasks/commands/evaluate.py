@@ -24,7 +24,7 @@ def eval_(
     out: Annotated[Optional[Path], typer.Option("--out", help="Where to put the report and plots; default: in the run.")] = None,
     json_out: Json = None,
 ) -> None:
-    """Bits per base by context length, beside Markov models of order 0 to 12 on the same bases.
+    """Evaluate a run on its test split by context length, beside its baselines on exactly the same bases, samples or sequences.
 
     Example:  seqlab eval runs/dna_demo --context 256 --context 4096
     """
