@@ -276,6 +276,15 @@ def test_help_is_there_and_shows_an_example(words):
         assert "Example:" in stdout and "--json" in stdout and "--debug" in stdout
 
 
+def test_wide_tables_are_not_cut(capsys):
+    """Where no terminal says how wide it is there are 80 columns, and nine cells of a table were "sh…", "str…"."""
+    from tasks.commands.terminal import print_table
+
+    print_table("title", [f"a long name {i}" for i in range(9)], [["1,000,000"] * 9])
+    shown = capsys.readouterr().out
+    assert "…" not in shown and all(f"a long name {i}" in shown for i in range(9))
+
+
 def test_version_and_order_of_the_commands():
     assert run("--version")[0] == f"seqlab {seqlab.__version__}\n"
     found = [line.split()[1] for line in run("--help")[0].splitlines() if line.startswith("│ ") and line[2] not in " -"]

@@ -239,18 +239,18 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one a shape, number of streams, back end and number type."""
+    """Header and rows: one a shape, number of streams, back end and number type; columns about the peer if it was timed."""
     peers = {(row.shape, row.batch): row for row in result.rows if row.backend == PEER}
     rows = []
     for row in result.rows:
         theirs = peers.get((row.shape, row.batch))
-        times = ["", ""]
+        times = [[""], [""]] if peers else [[], []]
         if theirs and row.backend != PEER:
-            times = [f"{row.total / theirs.total:.2f}", f"{row.whole / theirs.whole:.2f}"]
-        numbers = [f"{row.per_stream:,.0f}", f"{row.total:,.0f}", times[0], f"{row.whole:,.0f}", times[1]]
+            times = [[f"{row.total / theirs.total:.2f}"], [f"{row.whole / theirs.whole:.2f}"]]
+        numbers = [f"{row.per_stream:,.0f}", f"{row.total:,.0f}", *times[0], f"{row.whole:,.0f}", *times[1]]
         rows.append([row.shape, f"{row.batch:,}", row.backend, row.dtype, *numbers])
-    whole = f"calls of {result.settings['tokens']:,}"
-    return ["shape", "streams", "back end", "weights", "further tokens/s", "in total", f"x {PEER}", whole, f"x {PEER}"], rows
+    whole, times = f"calls of {result.settings['tokens']:,}", [f"x {PEER}"] if peers else []
+    return ["shape", "streams", "back end", "weights", "further tokens/s", "in total", *times, whole, *times], rows
 
 
 def facts(result: Result) -> tuple[list[str], list[list[str]]]:

@@ -139,6 +139,8 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console = Console(highlight=False, emoji=False)
+    whole = Console(width=1000).measure(table).maximum  # a line that a terminal breaks can be read, columns of "…" cannot
+    console.width = max(console.width, whole)
     console.print(escape(title), style="bold", soft_wrap=True)  # a title of the table itself would be as narrow as that
     console.print(table)
 
