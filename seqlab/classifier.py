@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqlab import homology
 from seqlab.backbones import build_backbone
 from seqlab.backbones.mamba import BackboneConfig, MixerState
 from seqlab.embedding import TokenEmbedding
@@ -25,6 +26,7 @@ from seqlab.errors import UserError
 from seqlab.genes import MAX_ORDER
 from seqlab.heads.classification import ADDITIVE, ClassificationHead, Pooled, Pooling
 from seqlab.heads.genes import GenePredictor, GeneState
+from seqlab.heads.homology import Composition, Homology
 from seqlab.heads.repeats import RepeatCounter
 from seqlab.repeats import MAX_LENGTH
 from seqlab.tokenizers import nucleotide
@@ -53,6 +55,11 @@ class ClassifierConfig(BackboneConfig):
     # pooling: evidence; words of this many bases that a class's training split holds more than once count for it; 0: none. See
     # seqlab/heads/repeats.py
     repeat_word: int = 0
+    # pooling: evidence; bases of the training split that are kept, all classes together, to tell what a sequence is like and how
+    # much; 0: none. See seqlab/heads/homology.py
+    homology: int = 0
+    # pooling: evidence; a regression on k-mers of this length counts beside the network; 0: none. See seqlab/heads/homology.py
+    composition: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +84,13 @@ class ClassifierConfig(BackboneConfig):
             raise ValueError(f"repeat_word: must be 0 (none) or lie in 8 .. {MAX_LENGTH}, got {self.repeat_word}")
         if self.repeat_word and self.pooling != "evidence":
             raise ValueError(f"repeat_word: {self.repeat_word} needs pooling: evidence, got pooling: {self.pooling}; set repeat_word: 0")
+        if self.homology and not homology.CODON[-1] < self.homology <= 1 << 26:
+            raise ValueError(f"homology: must be 0 (none) or lie in {homology.CODON[-1] + 1} .. {1 << 26:,} bases, got {self.homology}")
+        if self.composition and not 1 <= self.composition <= 8:
+            raise ValueError(f"composition: must be 0 (none) or lie in 1 .. 8, got {self.composition}")
+        for name in ("homology", "composition"):
+            if getattr(self, name) and self.pooling != "evidence":
+                raise ValueError(f"{name}: {getattr(self, name)} needs pooling: evidence, got pooling: {self.pooling}; set {name}: 0")
         if self.pooling == "centre" and self.direction == "causal":
             raise ValueError(
                 "pooling: centre needs direction: bidirectional (the middle of a causal model has seen half of the sequence); "
@@ -99,10 +113,11 @@ class StreamState(NamedTuple):
 
     backbone: list[MixerState] | None
     pooled: Pooled | None
-    tail: Tensor | None = None  # (b k-1) the last ids, for the k-mers and repeats of the next piece
+    tail: Tensor | None = None  # (b k-1) the last ids, for the words of the next piece
     position: int = 0  # where the next piece begins
     last: Tensor | None = None  # (b d_model) the features there, for the evidence of the next piece's first base
     genes: GeneState | None = None
+    counts: tuple[Tensor, ...] = ()  # (b n) of each of `SequenceClassifier.counters`
 
 
 class Features(NamedTuple):
@@ -161,6 +176,8 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         if n_outputs < 1:
             raise ValueError(f"n_outputs must be 1 or more, got {n_outputs}")
+        if config.homology and n_outputs > homology.MOST_SPECIES:
+            raise UserError(f"model.homology: compares at most {homology.MOST_SPECIES} species, got {n_outputs}; set it to 0")
         self.config = config
         self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -181,6 +198,8 @@ class SequenceClassifier(nn.Module):
         self.gene_input = nn.Linear(self.genes.start.numel() + n_outputs, config.d_model, bias=False) if has_genes else None
         if has_genes:
             nn.init.normal_(self.gene_input.weight, std=0.02)
+        self.homology = Homology(n_outputs, config.homology) if config.homology else None
+        self.composition = Composition(n_outputs, config.composition) if config.composition else None
         if complement is None:
             complement = torch.from_numpy(nucleotide.COMPLEMENT.astype("int64"))
         table = torch.arange(max(config.vocab_size, len(complement)))
@@ -190,6 +209,14 @@ class SequenceClassifier(nn.Module):
     @property
     def reads_both_strands(self) -> bool:
         return self.config.strand == "equivariant" or (self.config.strand == "average" and not self.training)
+
+    @property
+    def counters(self) -> tuple[nn.Module, ...]:
+        """What counts words and is asked at the end, of those that have been calibrated; never in training, where every word is
+        found in the sequence itself."""
+        if self.training:
+            return ()
+        return tuple(part for part in (self.homology, self.composition) if part is not None and part.scale[0, 0] > 0)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         if not self.reads_both_strands:
@@ -244,24 +271,34 @@ class SequenceClassifier(nn.Module):
         features = self.features(ids, mask, before, carried)
         read = self.head.read(features.value, _base(ids), before.last, features.prior, features.repeats)
         pooled = self.head.pool(read, mask, before.pooled)
-        return self.next_state(ids, features, before, pooled, more, carried)
+        base, tail = _base(ids), None if before.tail is None else _base(before.tail)
+        if mask is not None:
+            base = torch.where(mask, base, -1)
+        counts = tuple(counter.count(base, tail) for counter in self.counters)
+        if before.counts:
+            counts = tuple(a + b for a, b in zip(before.counts, counts, strict=True))
+        return self.next_state(ids, features, before, pooled, more, carried, counts)
 
     def next_state(
-        self, ids: Tensor, features: Features, before: StreamState | None, pooled: Pooled | None, more: bool = True, carried: bool = True
+        self, ids: Tensor, features: Features, before: StreamState | None, pooled: Pooled | None, more: bool = True, carried: bool = True,
+        counts: tuple[Tensor, ...] = (),
     ) -> StreamState:
         """After the piece `ids`, of which these are the features. `carried`: they have a state of the backbone."""
         before = StreamState(None, None) if before is None else before
         tail = None
-        word = max(self.config.kmer, self.config.repeat_word)
+        word = max(self.config.kmer, self.config.repeat_word, self.config.composition, homology.REACH + 1 if self.config.homology else 0)
         if more and word:
             tail = ids if before.tail is None else torch.cat([before.tail, ids], 1)
             tail = F.pad(tail, (word, 0), value=nucleotide.PAD)[:, 1 - word :]
         last = features.value[:, -1] if carried else None
-        return StreamState(features.backbone, pooled, tail, before.position + ids.shape[1], last, features.genes)
+        return StreamState(features.backbone, pooled, tail, before.position + ids.shape[1], last, features.genes, counts)
 
     def finish(self, state: StreamState) -> Tensor:
         """(b n_outputs) of everything that was fed."""
-        return self.head(state.pooled)
+        outputs = self.head(state.pooled)
+        for counter, counts in zip(self.counters, state.counts, strict=True):
+            outputs = outputs + counter(counts, state.pooled.count)
+        return outputs
 
     def prefix_outputs(self, ids: Tensor, ends: Tensor, mask: Tensor | None = None) -> Tensor:
         """Outputs (b k n_outputs) for the first ends[j] positions of each row, from one pass of a causal backbone."""

@@ -121,7 +121,7 @@ class Config:
             )
         if self.kind == "regression" and self.class_weights != "none":
             raise ValueError("class_weights: a regression has no classes; use none")
-        for name in ("gene_order", "repeat_word"):
+        for name in ("gene_order", "repeat_word", "homology", "composition"):
             if getattr(self.model, name):
                 raise ValueError(f"model.{name}: is fitted to genomes, by `train species`; set it to 0")
         if self.kind in ("multi-label", "regression") and self.model.pooling == "evidence":

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlab import genes, repeats, report
-from seqlab.classification import published
+from seqlab.classification import published, words
 from seqlab.classification.baselines import BaselineResult, Sequences, cnn_baseline, kmer_baseline
 from seqlab.classification.metrics import evaluate_predictions, plot_calibration, plot_confusion
 from seqlab.classification.windows import ClassWindows, Windows
@@ -47,6 +47,7 @@ from seqlab.config import dump_yaml, from_dict, load_yaml
 from seqlab.dataset import TokenStore, nearest
 from seqlab.errors import UserError
 from seqlab.heads.classification import ADDITIVE, evenly_spread_ends
+from seqlab.heads.homology import scale_of, scaled
 from seqlab.inference.classify import Predictor
 from seqlab.processes import is_main_process
 from seqlab.tokenizers import nucleotide
@@ -458,9 +459,14 @@ def calibration_windows(lengths: Sequence[int], longest: int, trained: int, clas
     return chosen | {length: min(200, each // length) for length in longer if each // length >= 4}
 
 
+FIT_SHARE, MOST_FIT = 4, 48_000_000
+"""Likeness and composition are fitted to a fourth of the bases that the network was trained on, and no more than this."""
+
+
 def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
-    """Fit the biases, the length scale and what repeats count of the best checkpoint's head on fixed windows of the validation split
-    (`calibration_windows`); the checkpoint is replaced. Nothing else of the model changes (vector scaling without the vector,
+    """Fit the biases and the length scale of the best checkpoint's head, and what repeats, likeness and composition count, on fixed windows
+    of the validation split (`calibration_windows`), likeness and composition themselves before that, on windows of the training
+    split; the checkpoint is replaced. Nothing else of the model changes (vector scaling without the vector,
     Guo et al. 2017). A checkpoint that was calibrated before (its run was resumed at its end) is calibrated anew, from what
     training left, to the same values. Returns the cross-entropy (nats) before and after, which are written into run.json."""
     run = runs.load_run(run_dir, task=NAME)
@@ -476,47 +482,54 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
     trained = (facts.get("result") or {}).get("tokens", 0)
     chosen = calibration_windows(config.data.lengths(config.data.context), windows.longest(), trained, len(config.classes))
     lengths = list(chosen)
+    if not lengths:
+        return {}
     device = "cuda" if config.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    beside = _beside(model)
+    for scale, _ in beside:
+        scale.zero_()
     predictor = Predictor(model, device, config.train.precision)
+    if model.homology is not None or model.composition is not None:
+        training = ClassWindows(store, "train", config.data.max_unknown)
+        if model.genes is not None:  # evidence of training windows needs what checkpoints do not hold: emissions without their fold
+            model.genes.fit(SpeciesTask(config, store).gene_models())
+        fitted_at = words.fit_lengths(training, config.data.min_context or config.data.context)
+        words.fit(model, training, fitted_at, min(MOST_FIT, trained // FIT_SHARE), config.train.seed)
     parts = []
-    if model.repeats is not None:
-        model.head.repeat_scale.zero_()
     for length in lengths:
         fixed, _ = windows.fixed(length, chosen[length])
-        repeated = _mean_repeats(model, fixed, store)
+        said = _said_beside(model, fixed, windows)
         outputs = np.stack(list(predictor.outputs(fixed.sequence(store, i) for i in range(len(fixed)))))
         # each length counts as much as another, and each species within it
         weight = 1 / (np.bincount(fixed.label, minlength=len(config.classes))[fixed.label] * len(config.classes) * len(lengths))
-        parts.append((outputs, fixed.label, np.full(len(fixed), float(length)), weight, repeated))
-    if not parts:
-        return {}
-    outputs, label, length, weight, repeated = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts))
+        parts.append((outputs, fixed.label, np.full(len(fixed), float(length)), weight, said))
+    outputs, label, length, weight, said = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts))
     outputs, weight = outputs.double(), weight.double()
     head = model.head
     has_scale = head.length_scale is not None
     old = head.length_scale.detach().cpu().double() if has_scale else torch.zeros(2, dtype=torch.float64)
-    logs = (length.double() / 1024).log()
+    logs = (length / 1024).log()
     raw = outputs / torch.exp(old[0] + old[1] * logs)[:, None]
     shift = torch.zeros(len(config.classes), dtype=torch.float64, requires_grad=True)
     scale = old.clone().requires_grad_(has_scale)
-    # log of the scale and logit of the exponent of repeats, which lies between 0 and 1, where independent witnesses are: where all
-    # answers are right, nothing else would hold it back
-    repeat = torch.zeros(2, dtype=torch.float64, requires_grad=model.repeats is not None)
+    free = [torch.zeros(scale.view(-1, 2).shape, dtype=torch.float64, requires_grad=True) for scale, _ in beside]
+    said = said.split([len(numbers) for numbers in free], 1)
 
-    def nats(with_repeats: bool = model.repeats is not None) -> Tensor:
-        scaled = (raw + shift) * torch.exp(scale[0] + scale[1] * logs)[:, None]
-        if with_repeats:
-            scaled = scaled + torch.exp(repeat[0] + repeat[1].sigmoid() * logs)[:, None] * repeated
-        return (F.cross_entropy(scaled, label, reduction="none") * weight).sum()
+    def nats(all_of_it: bool = True) -> Tensor:
+        answers = (raw + shift) * torch.exp(scale[0] + scale[1] * logs)[:, None]
+        if all_of_it:
+            for numbers, (_, limit), log_odds in zip(free, beside, said):
+                answers = answers + scaled(log_odds, limit(numbers), length)
+        return (F.cross_entropy(answers, label, reduction="none") * weight).sum()
 
-    fitted = [shift, *([scale] if has_scale else []), *([repeat] if model.repeats is not None else [])]
+    fitted = [shift, *([scale] if has_scale else []), *free]
     optimizer = torch.optim.LBFGS(fitted, max_iter=200, line_search_fn="strong_wolfe")
-    before = nats(with_repeats=False).item()
+    before = nats(all_of_it=False).item()
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         # keeps the biases of species that are never confused where they are
-        loss = nats() + 1e-4 * (shift.square().sum() + repeat.square().sum())
+        loss = nats() + 1e-4 * sum(numbers.square().sum() for numbers in (shift, *free))
         loss.backward()
         return loss
 
@@ -528,25 +541,35 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
         head.linear.bias += shift.detach().to(head.linear.bias)
         if has_scale:
             head.length_scale.copy_(scale.detach())
-        if model.repeats is not None:
-            head.repeat_scale.copy_(torch.stack([repeat[0].exp(), repeat[1].sigmoid()]).detach())
+        for numbers, (scale_buffer, limit) in zip(free, beside):
+            scale_buffer.copy_(limit(numbers.detach()).view_as(scale_buffer))
     save_model(model.cpu(), run.checkpoint.parent, dump_yaml(config), before_calibration=left)
     write_json(run.directory / "run.json", {**facts, "calibration": {"before": before, "after": after, "lengths": lengths}})
     return {"before": before, "after": after}
 
 
+def _beside(model: SequenceClassifier) -> list[tuple[Tensor, Callable]]:
+    """What counts beside the network: the buffer of its scales and exponents, and what makes these (m 2) of free numbers. The
+    exponent of repeats lies between 0 and 1, where independent witnesses are: where all answers are right, nothing else would hold it
+    back."""
+    found = []
+    if model.repeats is not None:
+        found.append((model.head.repeat_scale, lambda v: torch.stack([v[:, 0].exp(), v[:, 1].sigmoid()], 1)))
+    return found + [(part.scale, scale_of) for part in (model.homology, model.composition) if part is not None]
+
+
 @torch.inference_mode()
-def _mean_repeats(model: SequenceClassifier, windows: Windows, store: TokenStore) -> np.ndarray:
-    """(n classes) float64: what the head takes the repeats of each window for, less the mean over classes; zeros without."""
-    if model.repeats is None:
-        return np.zeros((len(windows), model.head.linear.out_features))
-    rows, means = max(1, (1 << 18) // int(windows.length.max())), []
-    for at in range(0, len(windows), rows):
-        digits = nucleotide.DIGITS[windows[at : at + rows].tokens(store)[0]].astype(np.int64)
-        base = torch.from_numpy(np.where(digits < 4, digits, -1)).to(model.head.linear.bias.device)
-        means.append(model.repeats(base).double().mean(1).cpu())
-    mean = torch.cat(means)
-    return (mean - mean.mean(1, keepdim=True)).numpy()
+def _said_beside(model: SequenceClassifier, fixed: Windows, windows: ClassWindows) -> np.ndarray:
+    """(n m classes) float64: log-odds of each window, of everything in `_beside`, before they are scaled."""
+    device, said = model.head.linear.bias.device, []
+    for part, base in words.batches(windows, fixed, device):
+        length = torch.from_numpy(fixed.length[part]).to(device).double()
+        each = [base.new_zeros(len(base), 0, len(windows.classes), dtype=torch.float64)]
+        if model.repeats is not None:
+            each.append(model.repeats(base).double().mean(1, keepdim=True))
+        each += [counter.unscaled(counter.count(base), length) for counter in (model.homology, model.composition) if counter is not None]
+        said.append(torch.cat(each, 1).cpu())
+    return torch.cat(said).numpy()
 
 
 # -- prediction ----------------------------------------------------------------------------------------------------

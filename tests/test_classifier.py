@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from seqlab import homology
 from seqlab.classifier import (
     ClassifierConfig,
     KmerEmbedding,
@@ -42,6 +43,15 @@ def classifier(n_outputs=3, **options):
             words = np.arange(4**model.repeats.length, step=2)
             model.repeats.fit(words, np.stack([words % 7, words % 3, words % 5], 1).astype(np.uint8))
             model.head.repeat_scale.copy_(torch.tensor([5.0, 0.5]))
+        if model.homology is not None:  # as if fitted: the first classes hold what `sequence` gives
+            held = [[sequence(100)[0].numpy() - nucleotide.A], [sequence(64, seed=64)[0].numpy() - nucleotide.A], []]
+            model.homology.keep(homology.keep(held, 1000))
+            for weight in model.homology.parameters():
+                weight.normal_(std=0.3)
+            model.homology.scale.copy_(torch.tensor([[1.5, 0.3], [2.0, -0.4]]))
+        if model.composition is not None:
+            model.composition.weight.normal_(std=5.0)
+            model.composition.scale.copy_(torch.tensor([[1.5, 0.3]]))
     return model
 
 
@@ -60,6 +70,9 @@ KINDS = [
     dict(pooling="evidence", gene_order=2),
     dict(pooling="evidence", repeat_word=8),
     dict(pooling="evidence", gene_order=2, kmer=3, repeat_word=8),
+    dict(pooling="evidence", homology=1000, strand="none"),
+    dict(pooling="evidence", composition=3),
+    dict(pooling="evidence", gene_order=2, repeat_word=8, homology=1000, composition=2),
     dict(direction="bidirectional"),
     dict(direction="bidirectional", pooling="max", strand="equivariant"),
     dict(direction="bidirectional", pooling="centre", strand="equivariant"),

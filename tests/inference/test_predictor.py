@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from seqlab import homology
 from seqlab.classifier import ClassifierConfig, SequenceClassifier
 from seqlab.inference.classify import Predictor, padded_length, predict_records
 from seqlab.tokenizers import nucleotide
@@ -22,6 +23,14 @@ def classifier(**options):
             words = np.arange(4**8, step=2)
             model.repeats.fit(words, np.stack([words % 7, words % 3, words % 5], 1).astype(np.uint8))
             model.head.repeat_scale.copy_(torch.tensor([5.0, 0.5]))
+        for part in (model.homology, model.composition):
+            if part is not None:
+                part.scale.copy_(torch.tensor([[1.5, 0.3], [2.0, -0.4]])[: len(part.scale)])
+        if model.homology is not None:  # the last class holds nothing
+            model.homology.keep(homology.keep([[s - nucleotide.A] for s in sequences([1000, 300])] + [[]], 2000))
+            for weight in model.homology.parameters():
+                weight.normal_(std=0.3)
+            model.composition.weight.normal_(std=5.0)
     return model
 
 
@@ -32,7 +41,7 @@ def sequences(lengths, seed=0):
 
 KINDS = [dict(), dict(pooling="last"), dict(direction="bidirectional"), dict(strand="none")]
 EVIDENCE = dict(pooling="evidence", length_scale=True, kmer=3, period=3)
-GENES = dict(pooling="evidence", length_scale=True, gene_order=3, repeat_word=8)
+GENES = dict(pooling="evidence", length_scale=True, gene_order=3, repeat_word=8, homology=2000, composition=4)
 KINDS += [EVIDENCE, GENES]
 CENTRE = dict(direction="bidirectional", pooling="centre")
 

@@ -19,7 +19,7 @@ from seqlab.training.module import step_seed
 from tasks import runs, species
 
 TOY = ["--set", "model.d_model=16", "--set", "model.n_layer=1", "--set", "model.d_state=4", "--context", 128]
-TOY += ["--set", "data.min_context=64", "--set", "train.tokens_per_step=2048", "--set", "train.accelerator=cpu"]
+TOY += ["--set", "model.homology=0", "--set", "model.composition=0", "--set", "data.min_context=64", "--set", "train.tokens_per_step=2048", "--set", "train.accelerator=cpu"]
 QUICK = ["--set", "train.validation_tokens=2000", "--set", "eval.windows_per_class=12", "--set", "eval.lengths=[64,128]"]
 QUICK += ["--set", "eval.max_k=2", "--set", "eval.baseline_windows=40", "--set", "eval.baselines=[k-mers]"]
 
@@ -343,6 +343,78 @@ def test_init_from_a_language_model_takes_its_shape(data, tmp_path):
     assert "vocabularies must be the same" in said
     said = error_of("predict", tmp_path / "lm", tmp_path / "none.fa")
     assert "train dna" in said
+
+
+@pytest.fixture(scope="module")
+def relatives(tmp_path_factory):
+    """Two genomes seven eighths identical, one of them rotated so that what is held out of one is not held out of the other, and a third."""
+    folder, rng = tmp_path_factory.mktemp("relatives"), np.random.default_rng(0)
+    left = rng.integers(0, 4, 60_000)
+    right = np.roll(np.where(rng.random(60_000) < 1 / 6, rng.integers(0, 4, 60_000), left), 37_500)
+    pairs = []
+    for name, digits in (("left", left), ("right", right), ("third", rng.integers(0, 4, 60_000))):
+        (folder / f"{name}.fa").write_text(f">chr\n{np.frombuffer(b'ACGT', np.uint8)[digits].tobytes().decode()}\n")
+        pairs.append(f"{name}={folder / name}.fa")
+    run("prep", "species", *pairs, "--out", folder / "data", "--block", 3000, "--test-share", 0.2)
+    return folder / "data"
+
+
+LIKENESS = ["--set", "model.pooling=evidence", "--set", "model.length_scale=true", "--set", "model.gene_order=2", "--set", "eval.baselines=[]"]
+LIKENESS += [*TOY, "--set", "model.homology=200000", "--set", "model.composition=3", "--set", "eval.lengths=[64,128]"]
+
+
+def test_likeness_names_the_relative_of_what_is_known_and_the_known_itself(relatives, tmp_path, monkeypatch):
+    monkeypatch.setattr(species.words, "STEPS", 200)
+    monkeypatch.setattr(species, "FIT_SHARE", 0.01)  # a hundred times the bases that a toy is trained on
+    run("train", "species", "--data", relatives, "--out", tmp_path / "run", "--max-steps", 1, *LIKENESS)
+    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())["lengths"]
+    assert figures["64"]["model"]["accuracy_mean_over_species"] > 0.6 and figures["128"]["model"]["accuracy_mean_over_species"] > 0.85
+    store, loaded = TokenStore.open(relatives), runs.load_run(tmp_path / "run")
+    assert (loaded.model.homology.scale[:, 0] > 0).all() and loaded.model.composition.scale[0, 0] > 0
+    # a read of a genome that is known, whole; without the parts nothing is known of either
+    known, _ = species.ClassWindows(store, "train").fixed(128, 40)
+    outputs = np.stack(list(species.Predictor(loaded.model).outputs(known.sequence(store, i) for i in range(len(known)))))
+    assert (outputs.argmax(1) == known.label).mean() > 0.9
+    counters = loaded.model.counters
+    assert counters == (loaded.model.homology, loaded.model.composition) and loaded.model.train().counters == ()
+    loaded.model.eval()
+    for part in counters:
+        part.scale.zero_()
+    assert loaded.model.counters == ()
+    outputs = np.stack(list(species.Predictor(loaded.model).outputs(known.sequence(store, i) for i in range(len(known)))))
+    assert (outputs.argmax(1) == known.label).mean() < 0.7
+
+
+def test_without_calibration_likeness_counts_nothing(relatives, tmp_path):
+    run("train", "species", "--data", relatives, "--out", tmp_path / "run", "--max-steps", 1, *LIKENESS, "--set", "calibrate=false")
+    assert runs.load_run(tmp_path / "run").model.counters == ()
+
+
+def test_training_windows_are_looked_up_without_their_place(relatives):
+    windows = species.ClassWindows(TokenStore.open(relatives), "train")
+    places, rng = species.words._Places(windows), np.random.default_rng(0)
+    drawn = windows.sample(rng, 300, 500)
+    known = rng.random(300) < 0.3
+    allowed = places.allowed(drawn, known, rng)
+    first, last = places.folds(drawn)
+    mine = allowed[np.arange(300), drawn.label]
+    assert (known == ((mine >> first & 1) == 1)).all() and (known == ((mine >> last & 1) == 1)).all()
+    folds = np.array([[bin(bits).count("1") for bits in row] for row in allowed])
+    assert set(folds.ravel()) == {2, 3} and (folds == 2).sum() == (~known & (first != last)).sum()
+    side_by_side = ((allowed == (15 & ~(1 << first))[:, None]).sum(1) >= 2)[~known & (first == last)]
+    assert 0.5 < side_by_side.mean() < 0.8  # half of them, and some by chance
+    assert places.blocks.tolist() == [42_000 // 8] * 3
+    assert species.words.fit_lengths(windows, 64) == [32, 64, 128, 256, 512, 1024, 2048, 4096]
+
+
+def test_likeness_has_limits(relatives, tmp_path):
+    common = ["train", "species", "--data", relatives, "--out", tmp_path / "x", "--max-steps", 1, *TOY]
+    mean = ["--set", "model.pooling=mean", "--set", "model.gene_order=0", "--set", "model.repeat_word=0"]
+    assert "needs pooling: evidence" in error_of(*common, *mean, "--set", "model.homology=1000")
+    assert "24 .." in error_of(*common, "--set", "model.pooling=evidence", "--set", "model.homology=10")
+    assert "1 .. 8" in error_of(*common, "--set", "model.pooling=evidence", "--set", "model.composition=9")
+    with pytest.raises(UserError, match="at most 15 species, got 16"):
+        species.SequenceClassifier(species.ClassifierConfig(pooling="evidence", homology=1000), 16)
 
 
 # -- predict -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,205 @@
+"""Fit what words say of a sequence beside a species model's network: likeness to known genomes, and k-mer regression
+(seqlab/heads/homology.py). Both learn from windows of the training split, after the network has been trained.
+
+Likeness has to be learnt from windows as they will come: in most of them a species is to be named whose genome, as it is kept, lacks that very
+place. So the fold in which a training window lies is left out of its own genome. Of half of these windows the same fold of every genome
+is left out, as blocks are held out side by side, of the others another fold of each; every genome lacks one of its folds, so that none
+is known by what it holds by chance. For one window in five its place is not left out, as of reads of the very strain that was kept; half of those
+are read with up to 6 % of substitutions, as of another strain. The log-odds are fitted beside the gene models' evidence
+(themselves fitted without the window's fold), so that they say what that does not.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqlab import genes, homology
+from seqlab.classification.windows import ClassWindows, Windows
+from seqlab.classifier import SequenceClassifier
+from seqlab.heads.homology import LONGEST, Composition, Homology
+from seqlab.tokenizers import nucleotide
+
+KNOWN_SHARE, STRAIN_SHARE, MOST_SUBSTITUTIONS = 0.2, 0.5, 0.06
+PARALLEL_SHARE = 0.5  # of the windows whose place is left out: in all genomes side by side
+STEPS, BATCH, RATE, DECAY, CLIP = 1500, 512, 3e-3, 0.1, 1.0  # of fitting the network of likeness
+PENALTY = 1e-2  # on the squares of the k-mer regression's weights, of shares in standard deviations
+SHORTEST_COMPOSITION = 1024  # bases; shares of k-mers of shorter windows are noise, or the longest ones if none are so long
+MOST_WINDOWS = 16_000  # of a length
+FORWARD = 1 << 18  # bases at a time
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Training windows of one length, label (n): inputs of the network of likeness, evidence of the gene models (nats, less its
+    mean), shares of k-mers; what a model does not have has no columns."""
+
+    label: Tensor
+    inputs: Tensor
+    evidence: Tensor
+    shares: Tensor
+
+
+def fit(model: SequenceClassifier, windows: ClassWindows, lengths: list[int], tokens: int, seed: int) -> None:
+    """Fit model.homology and model.composition, on the device of the model, from about `tokens` bases of random windows of the
+    training split, as many of each length. Their scales stay 0: that is for calibration."""
+    store, device = windows.store, model.head.linear.bias.device
+    genomes = [[nucleotide.DIGITS[store.tokens[a:b]] for a, b in mine.tolist()] for mine in windows.intervals]
+    places = _Places(windows)
+    indices = None
+    if model.homology is not None:
+        model.homology.keep(homology.keep(genomes, model.homology.capacity))
+        indices = model.homology.indices(places.blocks)
+    learnt = []
+    for number, length in enumerate(lengths):
+        rng = np.random.Generator(np.random.Philox(key=[seed, number]))
+        drawn = windows.sample(rng, int(np.clip(tokens // len(lengths) // length, 64, MOST_WINDOWS)), length)
+        learnt.append(_look(model, windows, drawn, places, indices, rng))
+    del indices
+    torch_rng = torch.Generator(device="cpu").manual_seed(seed)
+    if model.homology is not None:
+        _fit_homology(model.homology, learnt, torch_rng)
+    if model.composition is not None:
+        least = min(SHORTEST_COMPOSITION, max(lengths))
+        _fit_composition(model.composition, [part for length, part in zip(lengths, learnt) if length >= least])
+    model.to(device)
+
+
+def fit_lengths(windows: ClassWindows, shortest: int) -> list[int]:
+    """Half of `shortest` (the shortest window of training), and doublings as far as LONGEST and a fold's blocks go."""
+    most = min(LONGEST, int(_Places(windows).blocks.min()), windows.longest())
+    lengths = [max(2, shortest // 2)]
+    while 2 * lengths[-1] <= most:
+        lengths.append(2 * lengths[-1])
+    return lengths
+
+
+class _Places:
+    """Where in its genome a window of the training split lies. blocks (species): bases of a fold at a time."""
+
+    def __init__(self, windows: ClassWindows):
+        self.blocks = np.array([homology.block_size(int((mine[:, 1] - mine[:, 0]).sum())) for mine in windows.intervals])
+        rows = []
+        for mine in windows.intervals:
+            before = np.cumsum([0, *(genes.pieces_of(int(b - a)) for a, b in mine)])
+            rows += [(int(a), int(n)) for (a, _), n in zip(mine, before)]
+        self.starts, self.before = np.array(sorted(rows)).T
+
+    def gene_fold(self, drawn: Windows) -> np.ndarray:
+        at = np.searchsorted(self.starts, drawn.start, side="right") - 1
+        return genes.fold_of(drawn.start - self.starts[at], self.before[at])
+
+    def folds(self, drawn: Windows) -> tuple[np.ndarray, np.ndarray]:
+        """(n), (n): the folds of a window's first and last base."""
+        offset = drawn.start - self.starts[np.searchsorted(self.starts, drawn.start, side="right") - 1]
+        block = self.blocks[drawn.label]
+        return homology.fold_of(offset, block), homology.fold_of(offset + drawn.length - 1, block)
+
+    def allowed(self, drawn: Windows, known: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(n species) int64: bits of the folds of each genome that a window is looked up in; known (n): its own place is among them."""
+        n, rows = len(drawn), np.arange(len(drawn))
+        first, last = self.folds(drawn)
+        without = rng.integers(0, homology.FOLDS, (n, len(self.blocks)))
+        parallel = ~known & (rng.random(n) < PARALLEL_SHARE)
+        without[parallel] = first[parallel, None]
+        elsewhere = (first + np.where((first + 1) % homology.FOLDS == last, 2, 1)) % homology.FOLDS
+        without[rows, drawn.label] = np.where(known, elsewhere, first)
+        allowed = ((1 << homology.FOLDS) - 1) & ~(1 << without)
+        allowed[rows, drawn.label] &= np.where(known, -1, ~(1 << last))
+        return allowed
+
+
+@torch.no_grad()
+def _look(model: SequenceClassifier, windows: ClassWindows, drawn: Windows, places: _Places, indices, rng: np.random.Generator) -> Learning:
+    n_species, device = len(windows.classes), model.head.linear.bias.device
+    known = rng.random(len(drawn)) < KNOWN_SHARE
+    rate = np.where(known & (rng.random(len(drawn)) < STRAIN_SHARE), rng.random(len(drawn)) * MOST_SUBSTITUTIONS, 0.0)
+    allowed = torch.from_numpy(places.allowed(drawn, known, rng)).to(device)
+    fold = torch.from_numpy(places.gene_fold(drawn)).to(device)
+    columns: list[tuple[Tensor, ...]] = []
+    for part, base in batches(windows, drawn, device):
+        length = torch.from_numpy(drawn.length[part]).to(device).double()
+        none = base.new_zeros(len(base), 0, dtype=torch.float32)
+        inputs, shares = none, none
+        if indices is not None:
+            changed = torch.from_numpy((rng.random(base.shape) < rate[part, None]) * rng.integers(1, 4, base.shape)).to(device)
+            line = torch.where(base >= 0, (base + changed) % 4, -1)
+            line = F.pad(line, (homology.REACH, 0), value=-1)
+            counts = homology.count(indices, line, base.shape[1], n_species, allowed[part])
+            inputs = model.homology.inputs(counts, length).float()
+        if model.composition is not None:
+            shares = model.composition.shares(model.composition.count(base)).float()
+        columns.append((inputs, gene_evidence(model, base, fold[part]), shares))
+    inputs, evidence, shares = (torch.cat(column) for column in zip(*columns))
+    return Learning(torch.from_numpy(drawn.label).to(device), inputs, evidence, shares)
+
+
+def batches(windows: ClassWindows, drawn: Windows, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """(which windows, their bases (b l) int64: 0 to 3, -1 where not known or beyond the end)."""
+    rows = max(1, FORWARD // int(drawn.length.max(initial=1)))
+    for at in range(0, len(drawn), rows):
+        digits = torch.from_numpy(nucleotide.DIGITS[drawn[at : at + rows].tokens(windows.store)[0]]).to(device).long()
+        yield slice(at, at + rows), torch.where(digits < 4, digits, -1)
+
+
+def gene_evidence(model: SequenceClassifier, base: Tensor, fold: Tensor) -> Tensor:
+    """(b n_species) float32: log-likelihoods of the gene models, mean of both strands, less the mean over species; 0 without them."""
+    if model.genes is None:
+        return base.new_zeros(len(base), model.head.linear.out_features, dtype=torch.float32)
+    other = torch.where(base >= 0, 3 - base, -1).flip(1)
+    lead = [model.genes(strand, fold=fold)[0].lead.double().sum(1) for strand in (base, other)]
+    return (0.5 * (lead[0] + lead[1])).float()
+
+
+def _fit_homology(part: Homology, learnt: list[Learning], rng: torch.Generator) -> None:
+    """By Adam on the cross-entropy of evidence and log-odds together, as many windows of each length in a step."""
+    device = part.centre.device
+    inputs = torch.cat([one.inputs for one in learnt])
+    part.centre.copy_(inputs.mean(0))
+    part.spread.copy_(inputs.std(0) + 0.05)
+    part.requires_grad_(True).train()
+    gain = torch.nn.Parameter(torch.zeros(len(learnt), device=device) - 1.0)  # log of what a nat of the gene models counts, by length
+    weights = list(part.parameters())
+    optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": DECAY}, {"params": [gain], "weight_decay": 0.0}], lr=RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    each = max(1, BATCH // len(learnt))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(int(torch.randint(1 << 31, (), generator=rng)))  # dropout
+        for _ in range(STEPS):
+            rows = [torch.randint(len(one.label), (each,), generator=rng).to(device) for one in learnt]
+            x = torch.cat([one.inputs[row] for one, row in zip(learnt, rows)])
+            evidence = torch.cat([one.evidence[row] * g.exp() for one, row, g in zip(learnt, rows, gain)])
+            label = torch.cat([one.label[row] for one, row in zip(learnt, rows)])
+            loss = F.cross_entropy(evidence + part.log_odds(x), label)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([*weights, gain], CLIP)
+            optimizer.step()
+            schedule.step()
+    part.requires_grad_(False).eval()
+
+
+def _fit_composition(part: Composition, learnt: list[Learning]) -> None:
+    """Logistic regression with a penalty; each length counts as much as another."""
+    shares = torch.cat([one.shares for one in learnt])
+    label = torch.cat([one.label for one in learnt])
+    weight = torch.cat([torch.full((len(one.label),), 1 / len(one.label) / len(learnt)) for one in learnt]).to(shares)
+    centre, spread = shares.mean(0), shares.std(0) + 1e-5
+    x = (shares - centre) / spread
+    w = torch.zeros_like(part.weight, requires_grad=True)
+    bias = torch.zeros(len(w), device=w.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w, bias], max_iter=40, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (F.cross_entropy(F.linear(x, w, bias), label, reduction="none") * weight).sum() + PENALTY * w.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    part.weight.copy_(w.detach() / spread)
+    part.centre.copy_(centre)

@@ -1,0 +1,186 @@
+"""What likeness to known genomes says of a sequence: log-odds of the species, from how many words each genome holds.
+
+`Homology` keeps the genomes of the training split, two bits a base (seqlab/homology.py). Of a sequence it counts, piece by piece, the
+words that each species holds, at several levels of identity; a small network makes log-odds of the counts. That network is fitted after
+training (seqlab/classification/words.py) on windows whose own place was left out of their genome, and on some for which it was
+not: it so learns that a stretch which stands in one species four fifths identical, and nowhere else, speaks for that species' relative, and one that
+stands there without a difference for the species itself.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqlab import homology
+
+WIDTH, DROPOUT = 64, 0.2  # of the network's hidden layers
+LONGEST = 8192  # bases; a longer sequence counts as the mean of stretches of this length
+SHORTEST = 64
+
+
+class Homology(nn.Module):
+    """count(base (b l), before) -> (b n) float64, sums that add up over pieces; forward(counts (b n), length (b)) -> log-odds (b
+    n_species) float32, times `scale`, which is 0 until it is calibrated. It is computed in float64: where a row stands in a batch decides the
+    last bits of logarithms and products, and in float32 they would be seen. `capacity`: bases that are kept, of all species together."""
+
+    def __init__(self, n_species: int, capacity: int):
+        super().__init__()
+        self.n_species, self.capacity = n_species, capacity
+        self.register_buffer("bases", torch.zeros(-(-capacity // 4), dtype=torch.uint8))
+        self.register_buffer("pieces", torch.zeros(homology.PIECES, 3, dtype=torch.int64))
+        n_inputs = self.inputs(torch.zeros(1, homology.n_counts(n_species)), torch.ones(1)).shape[1]
+        self.register_buffer("centre", torch.zeros(n_inputs))
+        self.register_buffer("spread", torch.ones(n_inputs))
+        self.linear = nn.Linear(n_inputs, n_species)
+        self.first, self.second, self.last = nn.Linear(n_inputs, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, n_species)
+        for layer in (self.linear, self.last):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.requires_grad_(False)  # training leaves it alone
+        # what its log-odds and the nearest genome count at 1,024 bases, and the exponents with which that changes with the length
+        self.register_buffer("scale", torch.zeros(2, 2))
+        self._indices: tuple[homology.Index, ...] | None = None
+
+    @torch.no_grad()
+    def keep(self, genomes: homology.Genomes) -> None:
+        """Take over the genomes that are to be looked up in."""
+        packed = homology.pack(genomes.bases)
+        self.bases.zero_()[: len(packed)] = torch.from_numpy(packed)
+        self.pieces.zero_()[: len(genomes.pieces)] = torch.from_numpy(genomes.pieces)
+        self._indices = None
+
+    def genomes(self) -> homology.Genomes:
+        pieces = self.pieces.cpu().numpy()
+        pieces = pieces[pieces[:, 1] > 0]
+        return homology.Genomes(homology.unpack(self.bases.cpu().numpy(), int(pieces[:, 1].sum())), pieces)
+
+    def indices(self, blocks: np.ndarray | None = None) -> tuple[homology.Index, ...]:
+        """An index for each kind of word, on the device of the weights; with `blocks`, of their folds."""
+        genomes, device = self.genomes(), self.bases.device
+        return tuple(homology.index(genomes, offsets, blocks=blocks, device=device) for offsets, *_ in homology.KINDS)
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._indices = None
+
+    @torch.no_grad()
+    def count(self, base: Tensor, before: Tensor | None = None) -> Tensor:
+        """base (b l), before (b REACH or more): 0 to 3, -1 where not known; before: the bases that precede this piece, not known
+        where None."""
+        if self._indices is None or self._indices[0].keys.device != base.device:
+            self._indices = self.indices()
+        line = F.pad(base, (homology.REACH, 0), value=-1)
+        if before is not None:
+            line[:, : homology.REACH] = before[:, -homology.REACH :]
+        return homology.count(self._indices, line, base.shape[1], self.n_species)
+
+    def _parts(self, counts: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """counts (b n), length (b) -> words that each holds (b m), that two hold (b pairs n_species n_species), bases (b), all of a
+        sequence of LONGEST at most."""
+        n = self.n_species
+        counts = counts * (LONGEST / length.clamp(min=LONGEST))[:, None]
+        single, both = counts.split([counts.shape[1] - homology.N_PAIRED * n * n, homology.N_PAIRED * n * n], 1)
+        return single, both.reshape(len(counts), -1, n, n), length.clamp(SHORTEST, LONGEST)
+
+    def inputs(self, counts: Tensor, length: Tensor) -> Tensor:
+        """What the network reads: the counts and those of words that one holds and another does not, as logarithms, and as
+        shares. counts (b n), length (b) -> (b n')."""
+        single, both, within = self._parts(counts, length)
+        alone = (both.diagonal(dim1=2, dim2=3)[..., None] - both).flatten(1)
+        per_base = 1 / within[:, None]
+        rate = single * per_base
+        log_length = (within / 1024).log()[:, None]
+        return torch.cat([(1024 * rate).log1p(), single.log1p(), alone.log1p(), 4 * rate, 4 * alone * per_base, log_length], 1)
+
+    def nearest(self, counts: Tensor, length: Tensor) -> Tensor:
+        """(b n_species): where two genomes hold the same stretch, the one with fewer differences is nearer. The share of 32-mers that
+        one holds and the other does not, less those of the other, summed over the others by how much of what either holds (in words of 16) both do: a
+        genome that lacks the stretch has no part in it."""
+        _, both, within = self._parts(counts, length)
+        words, long = both[:, homology.PAIR_OF_WORDS], both[:, homology.PAIR_OF_32]
+        held, held_long = words.diagonal(dim1=1, dim2=2), long.diagonal(dim1=1, dim2=2)
+        shared = words / (torch.maximum(held[:, :, None], held[:, None, :]) + 8.0)
+        shared = shared * shared
+        difference = held_long[:, :, None] - held_long[:, None, :]  # what both hold cancels
+        return (shared * difference).sum(2) * (4 / within)[:, None]
+
+    def log_odds(self, inputs: Tensor) -> Tensor:
+        """(b n_species) of what `inputs` gave, in its precision; differentiable, for fitting."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            x = (inputs - self.centre) / self.spread
+            hidden = F.dropout(F.silu(_map(self.first, x)), DROPOUT, self.training)
+            return _map(self.linear, x) + _map(self.last, F.silu(_map(self.second, hidden)))
+
+    def unscaled(self, counts: Tensor, length: Tensor) -> Tensor:
+        """(b 2 n_species) before `scale`."""
+        return torch.stack([self.log_odds(self.inputs(counts, length)), self.nearest(counts, length)], 1)
+
+    def forward(self, counts: Tensor, length: Tensor) -> Tensor:
+        return scaled(self.unscaled(counts, length), self.scale, length).float()
+
+
+class Composition(nn.Module):
+    """K-mer regression as part of a model: count(base (b l), before) -> (b n) float64, how often each k-mer (the same as its reverse
+    complement) occurs; forward(counts (b n), length (b)) -> log-odds (b n_species) float32, a linear map of their shares, times `scale`,
+    which is 0 until it is calibrated. Fitted after training (seqlab/classification/words.py)."""
+
+    def __init__(self, n_species: int, k: int):
+        super().__init__()
+        self.k = k
+        digits = np.stack([np.arange(4**k) // 4 ** (k - 1 - i) % 4 for i in range(k)])
+        other = sum((3 - digits[i]) * 4**i for i in range(k))
+        same, column = np.unique(np.minimum(np.arange(4**k), other), return_inverse=True)
+        self.n = len(same)
+        self.register_buffer("column", torch.from_numpy(np.append(column, self.n)), persistent=False)  # the last: not known
+        self.register_buffer("weight", torch.zeros(n_species, self.n))
+        self.register_buffer("centre", torch.zeros(self.n))
+        self.register_buffer("scale", torch.zeros(1, 2))
+
+    @torch.no_grad()
+    def count(self, base: Tensor, before: Tensor | None = None) -> Tensor:
+        """base (b l), before (b k-1 or more): 0 to 3, -1 where not known."""
+        rows, length = base.shape
+        line = F.pad(base, (self.k - 1, 0), value=-1)
+        if before is not None:
+            line[:, : self.k - 1] = before[:, len(before[0]) - (self.k - 1) :]
+        code, known = torch.zeros_like(base), torch.ones_like(base, dtype=torch.bool)
+        for i in range(self.k):
+            part = line[:, i : i + length]
+            known &= part >= 0
+            code = code * 4 + part
+        column = self.column[torch.where(known, code, 4**self.k)]
+        row = torch.arange(rows, device=base.device)[:, None] * (self.n + 1)
+        counts = torch.bincount((column + row).flatten(), minlength=rows * (self.n + 1))
+        return counts.view(rows, -1)[:, : self.n].double()
+
+    def shares(self, counts: Tensor) -> Tensor:
+        return counts / counts.sum(1, keepdim=True).clamp(min=1.0)
+
+    def log_odds(self, shares: Tensor) -> Tensor:
+        with torch.autocast(shares.device.type, enabled=False):
+            return F.linear(shares - self.centre, self.weight.to(shares.dtype))
+
+    def unscaled(self, counts: Tensor, length: Tensor) -> Tensor:
+        """(b 1 n_species) before `scale`."""
+        return self.log_odds(self.shares(counts))[:, None]
+
+    def forward(self, counts: Tensor, length: Tensor) -> Tensor:
+        return scaled(self.unscaled(counts, length), self.scale, length).float()
+
+
+def _map(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def scaled(log_odds: Tensor, scale: Tensor, length: Tensor) -> Tensor:
+    """(b n): log-odds (b m n), less their means, times what each counts, summed. scale (m 2): at 1,024 bases, and the exponent by which
+    that changes with the length (b)."""
+    logs = (length.clamp(min=SHORTEST) / 1024.0).log().to(log_odds.dtype)
+    by_length = scale[:, 0] * torch.exp(logs[:, None] * scale[:, 1])
+    return (by_length[..., None] * (log_odds - log_odds.mean(-1, keepdim=True))).sum(1)
+
+
+def scale_of(found: Tensor) -> Tensor:
+    """Free numbers (m 2) -> scales above 0 and exponents between -1 and 1, which nothing else would hold back where all answers are right."""
+    return torch.stack([found[:, 0].exp(), found[:, 1].tanh()], 1)

@@ -1,0 +1,165 @@
+"""Likeness to known genomes: words, folds and counts against a slow reference; what it says of relatives; k-mer regression."""
+
+import numpy as np
+import pytest
+import torch
+
+from seqlab import homology
+from seqlab.heads.homology import Composition, Homology, scale_of, scaled
+
+
+def digits(n, seed):
+    return np.random.default_rng(seed).integers(0, 4, n).astype(np.uint8)
+
+
+def turned(x):
+    return np.where(x < 4, 3 - x, 4)[::-1].astype(np.uint8)
+
+
+def words(x, offsets):
+    """Slowly: at each place the word that begins there, the same from both strands; None where a base is not known."""
+    found = []
+    for i in range(len(x) - offsets[-1]):
+        word = [int(x[i + o]) for o in offsets]
+        other = [3 - v for v in word[::-1]]
+        found.append(None if 4 in word else tuple(min(word, other)))
+    return found
+
+
+def cut(x):
+    return [part[part < 4] for part in np.split(x, np.flatnonzero(x == 4))]
+
+
+def slow_counts(genomes, line, n):
+    """`homology.count` by sets and loops, of one line of digits whose last n bases count."""
+    single, paired = [], []
+    for (offsets, step, runs), pairs in zip(homology.KINDS, homology.PAIRED):
+        # genomes are cut where a base is not known, even one that a word skips
+        known = [[part for stretch in stretches for part in cut(stretch)] for stretches in genomes]
+        held = [{word for part in parts for word in words(part, offsets)} for parts in known]
+        mine = words(line, offsets)
+        has = np.array([[word in of for of in held] for word in mine]).reshape(len(mine), len(genomes))
+        for least in runs:
+            row = np.array([[all(i - j * step >= 0 and has[i - j * step, s] for j in range(least)) for s in range(len(genomes))] for i in range(len(mine))])
+            last = row[max(0, len(row) - n) :].astype(int)
+            single.append(last.sum(0))
+            if least in pairs:
+                paired.append((last.T @ last).ravel())
+    return np.concatenate([*single, *paired])
+
+
+@pytest.fixture(scope="module")
+def genomes():
+    """Three: the second has stretches of the first, changed in places and turned over; unknown bases here and there."""
+    first, second, third = digits(900, 0), digits(700, 1), digits(400, 2)
+    second[100:300] = turned(first[200:400])
+    second[150:300:20] = (second[150:300:20] + 1) % 4
+    second[400:500] = first[700:800]
+    second[402:500:3] = (second[402:500:3] + 2) % 4
+    first[550], third[[7, 200]] = 4, 4
+    return [[first[:600], first[600:]], [second], [third]]
+
+
+def base(*rows):
+    return torch.from_numpy(np.stack(rows).astype(np.int64)).where(torch.from_numpy(np.stack(rows)) < 4, -1)
+
+
+def test_counts_are_those_of_the_reference_in_one_go_and_in_pieces(genomes):
+    part = Homology(3, 4000)
+    part.keep(homology.keep(genomes, 4000))
+    rows = [genomes[0][0][150:450], turned(genomes[1][0][350:650]), np.concatenate([digits(150, 5), genomes[2][0][100:250]])]
+    found = part.count(base(*rows))
+    for row, counts in zip(rows, found.tolist()):
+        padded = np.concatenate([np.full(homology.REACH, 4, np.uint8), row])
+        assert counts == slow_counts(genomes, padded, len(row)).tolist()
+    assert found.shape[1] == homology.n_counts(3) and found.sum() > 1000
+    assert torch.equal(part.count(base(*(turned(row) for row in rows))), found)  # from the other strand
+    state = torch.full((3, homology.REACH), -1)
+    total = torch.zeros_like(found)
+    for piece in base(*rows).split([1, 40, 3, 200, 56], 1):
+        total += part.count(piece, state)
+        state = torch.cat([state, piece], 1)[:, -homology.REACH - 5 :]
+    assert torch.equal(total, found)
+
+
+def test_folds_leave_out_what_stands_in_them_alone(genomes):
+    kept, blocks = homology.keep(genomes, 4000), np.array([150, 80, 50])
+    (codon, contiguous) = (homology.index(kept, offsets, blocks=blocks) for offsets, *_ in homology.KINDS)
+    row = genomes[0][0][200:400]  # in the first genome in folds 1 and 2, in the second in its 100 to 300: folds 1, 2 and 3
+    line = torch.nn.functional.pad(base(row), (homology.REACH, 0), value=-1)
+    everything = torch.tensor([[15, 15, 15]])
+
+    def held(allowed):
+        return homology.count((codon, contiguous), line, len(row), 3, torch.tensor([allowed]))[0, 9 : 12].tolist()
+
+    plain = homology.count((homology.index(kept, homology.CODON), homology.index(kept, homology.CONTIGUOUS)), line, len(row), 3)
+    assert torch.equal(homology.count((codon, contiguous), line, len(row), 3, everything), plain)
+    assert held([15, 15, 15]) == plain[0, 9:12].tolist() and held([15, 15, 15])[0] == len(row) - 15
+    assert held([15 & ~2, 15, 15])[0] == 85 and held([15 & ~4, 15, 15])[0] == 100  # words begin in a fold
+    assert held([15 & ~2 & ~4, 15, 15])[0] == 0 and held([1, 15, 15])[1] == held([15, 15, 15])[1] > 50
+    assert held([15, 1, 15])[1] == 0
+
+
+def test_large_genomes_are_kept_in_part_and_small_ones_whole(monkeypatch):
+    monkeypatch.setattr(homology, "PIECE", 100)
+    large, small = [digits(5000, 0), digits(3000, 1)], [digits(250, 2)]
+    kept = homology.keep([large, small], 2250)
+    assert [int(kept.pieces[kept.pieces[:, 0] == s, 1].sum()) for s in (0, 1)] == [2000, 250]
+    for species, length, at in kept.pieces.tolist():
+        start = int(kept.pieces[: kept.pieces.tolist().index([species, length, at]), 1].sum())
+        assert any(np.array_equal(kept.bases[start : start + length], x[at : at + length]) for x in (large, small)[species])
+    monkeypatch.setattr(homology, "PIECES", 3)
+    assert len(homology.keep([large, small], 2250).pieces) == 3
+    assert np.array_equal(homology.unpack(homology.pack(kept.bases), len(kept.bases)), kept.bases)
+    assert len(homology.keep([[np.full(50, 4, np.uint8)], [digits(10, 0)]], 100).bases) == 0  # nothing known, nothing long enough
+
+
+def test_weights_carry_the_genomes_and_a_fitted_part_answers_alike(genomes):
+    part, other = Homology(3, 4000), Homology(3, 4000)
+    row = base(genomes[0][0][150:450])
+    assert other.count(row).sum() == 0  # nothing is known yet
+    part.keep(homology.keep(genomes, 4000))
+    part.linear.weight.normal_()
+    part.scale.copy_(torch.tensor([[0.5, -0.2], [2.0, 0.1]]))
+    other.load_state_dict(part.state_dict())
+    counts, length = part.count(row), torch.tensor([300.0], dtype=torch.float64)
+    assert torch.equal(other.count(row), counts) and torch.equal(other(counts, length), part(counts, length))
+    assert part(counts, length).abs().sum() > 0 and abs(float(part(counts, length).sum())) < 1e-4
+    # beyond LONGEST, ten times the length with ten times the words is the same stretch ten times
+    few = part.log_odds(part.inputs(counts, torch.tensor([8192.0], dtype=torch.float64)))
+    assert torch.allclose(part.log_odds(part.inputs(10 * counts, torch.tensor([81920.0], dtype=torch.float64))), few, atol=1e-4)
+    assert torch.allclose(scale_of(torch.zeros(1, 2)), torch.tensor([[1.0, 0.0]]))
+    two = torch.tensor([[[3.0, 1.0], [0.0, 1.0]]]), torch.tensor([[2.0, 1.0], [1.0, 0.0]]), torch.tensor([2048.0])
+    assert torch.allclose(scaled(*two), torch.tensor([[4.0 - 0.5, -4.0 + 0.5]]))
+
+
+def test_of_two_that_hold_a_stretch_the_one_with_fewer_differences_is_nearer():
+    x = digits(2000, 3)
+    few, more, far = x.copy(), x.copy(), x.copy()
+    few[::400], more[::80], far[::20] = (few[::400] + 1) % 4, (more[::80] + 1) % 4, (far[::20] + 1) % 4
+    part = Homology(4, 20_000)
+    part.keep(homology.keep([[few], [more], [digits(2000, 4)], [far]], 20_000))
+    nearest = part.nearest(part.count(base(x, digits(2000, 5))), torch.full((2,), 2000.0, dtype=torch.float64))
+    assert nearest[0, 0] > 0.5 and max(nearest[0, 1], nearest[0, 3]) < -0.2 and abs(nearest[0, 2]) < 1e-3  # who holds nothing has no part in it
+    assert nearest[1].abs().max() < 1e-3
+    alone = Homology(2, 20_000)
+    alone.keep(homology.keep([[far], [digits(2000, 4)]], 20_000))
+    assert alone.nearest(alone.count(base(x)), torch.tensor([2000.0], dtype=torch.float64)).abs().max() < 1e-3  # nothing to compare with
+
+
+def test_composition_counts_kmers_of_both_strands_in_pieces():
+    part = Composition(2, 3)
+    x = np.concatenate([digits(60, 0), [4], digits(20, 1)]).astype(np.uint8)
+    found = part.count(base(x, turned(x)[: len(x)]))
+    assert found.shape == (2, 32) and torch.equal(found[0], found[1]) and found[0].sum() == 58 + 18
+    slow = {}
+    for word in words(x, (0, 1, 2)):
+        if word is not None:
+            slow[word] = slow.get(word, 0) + 1
+    assert sorted(found[0][found[0] > 0].tolist()) == sorted(slow.values())
+    pieces, tail = torch.zeros(1, 32, dtype=torch.float64), torch.full((1, 7), -1)
+    for piece in base(x).split([1, 30, 2, 48], 1):
+        pieces += part.count(piece, tail)
+        tail = torch.cat([tail, piece], 1)[:, -7:]
+    assert torch.equal(pieces[0], found[0])
+    assert torch.isfinite(part(torch.zeros(1, 32, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))).all()
