@@ -46,7 +46,8 @@ class Genomes:
 
 @dataclass(frozen=True)
 class Index:
-    """keys (w) int32, ascending: codes less 2^31; holders (w) int64: `bits` bits for each species, one for each fold or one alone."""
+    """keys (w) int32, ascending: codes less 2^31; holders (w): `bits` bits for each species, one for each fold
+    (int64) or one alone (int16)."""
 
     keys: Tensor
     holders: Tensor
@@ -125,11 +126,11 @@ def index(genomes: Genomes, offsets: tuple[int, ...], *, blocks: np.ndarray | No
             entries.append(code << 6 | bit)
         start += length
     if not entries:
-        return Index(torch.full((1,), 2**31 - 1, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int64, device=device), bits)
+        return Index(torch.full((1,), 2**31 - 1, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int16, device=device), bits)
     entry = torch.unique_consecutive(torch.cat(entries).sort().values)
     code, word = torch.unique_consecutive(entry >> 6, return_inverse=True)
     holders = torch.zeros_like(code).scatter_add_(0, word, 1 << (entry & 63))  # different bits: the sum is the union
-    return Index((code - 2**31).to(torch.int32), holders, bits)
+    return Index((code - 2**31).to(torch.int32), holders.to(torch.int16) if blocks is None else holders, bits)
 
 
 def find(index: Index, code: Tensor, n_species: int, allowed: Tensor | None = None) -> Tensor:
