@@ -411,7 +411,7 @@ def test_likeness_has_limits(relatives, tmp_path):
     common = ["train", "species", "--data", relatives, "--out", tmp_path / "x", "--max-steps", 1, *TOY]
     mean = ["--set", "model.pooling=mean", "--set", "model.gene_order=0", "--set", "model.repeat_word=0"]
     assert "needs pooling: evidence" in error_of(*common, *mean, "--set", "model.homology=1000")
-    assert "24 .." in error_of(*common, "--set", "model.pooling=evidence", "--set", "model.homology=10")
+    assert "23 .." in error_of(*common, "--set", "model.pooling=evidence", "--set", "model.homology=10")
     assert "1 .. 8" in error_of(*common, "--set", "model.pooling=evidence", "--set", "model.composition=9")
     with pytest.raises(UserError, match="at most 15 species, got 16"):
         species.SequenceClassifier(species.ClassifierConfig(pooling="evidence", homology=1000), 16)
