@@ -160,6 +160,7 @@ def _fit_homology(part: Homology, learnt: list[Learning], rng: torch.Generator) 
     inputs = torch.cat([one.inputs for one in learnt])
     part.centre.copy_(inputs.mean(0))
     part.spread.copy_(inputs.std(0) + 0.05)
+    part.start_anew(rng)
     part.requires_grad_(True).train()
     gain = torch.nn.Parameter(torch.zeros(len(learnt), device=device) - 1.0)  # log of what a nat of the gene models counts, by length
     weights = list(part.parameters())

@@ -34,13 +34,22 @@ class Homology(nn.Module):
         self.register_buffer("spread", torch.ones(n_inputs))
         self.linear = nn.Linear(n_inputs, n_species)
         self.first, self.second, self.last = nn.Linear(n_inputs, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, n_species)
-        for layer in (self.linear, self.last):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.start_anew()
         self.requires_grad_(False)  # training leaves it alone
         # what its log-odds and the nearest genome count at 1,024 bases, and the exponents with which that changes with the length
         self.register_buffer("scale", torch.zeros(2, 2))
         self._indices: tuple[homology.Index, ...] | None = None
+
+    @torch.no_grad()
+    def start_anew(self, rng: torch.Generator | None = None) -> None:
+        """Weights as before they are fitted: no log-odds at all."""
+        for layer in (self.first, self.second):
+            width = layer.in_features**-0.5
+            for weight in (layer.weight, layer.bias):
+                weight.copy_((2 * torch.rand(weight.shape, generator=rng) - 1) * width)
+        for layer in (self.linear, self.last):
+            layer.weight.zero_()
+            layer.bias.zero_()
 
     @torch.no_grad()
     def keep(self, genomes: homology.Genomes) -> None:

@@ -371,6 +371,8 @@ def test_likeness_names_the_relative_of_what_is_known_and_the_known_itself(relat
     assert figures["64"]["model"]["accuracy_mean_over_species"] > 0.6 and figures["128"]["model"]["accuracy_mean_over_species"] > 0.85
     store, loaded = TokenStore.open(relatives), runs.load_run(tmp_path / "run")
     assert (loaded.model.homology.scale[:, 0] > 0).all() and loaded.model.composition.scale[0, 0] > 0
+    after = json.loads((tmp_path / "run" / "run.json").read_text())["calibration"]["after"]
+    assert species.calibrate(tmp_path / "run", store)["after"] == after  # fitted anew, to the same
     # a read of a genome that is known, whole; without the parts nothing is known of either
     known, _ = species.ClassWindows(store, "train").fixed(128, 40)
     outputs = np.stack(list(species.Predictor(loaded.model).outputs(known.sequence(store, i) for i in range(len(known)))))
