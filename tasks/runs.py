@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from seqlab.config import dump_yaml, from_dict, load_yaml
-from seqlab.dataset import TokenStore
+from seqlab.dataset import TokenStore, read_manifest
 from seqlab.errors import UserError
 from seqlab.processes import is_main_process
 from seqlab.training.checkpoint import load_model, write_text
@@ -109,6 +109,18 @@ def start_of(run_dir: Path, resume: bool, init: Path | None) -> tuple[bool, Path
         return resume, init
     saved = read_run_facts(run_dir).get("init")
     return False, None if saved is None else Path(saved)
+
+
+def training_data(run_dir: Path, facts: dict, data: Path | None = None) -> Path:
+    """The dataset that a run was trained on: where it was, or, of a run that has moved with it, RUN/data; or `data`, if that is
+    it in another place. Raises UserError."""
+    recorded = Path(facts["dataset"])
+    if recorded.exists():
+        return recorded
+    for place in (Path(run_dir) / "data", data):
+        if place is not None and (place / "manifest.json").is_file() and read_manifest(place, "seqlab prep")[1] == facts["dataset_hash"]:
+            return place
+    raise UserError(f"{recorded}: no such dataset, and {run_dir} was trained on it; if it has moved, say where: --data DIR")
 
 
 def check_lengths(field: str, lengths: Sequence[int], store: TokenStore, longest: int | None = None) -> None:

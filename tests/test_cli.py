@@ -199,6 +199,23 @@ def test_lengths_that_cannot_be_evaluated_are_refused_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_and_its_dataset_may_move(trained, tmp_path):
+    """A run of --fasta has its dataset inside, and did not find it after a move; a dataset that had moved could not be named."""
+    shutil.copytree(trained, tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "dataset": str(tmp_path / "gone")}))
+    run("eval", tmp_path / "run", "--context", 64)
+    run("train", "dna", "--resume", "--out", tmp_path / "run", "--max-steps", 7)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["dataset"] == str((tmp_path / "run" / "data").resolve()) and facts["result"]["steps"] == 7
+    (tmp_path / "run" / "data").rename(tmp_path / "moved")
+    before = (tmp_path / "run" / "report.md").read_text()
+    assert "if it has moved, say where: --data DIR" in error_of("eval", tmp_path / "run", "--context", 64)
+    assert "if it has moved" in error_of("train", "dna", "--resume", "--out", tmp_path / "run")
+    _, stderr = run("eval", tmp_path / "run", "--context", 64, "--data", tmp_path / "moved")
+    assert "run/report.md" in stderr and (tmp_path / "run" / "report.md").read_text() != before  # its own test split
+
+
 def test_a_number_of_steps_is_not_bounded_by_the_preset_s_time():
     """The learning rate followed the clock of a preset with max_minutes, and no two runs of as many steps were the same."""
     from tasks.commands.settings import load_config, train_options

@@ -50,7 +50,9 @@ def eval_(
             raise UserError("--fasta, --data and --split: a run of `train synthetic` makes its own sequences; leave them out")
         _eval_synthetic(loaded, run, contexts, device, out, json_out)
         return
-    training = Path(loaded.facts["dataset"])
+    training = runs.training_data(loaded.directory, loaded.facts, data)
+    if data == training:
+        data = None  # its own, in another place than it was
     prepared_by = {"audio": "audio", "classify": "labelled", "species": "species"}.get(loaded.task)
     if prepared_by is None:
         _eval_dna(loaded, run, data, fasta, training, split, contexts, device, out, json_out)

@@ -460,6 +460,7 @@ def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path],
     arguments of train_options; `refused`: option -> value, of options that a resumed run takes from itself."""
     from seqlab.config import load_yaml
     from seqlab.training.facts import read_run_facts
+    from tasks import runs
 
     own = {**refused, "--context": given.get("context"), "--seed": given.get("seed")}
     if any(value not in (None, [], ()) for value in own.values()):
@@ -472,7 +473,7 @@ def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path],
         raise UserError(f"{run_dir}: was imported; start from it with --init {run_dir}, and another --out")
     path = run_dir / "config.yaml"
     settings = lay_over(cls, load_yaml(path), train_options(**given), set_ or [], str(path))
-    return run_dir, data or (facts["dataset"] and Path(facts["dataset"])), settings
+    return run_dir, data or (facts["dataset"] and runs.training_data(run_dir, facts)), settings
 
 
 def known_dataset(directory: Path, writer: str, kinds: tuple[str, ...]) -> Path:
