@@ -45,6 +45,11 @@ DEVICE void copy8(void* to, const void* from) {
 DEVICE void copy16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
+// What this kernel does not read again goes first where the L2 is full.
+DEVICE void store_streaming(float* at, float2 v) {
+    asm volatile("st.global.cs.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(v.x), "f"(v.y) : "memory");
+}
+DEVICE void to_l2(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
 DEVICE void copies_begun() { asm volatile("cp.async.commit_group;" ::: "memory"); }  // what was asked for so far: a group
 DEVICE void copies_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }  // all groups but the last
 DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -62,7 +62,7 @@ class Device:
 
     def __init__(self, name: str, kernels: tuple[str, ...], multiprocessors: int = 2, resident: int = 2):
         self.name, self.kernels, self._resident = name, kernels, resident
-        self.multiprocessors, self.shared_limit = multiprocessors, 227 * 1024
+        self.multiprocessors, self.shared_limit, self.keep_limit = multiprocessors, 227 * 1024, 0
 
     def module(self, defines, name=None):
         if name in (None, self.name):

@@ -27,8 +27,8 @@ SIDES = ((2, 1, 4), (1, 1, 4), (4, 2, 2), (4, 4, 1))
 """Blocks of scan_short.cu: pairs across, warps down, warps in time."""
 
 
-def check(batch, length, channels, states, reverse, masked, options, dtype, pair=False) -> None:
-    """Forward and backward of the chosen kernels; exits where a value is wrong."""
+def check(batch, length, channels, states, reverse, masked, options, dtype, pair=False, fine=False) -> None:
+    """Forward and backward of the chosen kernels; exits where a value is wrong. fine: the state of every tile is kept."""
     g = torch.Generator().manual_seed(length)
 
     def random(*shape):
@@ -40,7 +40,7 @@ def check(batch, length, channels, states, reverse, masked, options, dtype, pair
     D, bias, initial = (random(channels), random(channels) - 2, random(batch, channels, states)) if options else (None,) * 3
     inputs = [u, delta, A, B, C, D, z if options else None, bias, initial]
     mask = torch.rand(batch, length, generator=g) > 0.3 if masked else None
-    segment = scan.segment_length(batch, length, channels)
+    segment = scan.TILE if fine else scan.segment_length(batch, length, channels)
     on = [None if x is None else x.cuda() for x in (*inputs, mask)]
     if pair:  # the same twice, once from each side; the one asked for is looked at
         dfinal, inputs[-1] = torch.zeros_like(dfinal), None
@@ -48,8 +48,8 @@ def check(batch, length, channels, states, reverse, masked, options, dtype, pair
         y, _ = results[reverse]
         grads = scan.backward_pair(dy.cuda(), (on[:8], on[:8]), on[9], [kept for _, kept in results], True, segment)[reverse]
     else:
-        y, final, kept = scan.forward(*on, True, reverse, segment)
-        grads = scan.backward(dy.cuda(), dfinal.cuda(), *on, kept, True, reverse, segment)
+        y, final, kept, ungated = scan.forward(*on, True, reverse, segment)
+        grads = scan.backward(dy.cuda(), dfinal.cuda(), *on, kept, True, reverse, segment, ungated)
     exact = [None if x is None else x.double().requires_grad_() for x in inputs]
     y64, final64 = reference.run(*exact[:8], True, exact[8], mask, reverse, True)
     seen = dy.double() if mask is None else torch.where(mask[..., None], dy.double(), 0.0)
@@ -74,13 +74,14 @@ def main() -> None:
         forget()
         for case in CASES:
             check(*case, dtype)
+            check(*case, dtype, fine=True)
         for case, sides in zip(CASES, SIDES, strict=True):
             scan.short = lambda *a, sides=scan.Sides(*sides), **k: sides
             forget()
             check(*case, dtype)
             check(*case, dtype, True)
     scan.short = choose
-    print(f"{6 * len(CASES)} cases agree with the reference")
+    print(f"{8 * len(CASES)} cases agree with the reference")
 
 
 if __name__ == "__main__":

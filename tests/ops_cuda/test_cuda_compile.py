@@ -19,7 +19,11 @@ except nvrtc.NativeError as e:
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 
 ARCHITECTURES = (80, 90, 100)
-SCAN = ((16, 4, 1, 1, 1), (5, 1, 0, 0, 0), (16, 3, 0, 1, 1))  # states, warps, bf16, paired, wide
+# states, warps, bf16, paired, wide, fine, gated, grouped
+SCAN = (
+    (16, 4, 1, 1, 1, 0, 1, 0), (5, 1, 0, 0, 0, 0, 1, 0), (16, 3, 0, 1, 1, 0, 0, 0), (16, 4, 1, 1, 1, 1, 1, 0), (5, 1, 0, 0, 0, 1, 0, 1),
+    (16, 3, 0, 1, 1, 1, 1, 0),
+)  # fmt: skip
 SHORT = ((16, 4, 1, 8, 1, 1, 1), (5, 1, 1, 4, 0, 0, 0), (32, 2, 2, 1, 0, 1, 1))  # states, across, down, times, bf16, paired, wide
 CONV = ((4, 4, 1, 0, 1, 0), (8, 1, 0, 0, 0, 1))  # width, vector, bf16, paired, silu, masked
 NORM = ((256, 4, 1, 1, 0), (7, 1, 0, 1, 0))  # channels, vector, bf16, wide, paired
@@ -28,7 +32,8 @@ NORM = ((256, 4, 1, 1, 0), (7, 1, 0, 1, 0))  # channels, vector, bf16, wide, pai
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("values", SCAN)
 def test_scan_compiles(arch, values):
-    defines = tuple(zip(("STATES", "WARPS", "BF16", "PAIRED", "WIDE"), values, strict=True))
+    names = ("STATES", "WARPS", "BF16", "PAIRED", "WIDE", "FINE", "GATED", "GROUPED")
+    defines = tuple(zip(names, values, strict=True))
     image = nvrtc.compile_source(nvrtc.source(scan.SOURCE), nvrtc.options(defines, arch), scan.SOURCE)
     assert image[:4] == b"\x7fELF"
     for kernel in scan.KERNELS:

@@ -30,8 +30,9 @@ def test_worst_notices_wrong_and_missing_answers():
 
 
 def scan_errors(monkeypatch, batch, length, channels, states, dtype=FLOAT, *, softplus=True, reverse=False, masked=False,
-                options=True, decay=1.0, blocks=(2, 2), strided=False, sides=None):  # fmt: skip
-    """Of every result. `sides`: by scan_short.cu, with such blocks."""
+                options=True, decay=1.0, blocks=(2, 2), strided=False, sides=None, fine=False):  # fmt: skip
+    """Of every result. `sides`: by scan_short.cu, with such blocks. `fine`: with the states of every tile kept for the backward
+    pass, whose results must be, but for dz of half precision, the same bits as with few."""
     monkeypatch.setattr(scan, "short", lambda *a: None if sides is None else scan.Sides(*sides))
     device = emulate.Device(scan.SOURCE, scan.KERNELS, *blocks)
     monkeypatch.setattr(scan, "_device", lambda x: device)
@@ -51,11 +52,17 @@ def scan_errors(monkeypatch, batch, length, channels, states, dtype=FLOAT, *, so
             x[~mask] = float("nan")
     inputs = [u, delta, A, B, C, D, z if options else None, bias, initial]
     segment = scan.segment_length(batch, length, channels)
-    y, final, states_kept = scan.forward(*inputs, mask, softplus, reverse, segment)
+    y, final, states_kept, _ = scan.forward(*inputs, mask, softplus, reverse, segment)
     dy, dfinal = torch.randn(batch, length, channels).to(dtype), torch.randn(batch, channels, states)
     if masked:
         dy[~mask] = float("nan")
     grads = scan.backward(dy, dfinal, *inputs, mask, states_kept, softplus, reverse, segment)
+    if fine:
+        few, (y, final, states_kept, ungated) = (y, final, *grads), scan.forward(*inputs, mask, softplus, reverse, scan.TILE)
+        assert states_kept.shape[1] == -(-length // scan.TILE) and (ungated is None) == (inputs[6] is None)
+        grads = scan.backward(dy, dfinal, *inputs, mask, states_kept, softplus, reverse, scan.TILE, ungated)
+        for number, (a, b) in enumerate(zip(few, (y, final, *grads), strict=True)):
+            assert a is None or torch.equal(a, b) or number == 8 and (dtype == HALF or states > scan.BACKWARD_GROUP), number
     exact = [None if x is None else x.double().requires_grad_() for x in inputs]
     y64, final64 = reference.run(*exact[:8], softplus, exact[8], mask, reverse, True)
     seen = dy.double() if mask is None else torch.where(mask[..., None], dy.double(), 0.0)
@@ -169,6 +176,26 @@ def test_scan_of_aligned_rows(monkeypatch, dtype, channels, case):
     assert scan_errors(monkeypatch, 1, 83, channels, 16, dtype, **case) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+@pytest.mark.parametrize(
+    "length,channels,states,case",
+    ((1, 5, 3, {}), (83, 72, 16, {"reverse": True}), (300, 6, 3, {"masked": True, "strided": True}), (300, 5, 3, {"options": False}),
+     (200, 64, 16, {"masked": True, "softplus": False, "reverse": True}), (64, 136, 16, {}), (200, 64, 8, {"blocks": (1, 1)}),
+     (200, 130, 4, {"decay": 0.01}), (90, 8, 16, {"options": False, "strided": True})),
+    ids=str,
+)  # fmt: skip
+def test_states_kept_at_every_tile(monkeypatch, length, channels, states, case, dtype):
+    """The backward pass from what was kept, without going forward again: in one chunk or several, of whole and partial warps."""
+    assert scan_errors(monkeypatch, 2, length, channels, states, dtype, fine=True, **case) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("case", ({}, {"masked": True, "reverse": True}, {"options": False}), ids=str)
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+def test_states_kept_at_every_tile_in_groups(monkeypatch, case, dtype):
+    monkeypatch.setattr(scan, "BACKWARD_GROUP", 3)
+    assert scan_errors(monkeypatch, 1, 100, 70, 7, dtype, fine=True, **case) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("length,reverse", ((200, False), (620, False), (620, True)))
 def test_scan_over_more_chunks_than_are_summed_in_place(monkeypatch, length, reverse):
     """By the carry: a chunk a thread, and runs of three with an incomplete one and empty ones at the end."""
@@ -190,7 +217,7 @@ def test_a_call_of_a_known_kind_takes_its_own_tensors(monkeypatch):
     for strided in (False, False, True, False):
         u, delta, z = (torch.randn(1, 70, 12)[..., 6:] if strided else torch.randn(1, 70, 6) for _ in range(3))
         A, B, C = -torch.rand(6, 3), torch.randn(1, 70, 3), torch.randn(1, 3, 70).transpose(1, 2)
-        y, _, kept = scan.forward(u, delta, A, B, C, None, z, None, None, None, True, False, 32)
+        y, _, kept, _ = scan.forward(u, delta, A, B, C, None, z, None, None, None, True, False, 32)
         grads = scan.backward(y, None, u, delta, A, B, C, None, z, None, None, None, kept, True, False, 32)
         exact = [t.double().requires_grad_() for t in (u, delta, A, B, C, z)]
         y64, _ = reference.run(*exact[:5], None, exact[5], None, True, None, None, False, True)
@@ -297,7 +324,7 @@ def test_scan_is_the_same_on_every_run(monkeypatch):
     inputs = [torch.randn(1, 100, 6), torch.randn(1, 100, 6), -torch.rand(6, 3), torch.randn(1, 100, 3), torch.randn(1, 100, 3)]
     runs = []
     for _ in range(2):
-        y, final, kept = scan.forward(*inputs, None, None, None, None, None, True, False, 32)
+        y, final, kept, _ = scan.forward(*inputs, None, None, None, None, None, True, False, 32)
         runs.append((y, final, *scan.backward(y, final, *inputs, None, None, None, None, None, kept, True, False, 32)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True) if a is not None)
 

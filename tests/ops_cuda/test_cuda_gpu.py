@@ -73,6 +73,43 @@ def kernels(request, monkeypatch):
     native.short.cache_clear()
 
 
+@pytest.fixture
+def every_tile(monkeypatch):
+    """States are kept at every tile for the backward pass, however small the problem."""
+    device = native._device(torch.empty(1, device="cuda"))
+    monkeypatch.setattr(device, "keep_limit", 1 << 40)
+    monkeypatch.setattr(native, "FINE_ABOVE", 0)
+    operator = selective_scan.__globals__
+    for memory in (native._recipes, native._recent, operator["_known"], operator["_recent"]):
+        memory.clear()
+    yield device
+    for memory in (native._recipes, native._recent, operator["_known"], operator["_recent"]):
+        memory.clear()
+
+
+@pytest.mark.parametrize("length,channels,states", ((1, 6, 16), (7, 70, 5), (65, 64, 16), (1000, 130, 16), (3000, 512, 16), (600, 40, 100)))
+@pytest.mark.parametrize("reverse,masked,options", ((False, False, True), (True, True, True), (True, False, False)))
+@pytest.mark.parametrize("dtype", (FLOAT, HALF))
+def test_states_kept_at_every_tile(length, channels, states, reverse, masked, options, dtype, every_tile):
+    mask = torch.rand(2, length, device="cuda") > 0.3 if masked else None
+    inputs = scan_inputs(2, length, channels, states, dtype, options)
+    assert native.kept_every(every_tile, 2, length, channels, states) == native.TILE
+    check_scan(inputs, TOLERANCE[dtype], reverse=reverse, mask=mask)
+
+
+def test_states_kept_at_every_tile_or_not_give_the_same_gradients(every_tile):
+    """The chunks of the backward pass are others, so the last bits may be too; dz is made of outputs rounded to bfloat16."""
+    x = scan_inputs(1, 20000, 512, 16, HALF)
+    dy = torch.randn_like(x[0])
+    found = []
+    for segment in (128, native.TILE):
+        y, final, kept, ungated = native.forward(*x, None, True, False, segment)
+        found.append((y, final, *native.backward(dy, final, *x, None, kept, True, False, segment, ungated)))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True))
+    errors = [relative(a, b) for a, b in zip(*found, strict=True)]
+    assert max(e for i, e in enumerate(errors) if i != 8) < 1e-3 and errors[8] < 4e-3, errors
+
+
 @pytest.mark.parametrize("length", (1, 2, 3, 7, 64, 65, 1000))
 @pytest.mark.parametrize("reverse,masked,options", itertools.product((False, True), repeat=3))
 @pytest.mark.parametrize("dtype", (FLOAT, HALF))
@@ -95,7 +132,7 @@ def test_both_directions_at_once(length, channels, masked, gate, dtype):
     found = native.forward_pair(tuple(scans), mask, True, segment)
     grads = native.backward_pair(dy, scans, mask, [kept for _, kept in found], True, segment)
     for i, (x, (y, kept), mine) in enumerate(zip(scans, found, grads, strict=True)):
-        alone, _, kept_alone = native.forward(*x, None, mask, True, i > 0, segment, False)
+        alone, _, kept_alone, _ = native.forward(*x, None, mask, True, i > 0, segment, False)
         theirs = native.backward(dy, None, *x, None, mask, kept_alone, True, i > 0, segment)
         pairs = [(y, alone), (kept, kept_alone), *((a, b) for a, b in zip(mine, theirs, strict=True) if b is not None)]
         assert all(relative(a, b) < TOLERANCE[dtype] for a, b in pairs), [relative(a, b) for a, b in pairs]

@@ -138,3 +138,29 @@ def test_bytes_of_a_shape_match_the_formula():
     assert 2 * (scan._shared_bytes("scan_backward", 16, 4) + 1024) <= 228 * 1024  # two blocks a Hopper multiprocessor
     assert 4 * (scan._shared_bytes("scan_backward", 16, 2) + 1024) <= 228 * 1024  # once three fitted: 1.35 times the time
     assert 2 * (scan._shared_bytes("scan_backward", 16, 3, 4) + 1024) <= 228 * 1024
+    for size in (2, 4):  # where the state of every tile is kept
+        assert 2 * (scan._shared_bytes("scan_backward", 16, 4, size, 0, 1) + 1024) <= 228 * 1024
+
+
+def test_states_are_kept_at_every_tile_where_they_fit(monkeypatch):
+    class Gpu:
+        keep_limit = scan.keep_limit(140 << 30)
+
+    shape = 1, 1 << 20, 512
+    assert scan.kept_every(Gpu, *shape, 16) == scan.TILE and scan.kept_every(Gpu, 8, 1 << 17, 512, 16) == scan.TILE
+    assert scan.kept_every(Gpu, 1, 1 << 21, 512, 16) == scan.kept_every(Gpu, *shape, 64) == 128  # 8 and 16 GiB
+    assert scan.kept_every(Gpu, 1, 1024, 128, 16) == scan.segment_length(1, 1024, 128)  # the host is what takes time
+    for text, kept in (("0", 128), ("3.9", 128), ("4", scan.TILE)):
+        monkeypatch.setenv(scan.KEEP_LIMIT, text)
+        Gpu.keep_limit = scan.keep_limit(140 << 30)
+        assert scan.kept_every(Gpu, *shape, 16) == kept
+    for text in ("much", "4GB", "nan", "inf", "-1"):
+        monkeypatch.setenv(scan.KEEP_LIMIT, text)
+        with pytest.raises(ValueError, match="SEQLAB_SCAN_KEEP is .*; allowed: a number of GiB"):
+            scan.keep_limit(140 << 30)
+
+
+def test_rows_of_results_are_as_aligned_as_those_read():
+    """Inputs may be slices of longer rows; results have none to spare, and are written in pieces of 16 bytes, too."""
+    x = torch.empty(1, 4, 80, dtype=torch.bfloat16)
+    assert scan._wide(16, x) == 1 and scan._wide(16, x[..., :72]) == 1 and scan._wide(16, x[..., :76]) == 0

@@ -198,7 +198,7 @@ def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight,
                 c, delta, A, B, _, _, _, bias = scans[0]
                 entering, sums = spec.ranks.entering_state(c, delta, A, B, bias, True, mask, spec.reverse[i])
                 del c, delta, B
-            y, final, snapshots = scan.forward(*scans[0], entering, mask, True, spec.reverse[i], segment)
+            y, final, snapshots, _ = scan.forward(*scans[0], entering, mask, True, spec.reverse[i], segment)
             outputs.append(y)
             if spec.keep:
                 kept += [projections[0], snapshots]

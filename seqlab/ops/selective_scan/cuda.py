@@ -1,13 +1,14 @@
 """selective_scan on NVIDIA GPUs: the kernels of scan.cu, compiled at first use (seqlab/ops/nvrtc.py).
 
 Parallel over channels and over time; deterministic; no workspace grows with l*d*n except the states kept for the
-backward pass, one every 32 to 128 steps. See README.md and docs/kernels.md.
+backward pass: one every 32 to 128 steps, or one every 8 where those fit KEEP_LIMIT. See README.md and docs/kernels.md.
 """
 
 import ctypes
 import dataclasses
 import functools
 import math
+import os
 import struct
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +27,11 @@ KERNELS = (
 SHORT_SOURCE, SHORT_KERNELS = "selective_scan/scan_short.cu", ("short_forward", "short_backward", "short_reduce")
 PAIR_KERNELS = tuple(f"{name}_pair" for name in SHORT_KERNELS)
 TILE, STAGE = 8, 32
+KEEP_LIMIT = "SEQLAB_SCAN_KEEP"
+"""Environment variable: how many GiB of states a scan may keep for its backward pass to have one every TILE steps, which then
+need not go through the sequence again; a 32nd of the GPU's memory unless set, 0 for never."""
+FINE_ABOVE = 1 << 21
+"""Elements (batch x channels x length) above which that is done: what is smaller waits for the host."""
 GROUP = 64
 """States in one launch; more are run in groups, whose outputs are added."""
 BACKWARD_GROUP = 16
@@ -36,7 +42,7 @@ FORWARD_WARPS = 4
 FORWARD_RESIDENT = (12, 16)
 """Warps a multiprocessor holds; more have fewer registers, and all together are about as fast."""
 BACKWARD_WARPS = {2: 4, 4: 3}
-"""Warps a block by bytes of an element: two blocks fill a multiprocessor's shared memory."""
+"""Warps a block by bytes of an element: two blocks fill a multiprocessor's shared memory. Four where every tile's state is kept."""
 
 
 def unavailable(request: Request | None = None) -> str | None:
@@ -68,6 +74,39 @@ class Plan:
     @property
     def threads(self) -> int:
         return 32 * self.warps
+
+
+def keep_limit(total: int) -> int:
+    """KEEP_LIMIT in bytes on a GPU with `total` bytes of memory.
+
+    Raises:
+        ValueError: the environment variable is not a number of GiB.
+    """
+    text = os.environ.get(KEEP_LIMIT, "").strip()
+    if not text:
+        return total // 32
+    try:
+        if (limit := int(float(text) * (1 << 30))) >= 0:
+            return limit
+        raise ValueError
+    except (ValueError, OverflowError):
+        raise ValueError(f"{KEEP_LIMIT} is {text!r}; allowed: a number of GiB, 0 for no states every {TILE} steps") from None
+
+
+def kept_every(device, batch: int, length: int, channels: int, n: int) -> int:
+    """Steps between the states kept for the backward pass: TILE where they fit, else `segment_length`.
+
+    With TILE the gradients are made of the same numbers by the same operations, but for dz, which comes from outputs rounded to the
+    data's type.
+    """
+    if batch * length * channels > FINE_ABOVE and 4 * batch * math.ceil(length / TILE) * n * channels <= device.keep_limit:
+        return TILE
+    return segment_length(batch, length, channels)
+
+
+def _grain(segment: int, batch: int, length: int, channels: int) -> int:
+    """Chunks are multiples of this, whether the kept states are that far apart or TILE steps."""
+    return segment_length(batch, length, channels) if segment in (0, TILE) else segment
 
 
 def segment_length(batch: int, length: int, channels: int) -> int:
@@ -179,6 +218,7 @@ class _Device:
         self.index = index
         self.multiprocessors = nvrtc.multiprocessors(index)
         self.shared_limit = nvrtc.shared_limit(index)
+        self.keep_limit = keep_limit(torch.cuda.get_device_properties(index).total_memory)
 
     def module(self, defines: tuple[tuple[str, int], ...], source: str = SOURCE) -> nvrtc.Module:
         return nvrtc.module(source, defines, self.index)
@@ -196,9 +236,9 @@ def _device(x: Tensor):
 
 
 @functools.lru_cache(maxsize=1024)
-def _shared_bytes(kernel: str, n: int, warps: int, size: int = 2, wide: int = 0) -> int:
-    """Dynamic shared memory of a kernel (scan.cu says what is in it); size: bytes of an element of the data; wide: as
-    the macro."""
+def _shared_bytes(kernel: str, n: int, warps: int, size: int = 2, wide: int = 0, fine: int = 0) -> int:
+    """Dynamic shared memory of a kernel (scan.cu says what is in it); size: bytes of an element of the data; wide and fine: as
+    the macros."""
     row, slots = STAGE + 4, 16 * 32 * n * warps // (1 if n <= 32 else 2)
     inputs = 3 * TILE * 64 * size * warps
     if kernel in ("scan_ends", "adjoint_ends"):
@@ -208,17 +248,18 @@ def _shared_bytes(kernel: str, n: int, warps: int, size: int = 2, wide: int = 0)
         each = math.ceil(2 * STAGE * n / per / (32 * warps)) * per
         return 4 * n * row * 2 * (2 if each <= 16 else 1) + slots + inputs
     if kernel == "scan_backward":
-        fold, stage = 576 if size == 2 else 1024, 16 if warps > 2 else 8
-        floats = 128 * TILE + 3 * 16 * TILE * size  # inputs
+        fold, stage, tensor = 576 if size == 2 else 1024, 16 if warps > 2 and not fine else 8, 16 * TILE * size
         sums = (n * (2 * stage + 2) + 3) // 4 * 4
-        return 4 * warps * (256 * n + fold + floats + sums) + 8 * n * (stage + 4)
+        if fine:  # two stages of B and C, and where a warp's tensors lie
+            return 4 * warps * (192 * n + max(fold, 3 * tensor) + 2 * tensor + sums + 20) + 16 * n * stage
+        return 4 * warps * (256 * n + fold + 128 * TILE + 3 * tensor + sums) + 8 * n * (stage + 4)
     return {"scan_reduce": 1024, "scan_carry": 2048, "adjoint_carry": 2048}[kernel]  # 256 threads, 1 and 2 floats each
 
 
 @functools.lru_cache(maxsize=1024)
-def _most_warps(kernel: str, n: int, warps: int, limit: int, size: int = 2, wide: int = 0) -> int:
+def _most_warps(kernel: str, n: int, warps: int, limit: int, size: int = 2, wide: int = 0, fine: int = 0) -> int:
     """Fewer warps a block where that many states would not fit a block's shared memory."""
-    while warps > 1 and _shared_bytes(kernel, n, warps, size, wide) > limit:
+    while warps > 1 and _shared_bytes(kernel, n, warps, size, wide, fine) > limit:
         warps -= 1
     return warps
 
@@ -243,16 +284,19 @@ def _aligned(*tensors: Tensor | None) -> bool:
 
 
 def _wide(n: int, *tensors: Tensor | None) -> int:
-    """1 if rows can be read in pieces of 16 bytes everywhere; the states of B and C too."""
+    """1 if rows can be read in pieces of 16 bytes everywhere; the states of B and C too, and rows without gaps, as results have.
+    The first tensor has the data's shape."""
     per = 16 // tensors[0].element_size()
-    return int(n % per == 0 and all(
+    return int(n % per == 0 and tensors[0].shape[-1] % per == 0 and all(
         x is None or not (x.stride(0) % per or x.stride(1) % per or x.data_ptr() % 16) for x in tensors
     ))  # fmt: skip
 
 
-def _defines(u: Tensor, n: int, warps: int, paired: int, wide: int, grouped: int = 0) -> tuple[tuple[str, int], ...]:
+def _defines(
+    u: Tensor, n: int, warps: int, paired: int, wide: int, grouped: int = 0, fine: int = 0
+) -> tuple[tuple[str, int], ...]:
     basic = (("STATES", n), ("WARPS", warps), ("BF16", int(u.dtype == torch.bfloat16)), ("PAIRED", paired))
-    return (*basic, ("WIDE", wide), *((("GROUPED", 1),) if grouped else ()))
+    return (*basic, ("WIDE", wide), *((("GROUPED", 1),) if grouped else ()), *((("FINE", 1),) if fine else ()))
 
 
 # Finding out how to run a call takes longer than running a short one, so it is done once for every kind of call: shapes,
@@ -274,6 +318,7 @@ class _Recipe:
     sums: int  # where in it the chunks' sums start, in bytes; the states at chunk borders are at its start
     launches: tuple[tuple[str, int, int, int], ...]  # kernel, blocks, threads, bytes of shared memory
     kept: tuple[int, ...] = ()  # shape of the states kept for the backward pass
+    ungated: bool = False  # keep the output before the gate, too
     aligned: bool = False  # it was found for rows of data aligned to 16 bytes, and takes no others
     parts: tuple[tuple[str, int], ...] = ()  # of the workspace: a field of the parameters, where it starts in bytes
 
@@ -384,7 +429,7 @@ def _short_forward_recipe(
     sides = short(device, batch, length, channels, n, size, False, scans)
     if sides is None:
         return None
-    grain = segment or segment_length(batch, length, channels)
+    grain = _grain(segment, batch, length, channels)
     module, cut, p = _short_recipe(device, sides, u, delta, A, B, C, z, softplus, reverse, grain, scans)
     kernels = SHORT_KERNELS if scans == 1 else PAIR_KERNELS
     launches = ((kernels[0], scans * batch * cut.channel_blocks, cut.threads, sides.shared(n, size)),)
@@ -393,12 +438,13 @@ def _short_forward_recipe(
 
 
 def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int) -> _Recipe:
-    if (found := _short_forward_recipe(device, u, delta, A, B, C, z, softplus, reverse, segment)) is not None:
+    fine = segment == TILE
+    if not fine and (found := _short_forward_recipe(device, u, delta, A, B, C, z, softplus, reverse, segment)) is not None:
         return memorise(_recipes, kind, found)
     batch, length, channels = u.shape
     n = A.shape[1]
     paired, wide, size = _paired(u, delta, z), _wide(n, u, delta, z, B, C), u.element_size()
-    grain = segment or segment_length(batch, length, channels)
+    grain = _grain(segment, batch, length, channels)
     warps = _most_warps("scan_forward", n, min(FORWARD_WARPS, math.ceil(channels / 64)), device.shared_limit, size, wide)
     first = plan(1, 1, channels, 1, warps, 1)
     shared = _shared_bytes("scan_forward", n, first.warps, size, wide)
@@ -411,12 +457,12 @@ def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse:
     for more in FORWARD_RESIDENT[1:]:
         if more // first.warps * (shared + 1024) <= device.shared_limit and work(more) < 0.95 * work(resident):
             resident = more
-    defines = _defines(u, n, first.warps, paired, wide)
+    defines = _defines(u, n, first.warps, paired, wide, fine=int(fine))
     if resident != FORWARD_RESIDENT[0]:  # else what the backward pass uses too
         defines = (*defines, ("FORWARD_RESIDENT", resident))
     module = device.module(defines)
     slots = module.resident("scan_forward", first.threads, shared) * device.multiprocessors
-    cut = plan(batch, length, channels, slots, warps, grain)
+    cut = dataclasses.replace(plan(batch, length, channels, slots, warps, grain), segment=segment or grain)
     p = _template(u, delta, A, B, C, z, softplus, reverse, cut)
     launches = _summary_launches(("scan_ends", "scan_carry"), n, cut, batch, channels, size)
     launches.append(("scan_forward", p.items, cut.threads, shared))
@@ -424,7 +470,7 @@ def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse:
     work = borders + batch * cut.chunks * channels if borders else 0
     kept = (batch, p.all_segments, n, channels)
     found = _Recipe(
-        module, p, cut, segment > 0, work, 4 * borders, tuple(launches), kept, aligned=_aligned(u, delta, z, B, C)
+        module, p, cut, segment > 0, work, 4 * borders, tuple(launches), kept, fine and z is not None, _aligned(u, delta, z, B, C)
     )
     return memorise(_recipes, kind, found)
 
@@ -446,8 +492,8 @@ def _find_forward(device, tensors, softplus: bool, reverse: bool, segment: int):
 
 
 def _run_forward(recipe: _Recipe, u, delta, A, B, C, D, z, bias, initial, mask, final: bool):
-    """y, the final state and what the backward pass needs (None where not wanted); None if the recipe takes aligned data and
-    these are not."""
+    """y, the final state, and what the backward pass needs: states, the output before the gate (None where not wanted); None
+    if the recipe takes aligned data and these are not."""
     p = type(recipe.params).from_buffer_copy(recipe.params)
     if not _fill(p, u, delta, B, C, z, None, A, D, bias, initial, None, mask) and recipe.aligned:
         return None
@@ -459,7 +505,7 @@ def _run_forward(recipe: _Recipe, u, delta, A, B, C, D, z, bias, initial, mask, 
         p.sums = p.ends + recipe.sums
     for what in first_passes:  # the GPU works while the rest is allocated
         launch(*what, p)
-    y, states, last = _outputs(u, mask), None, None
+    y, states, last, ungated = _outputs(u, mask), None, None, None
     p.y = y.data_ptr()
     if final:
         last = A.new_empty((u.shape[0], *A.shape))
@@ -467,15 +513,21 @@ def _run_forward(recipe: _Recipe, u, delta, A, B, C, D, z, bias, initial, mask, 
     if recipe.keep:
         states = A.new_empty(recipe.kept)
         p.segments = states.data_ptr()
+        if recipe.ungated:
+            ungated = _like(u)
+            p.ungated = ungated.data_ptr()
     launch(*outputs, p)
-    return y, last, states
+    return y, last, states, ungated
 
 
 def forward(u, delta, A, B, C, D, z, bias, initial, mask, softplus: bool, reverse: bool, segment: int, final: bool = True):
-    """y (b l d), final state (b d n; None if not wanted), states at segment starts (b segments n d; empty if segment is 0)."""
+    """y (b l d), final state (b d n; None if not wanted), and for `backward` states at segment starts (b segments n d; empty if
+    segment is 0) and, with segments of TILE steps and a gate, the output before it (b l d; else None).
+
+    segment: steps between the states kept, a multiple of STAGE, or TILE (`kept_every`); 0: none."""
     recipe, tensors = _find_forward(_device(u), (u, delta, A, B, C, D, z, bias, initial, mask), softplus, reverse, segment)
-    y, last, states = _run_forward(recipe, *tensors, final)
-    return y, last, torch.empty(0, dtype=torch.float32, device=u.device) if states is None else states
+    y, last, states, ungated = _run_forward(recipe, *tensors, final)
+    return y, last, torch.empty(0, dtype=torch.float32, device=u.device) if states is None else states, ungated
 
 
 def _short_backward_recipe(
@@ -501,21 +553,23 @@ def _short_backward_recipe(
 
 def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, n: int, grouped):
     """The launches for `n` states of all."""
-    if not grouped:
+    fine = int(segment == TILE)
+    if not (grouped or fine):
         found = _short_backward_recipe(device, dy, u, delta, A, B, C, z, softplus, reverse, segment)
         if found is not None:
             return found
     batch, length, channels = u.shape
     size = u.element_size()
     paired, wide = _paired(u, delta, z, dy), _wide(n, u, delta, z, dy, B, C)
-    most = min(BACKWARD_WARPS[size], math.ceil(channels / 64))
-    warps = _most_warps("scan_backward", n, most, device.shared_limit, size)
+    most = min(4 if fine else BACKWARD_WARPS[size], math.ceil(channels / 64))
+    warps = _most_warps("scan_backward", n, most, device.shared_limit, size, 0, fine)
     first = plan(1, 1, channels, 1, warps, 1)
     gated = () if z is not None else (("GATED", 0),)
-    shared = _shared_bytes("scan_backward", n, first.warps, size)
-    module = device.module((*_defines(u, n, first.warps, paired, wide, grouped), *gated))
+    shared = _shared_bytes("scan_backward", n, first.warps, size, 0, fine)
+    module = device.module((*_defines(u, n, first.warps, paired, wide, grouped, fine), *gated))
     slots = module.resident("scan_backward", first.threads, shared) * device.multiprocessors
-    cut = plan(batch, length, channels, slots, warps, segment)
+    grain = _grain(segment, batch, length, channels)
+    cut = dataclasses.replace(plan(batch, length, channels, slots, warps, grain), segment=segment)
     p = _template(u, delta, A, B, C, z, softplus, reverse, cut)
     p.dy_b, p.dy_t = dy.stride(0), dy.stride(1)
     launches = _summary_launches(("adjoint_ends", "adjoint_carry"), n, cut, batch, channels, size)
@@ -530,7 +584,7 @@ def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: 
     parts, work = _workspace(
         ends=borders,
         sums=batch * cut.chunks * channels if borders else 0,
-        scratch=grid * cut.warps * 64 * ((tiles + 1) * n + 16 * tiles),
+        scratch=0 if fine else grid * cut.warps * 64 * ((tiles + 1) * n + 16 * tiles),
         partial=batch * cut.chunks * (n + 2) * channels,
         **({"dB": sums, "dC": sums} if several else {}),
     )
@@ -574,11 +628,13 @@ def _find_backward(device, tensors, softplus: bool, reverse: bool, segment: int)
     return recipes, tensors
 
 
-def _take_workspace(recipe: _Recipe, p, work: int, states: Tensor) -> None:
-    """The addresses of the backward pass's workspace, which starts at `work`, and of the states kept for it."""
+def _take_workspace(recipe: _Recipe, p, work: int, states: Tensor, ungated: Tensor | None = None) -> None:
+    """The addresses of the backward pass's workspace, which starts at `work`, and of what was kept for it."""
     for name, offset in recipe.parts:
         setattr(p, name, work + offset)
     p.segments = states.data_ptr()
+    if ungated is not None:
+        p.ungated = ungated.data_ptr()
 
 
 def _take_first_outputs(p, u, delta, z, initial, mask):
@@ -609,7 +665,7 @@ def _take_sums(p, A, B, C, D, bias):
     return dA, dB, dC, dD, dbias
 
 
-def _run_backward(recipe: _Recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
+def _run_backward(recipe: _Recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, ungated):
     """All gradients by one recipe; None if it takes aligned data and these are not.
 
     A kernel is launched as soon as what it writes has a place: the GPU works while the rest is allocated."""
@@ -619,7 +675,7 @@ def _run_backward(recipe: _Recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, in
     launch = recipe.module.launch
     *first_passes, gradients, sums = recipe.launches
     work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
-    _take_workspace(recipe, p, work.data_ptr(), states)
+    _take_workspace(recipe, p, work.data_ptr(), states, ungated)
     for what in first_passes:
         launch(*what, p)
     du, ddelta, dz, dinitial = _take_first_outputs(p, u, delta, z, initial, mask)
@@ -634,11 +690,14 @@ def _run_backward(recipe: _Recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, in
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
 
 
-def _run_backward_groups(recipes: tuple[_Recipe, ...], dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states):
-    """The same where a recipe takes BACKWARD_GROUP states: du, ddelta and dz are added up in float32."""
+def _run_backward_groups(recipes: tuple[_Recipe, ...], dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, ungated):
+    """The same where a recipe takes BACKWARD_GROUP states: du, ddelta and dz are added up in float32. With the output before the
+    gate, dz is done at once."""
     channels, new = A.shape[0], {"dtype": torch.float32, "device": u.device}
     make = torch.empty if mask is None else torch.zeros  # the kernels leave masked positions alone
-    du, ddelta, dz = (None if x is None else make(x.shape, **new) for x in (u, delta, z))
+    du, ddelta, dz = (None if x is None else make(x.shape, **new) for x in (u, delta, z if ungated is None else None))
+    if ungated is not None:
+        dz = _outputs(z, mask)
     dB, dC, dA = _like(B), _like(C), _like(A)
     dD, dinitial = (None if x is None else _like(x) for x in (D, initial))
     dbias = None if bias is None else torch.empty((len(recipes), channels), **new)
@@ -646,13 +705,15 @@ def _run_backward_groups(recipes: tuple[_Recipe, ...], dy, dfinal, u, delta, A, 
         p = type(recipe.params).from_buffer_copy(recipe.params)
         work = A.new_empty(recipe.work)
         _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask)
-        _take_workspace(recipe, p, work.data_ptr(), states)
+        _take_workspace(recipe, p, work.data_ptr(), states, ungated)
         p.du, p.ddelta = du.data_ptr(), ddelta.data_ptr()
         for field, x in (("dz", dz), ("dD", dD), ("dbias", dbias), ("dinitial", dinitial)):
             setattr(p, field, 0 if x is None else x.data_ptr())
         p.dA, p.into_B, p.into_C = dA.data_ptr(), dB.data_ptr(), dC.data_ptr()
         if part > 0:
             p.add, p.D, p.dD = 1, 0, 0  # the skip connection belongs to the first group alone
+            if ungated is not None:
+                p.dz = 0
             first = part * BACKWARD_GROUP
             p.A += 4 * first * A.stride(1)
             p.segments += 4 * first * channels
@@ -672,21 +733,21 @@ def _run_backward_groups(recipes: tuple[_Recipe, ...], dy, dfinal, u, delta, A, 
 
 
 def backward(
-    dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, softplus: bool, reverse: bool, segment: int
+    dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, softplus: bool, reverse: bool, segment: int, ungated=None
 ):
-    """Gradients of u, delta, A, B, C, D, z, bias, initial (None for what is absent)."""
+    """Gradients of u, delta, A, B, C, D, z, bias, initial (None for what is absent). states, segment, ungated: as in `forward`."""
     given = dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask
     options = softplus, reverse, segment
     absent = dfinal is None, D is None, z is None, bias is None, initial is None, mask is None
     recipe = _recent.find("cuda", given, options, absent)
-    if recipe is not None and (grads := _run_backward(recipe, *given, states)) is not None:
+    if recipe is not None and (grads := _run_backward(recipe, *given, states, ungated)) is not None:
         return grads
     recipes, tensors = _find_backward(_device(u), given, *options)
     if len(recipes) == 1:
         if recipes[0].aligned and tensors is given and dy.is_cuda and recipe is None:
             _recent.keep(recipes[0], "cuda", given, options, absent)
-        return _run_backward(recipes[0], *tensors, states)
-    return _run_backward_groups(recipes, *tensors, states)
+        return _run_backward(recipes[0], *tensors, states, ungated)
+    return _run_backward_groups(recipes, *tensors, states, ungated)
 
 
 # ------------------------------------------------------------------------------------------- both directions at once
@@ -728,7 +789,7 @@ def forward_pair(scans: tuple[tuple[Tensor | None, ...], ...], mask: Tensor | No
         segment,
     )
     if recipe is None:
-        return [forward(*t, softplus, i > 0, segment, False)[::2] for i, t in enumerate(tidy)]
+        return [forward(*t, softplus, i > 0, segment, False)[:3:2] for i, t in enumerate(tidy)]
     p, results = type(recipe.params).from_buffer_copy(recipe.params), []
     for mine, (u, delta, A, B, C, D, z, bias, initial, mask) in zip(p, tidy, strict=True):
         _fill(mine, u, delta, B, C, z, None, A, D, bias, initial, None, mask)
@@ -828,8 +889,9 @@ def _scan(
     softplus: bool,
     reverse: bool,
     segment: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return nvrtc.on_device(forward, u, delta, A, B, C, D, z, bias, initial, mask, softplus, reverse, segment)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *found, ungated = nvrtc.on_device(forward, u, delta, A, B, C, D, z, bias, initial, mask, softplus, reverse, segment)
+    return *found, u.new_empty(0) if ungated is None else ungated
 
 
 @_scan.register_fake
@@ -837,7 +899,8 @@ def _(u, delta, A, B, C, D, z, bias, initial, mask, softplus, reverse, segment):
     state = A.new_empty(u.shape[0], u.shape[2], A.shape[1])
     kept = (u.shape[0], (u.shape[1] + segment - 1) // segment, A.shape[1], u.shape[2]) if segment else (0,)
     states = A.new_empty(kept)
-    return torch.empty(u.shape, dtype=u.dtype, device=u.device), state, states
+    y, ungated = (torch.empty(x, dtype=u.dtype, device=u.device) for x in (u.shape, u.shape if segment == TILE and z is not None else 0))
+    return y, state, states, ungated
 
 
 @torch.library.custom_op("seqlab::selective_scan_cuda_backward", mutates_args=(), device_types="cuda")
@@ -855,19 +918,21 @@ def _scan_backward(
     initial: Tensor | None,
     mask: Tensor | None,
     states: Tensor,
+    ungated: Tensor,
     softplus: bool,
     reverse: bool,
     segment: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     found = nvrtc.on_device(
         backward, dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, softplus, reverse, segment,
+        ungated if ungated.numel() else None,
     )  # fmt: skip
     kinds = (u.dtype,) * 2 + (torch.float32,) + (u.dtype,) * 2 + (torch.float32, u.dtype, torch.float32, torch.float32)
     return tuple(torch.empty(0, dtype=k, device=u.device) if g is None else g for g, k in zip(found, kinds, strict=True))
 
 
 @_scan_backward.register_fake
-def _(dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, softplus, reverse, segment):
+def _(dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, ungated, softplus, reverse, segment):
     def like(x, dtype=None):
         shape = (0,) if x is None else x.shape
         return torch.empty(shape, dtype=dtype or u.dtype, device=u.device)
@@ -878,17 +943,17 @@ def _(dy, dfinal, u, delta, A, B, C, D, z, bias, initial, mask, states, softplus
 
 def _setup(ctx, inputs, output):
     *tensors, softplus, reverse, segment = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.options = softplus, reverse, segment
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy, dfinal, _):
-    *tensors, states = ctx.saved_tensors
+def _gradients(ctx, dy, dfinal, *_):
+    *tensors, states, ungated = ctx.saved_tensors
     if not ctx.options[2]:
         raise RuntimeError("selective_scan: the forward pass ran without gradients in sight; nothing was kept for them")
-    out = _scan_backward(_incoming(dy, tensors[0]), dfinal, *tensors, states, *ctx.options)
+    out = _scan_backward(_incoming(dy, tensors[0]), dfinal, *tensors, states, ungated, *ctx.options)
     grads = [None if x is None else g for g, x in zip(out, tensors[:9], strict=True)]
     return (*grads, None, None, None, None)
 
@@ -913,7 +978,7 @@ class Call(NamedTuple):
 
 
 def _execute(u: Tensor, call: Call, *rest):
-    """(y, final state, states kept), for a call outside of torch.compile."""
+    """(y, final state, states kept, output before the gate), for a call outside of torch.compile."""
     if call.recipe is not None and (found := _run_forward(call.recipe, u, *rest, call.final)) is not None:
         return found
     return forward(u, *rest, call.softplus, call.reverse, call.segment, call.final)
@@ -924,8 +989,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, u, *rest):
-        y, final, states = nvrtc.on_device(_execute, u, call, *rest)
-        ctx.save_for_backward(u, *rest, states)
+        y, final, *kept = nvrtc.on_device(_execute, u, call, *rest)
+        ctx.save_for_backward(u, *rest, *kept)
         ctx.options = call[:3]
         ctx.set_materialize_grads(False)
         return y, final
@@ -933,8 +998,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @nvrtc.once_differentiable
     def backward(ctx, dy, dfinal):
-        saved = ctx.saved_tensors  # once: under checkpointing every look recomputes
-        return None, *nvrtc.on_device(backward, _incoming(dy, saved[0]), dfinal, *saved, *ctx.options), None
+        *saved, ungated = ctx.saved_tensors  # once: under checkpointing every look recomputes
+        return None, *nvrtc.on_device(backward, _incoming(dy, saved[0]), dfinal, *saved, *ctx.options, ungated), None
 
 
 def execute(call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -946,8 +1011,12 @@ def execute(call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]
 
 def _segment(tensors: tuple[Tensor | None, ...]) -> int:
     """How many steps apart the forward pass keeps states for the gradients of these; 0 where none are wanted. u comes first."""
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return segment_length(*tensors[0].shape) if wanted else 0
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+        return 0
+    u = tensors[0]
+    if torch.compiler.is_compiling() or not u.is_cuda:
+        return segment_length(*u.shape)
+    return kept_every(_device(u), *u.shape, tensors[2].shape[1])
 
 
 def known(tensors: tuple[Tensor | None, ...], softplus: bool, reverse: bool, final: bool) -> Call | None:

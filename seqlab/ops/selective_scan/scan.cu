@@ -5,15 +5,16 @@
 //   scan_carry    the state that enters every chunk
 //   scan_forward  the outputs; also leaves the state at every segment start, for the backward pass
 //   adjoint_ends, adjoint_carry   the same for dL/dh, right to left
-//   scan_backward the gradients, segment by segment from the right, from checkpoints a tile apart
+//   scan_backward the gradients, segment by segment from the right, from checkpoints a tile apart; or (FINE, scan_fine.cuh) tile by
+//                 tile, from the states and the outputs before the gate that scan_forward has kept
 //   scan_reduce   sums over chunks and channel blocks in a fixed order: the same bits on every run
 //
 // A thread keeps TILE steps of its two channels in registers and goes through the states one after the other, so nothing
 // but a few KB of shared memory depends on the number of states. B and C come through shared memory, transposed.
 // When reversed, strides carry the sign (scan.cuh: positions).
 //
-// Set from outside: WARPS, GROUPED (1: du, ddelta, dz are float and gather several groups of states, one launch each), and
-// optionally the tuning constants below.
+// Set from outside: WARPS, GROUPED (1: du, ddelta, dz are float and gather several groups of states, one launch each), FINE (1:
+// segments are tiles), and optionally the tuning constants below.
 
 #include "selective_scan/scan.cuh"
 
@@ -22,6 +23,9 @@
 #endif
 #ifndef GROUPED
 #define GROUPED 0
+#endif
+#ifndef FINE
+#define FINE 0                       // 1: the state at every tile and the output before the gate are kept for the backward pass
 #endif
 #define STAGE 32                     // steps of B and C in shared memory at a time
 #define TILES (STAGE / TILE)
@@ -36,7 +40,7 @@
 #define BACKWARD_BLOCKS (8 / WARPS)
 #endif
 #ifndef UNROLL
-#define UNROLL 4                     // states at a time, scan_forward
+#define UNROLL (BF16 && STATES == 16 && FORWARD_RESIDENT == 12 ? 8 : 4)  // states at a time, scan_forward
 #endif
 #ifndef CHECKPOINT_UNROLL
 #define CHECKPOINT_UNROLL 4          // states at a time, first half of scan_backward
@@ -94,6 +98,15 @@ DEVICE void store_tile(elem* at, int step, const float2 (&v)[TILE], u32 live, co
         for (int j = 0; j < TILE; j++)
             if ((live >> j) & 1u) store_pair(at + (i64)j * step, v[j], q.ok0, q.ok1);
     }
+}
+// One state at a tile's start, two channels a thread.
+DEVICE void keep_pair(float* at, float2 h, const Place& q) {
+#if PAIRED
+    if (q.ok0) store_streaming(at, h);
+#else
+    if (q.ok0) at[0] = h.x;
+    if (q.ok1) at[1] = h.y;
+#endif
 }
 // Computed once: keeps the compiler from computing a value again in every round of a loop to save a register.
 DEVICE void settle(float2 (&v)[TILE]) {
@@ -440,6 +453,9 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
     const Line u = line(p, p.u, p.u_b, p.u_t, q.b, q.cc, begin), delta = line(p, p.delta, p.delta_b, p.delta_t, q.b, q.cc, begin);
     const Line z = p.z != 0 ? line(p, p.z, p.z_b, p.z_t, q.b, q.cc, begin) : u;
     const Line y = line(p, p.y, p.length * p.channels, p.channels, q.b, q.c, begin);
+#if FINE
+    const Line ungated = line(p, p.ungated, p.length * p.channels, p.channels, q.b, q.c, begin);
+#endif
     const bool full = whole_warp(p, q);
     const elem *rowsB = p.B + q.b * p.B_b, *rowsC = p.C + q.b * p.C_b;
     const unsigned char* mask = p.mask == 0 ? p.mask : p.mask + q.b * p.length;
@@ -465,7 +481,7 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
         stage_rows<STAGE, ROW>(tileB, tileC, p, rowsB, rowsC, mask, begin + s * STAGE);
         __syncthreads();
 #endif
-        if (p.segments != 0 && s * STAGE % segment == 0) {
+        if (!FINE && p.segments != 0 && s * STAGE % segment == 0) {
             float* out = p.segments + (q.b * p.all_segments + (begin + s * STAGE) / segment) * p.all_states * p.channels;
             for (int n = 0; n < STATES; n++) write2(out + n * p.channels, q, value(state[n * 32]));
         }
@@ -497,12 +513,19 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
                 bring(inU, u, i + TILE, live, full && live == ALL, q);
                 bring(inD, delta, i + TILE, live, full && live == ALL, q);
             }
+#if FINE
+            float* keep = p.segments + (q.b * p.all_segments + (begin + i) / TILE) * p.all_states * p.channels + q.c;
+#endif
 #pragma unroll UNROLL
             for (int n = 0; n < STATES; n++) {
                 slot at = state[n * 32];
                 const float2 a = COEFFICIENTS(at, n);
                 float2 h = value(at);
                 float b[TILE], c[TILE];
+#if FINE
+                keep_pair(keep, h, q);
+                keep += p.channels;
+#endif
                 read_row(b, tileB, n, t0);
                 read_row(c, tileC, n, t0);
 #pragma unroll
@@ -515,6 +538,9 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
                 value(state[n * 32]) = h;
             }
             if (p.z != 0) {
+#if FINE
+                store_tile((elem*)ungated.at + (i64)i * ungated.step, ungated.step, sum, now, q);
+#endif
                 copies_done();
                 __syncwarp();
 #pragma unroll
@@ -533,9 +559,14 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
 
 // ----------------------------------------------------------------------------------------------------- gradients
 #if STATES <= 16
-#define BSTAGE (WARPS > 2 ? 16 : 8)  // steps of B and C in shared memory at a time; with 16 four blocks of two warps would not fit
-#define BTILES (BSTAGE / TILE)
+#if FINE
+#define BSTAGE TILE                  // steps of B and C in shared memory at a time
+#define BROW TILE
+#else
+#define BSTAGE (WARPS > 2 ? 16 : 8)  // with 16 four blocks of two warps would not fit
 #define BROW (BSTAGE + 4)
+#endif
+#define BTILES (BSTAGE / TILE)
 #define SUM_ROW (2 * BSTAGE + 2)     // sums of one state over a warp's channels: BSTAGE for C, BSTAGE for B, padding
 #define PLANE (STATES * 128)         // floats of (STATES, 32) float4
 #define SUMS ((STATES * SUM_ROW + 3) / 4 * 4)
@@ -547,14 +578,11 @@ KERNEL BOUNDS(THREADS, FORWARD_BLOCKS) scan_forward(const Params p) {
 #define FOLD (4 * 32 * 4)            // floats of one round; there are two, so that one is read while the next is computed
 #define FOLD_FLOATS (2 * FOLD)
 #endif
-#define INPUTS (2 * TILE * 64 + 3 * TENSOR)
-#define WARP_FLOATS (2 * PLANE + FOLD_FLOATS + INPUTS + SUMS)
 
-// A tile of results, through shared memory. Dead steps are left alone. `out` is where du lies; other results lie alike.
-DEVICE void give(const Params& p, elem* base, const Line& out, int i, const float2 (&v)[TILE], pair* by, u32 live, bool whole,
-                 const Place& q) {
-#if GROUPED
-    float* at = (float*)base + (out.at - p.du) + (i64)i * out.step;
+// A tile of results. Dead steps are left alone. `out` is where du lies; other results lie alike.
+// Float, added to what other groups of states gave:
+DEVICE void add_tile(const Params& p, float* base, const Line& out, int i, const float2 (&v)[TILE], u32 live, bool whole, const Place& q) {
+    float* at = base + (out.at - p.du) + (i64)i * out.step;
     if (PAIRED && whole) {
         float2 sum[TILE];
 #pragma unroll
@@ -570,7 +598,10 @@ DEVICE void give(const Params& p, elem* base, const Line& out, int i, const floa
         if (q.ok0) at[0] = p.add ? at[0] + v[j].x : v[j].x;
         if (q.ok1) at[1] = p.add ? at[1] + v[j].y : v[j].y;
     }
-#else
+}
+// Of the data's type, through shared memory:
+DEVICE void give_tile(const Params& p, elem* base, const Line& out, int i, const float2 (&v)[TILE], pair* by, u32 live, bool whole,
+                      const Place& q) {
     const int pieces = 4 * (int)sizeof(elem), step = out.step * (int)sizeof(elem);
 #pragma unroll
     for (int j = 0; j < TILE; j++) by[j * 32 + q.lane] = pack(v[j]);
@@ -592,6 +623,13 @@ DEVICE void give(const Params& p, elem* base, const Line& out, int i, const floa
             if (q.ok1) ((elem*)at)[1] = pair_second(w);
         }
     }
+}
+DEVICE void give(const Params& p, elem* base, const Line& out, int i, const float2 (&v)[TILE], pair* by, u32 live, bool whole,
+                 const Place& q) {
+#if GROUPED
+    add_tile(p, (float*)base, out, i, v, live, whole, q);
+#else
+    give_tile(p, base, out, i, v, by, live, whole, q);
 #endif
 }
 DEVICE u32 live_at(const Params& p, const Place& q, i64 begin, int i, int size, bool plain) {
@@ -658,6 +696,11 @@ DEVICE float fold_read(const float* fold, int lane) {
 }
 #endif
 
+#if FINE
+#include "selective_scan/scan_fine.cuh"
+#else
+#define INPUTS (2 * TILE * 64 + 3 * TENSOR)
+#define WARP_FLOATS (2 * PLANE + FOLD_FLOATS + INPUTS + SUMS)
 KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
     SHARED_FLOATS(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -1041,6 +1084,7 @@ KERNEL BOUNDS(THREADS, BACKWARD_BLOCKS) scan_backward(const Params p) {
         __syncthreads();
     }
 }
+#endif
 #endif
 
 // What is left to add up. 256 threads. The first (STATES + 2) channels / 32 blocks: dA, dD, dbias over chunks, 32 columns and 8

@@ -23,6 +23,7 @@ struct Params {
     const float *A, *D, *bias, *initial, *dfinal;  // A with any strides, the states as (b d n)
     const unsigned char* mask;                     // (b l)
     elem* y;                                       // (b l d)
+    elem* ungated;                                 // (b l d), y before the gate, where it is kept
     float* final;                                  // (b d n)
     float* segments;                               // (b segment n d), state at a segment's start
     elem *du, *ddelta, *dz;                        // (b l d)
