@@ -5,7 +5,8 @@
 First parity: on a small problem of every kind the output and all gradients are compared with the float64 reference, and
 mamba_ssm's errors on the same inputs are printed beside ours; nothing is timed if ours are too large. Then median times
 (CUDA events, after warm-up) of forward and forward + backward in bfloat16 with D, z, delta_bias and softplus, ours and
-theirs in the same run on the same values; peers that are not installed are left out. Then lengths 2^10 to 2^20 against
+theirs in the same run on the same values, with the peak memory of both passes, inputs included (SEQLAB_SCAN_KEEP=0: ours keeping
+few states); peers that are not installed are left out. Then lengths 2^10 to 2^20 against
 causal attention (SDPA, 8 heads of 64). A table, and one JSON line at the end.
 """
 
@@ -198,21 +199,23 @@ def gate():
 
 def table(shapes, label):
     theirs, rows = peer(), []
-    print(f"\n{label}: batch, d_inner, length, d_state | ours fwd, fwd+bwd ms (peak GiB) | mamba_ssm | ratio")
+    print(f"\n{label}: batch, d_inner, length, d_state | ours fwd, fwd+bwd ms (peak GiB; a state kept every) | mamba_ssm | ratio")
     for shape in shapes:
         x, turns = inputs(*shape), math.prod(shape[:3]) < 1 << 25
-        row = {"shape": shape}
+        every = native.kept_every(native._device(x[0]), shape[0], shape[2], shape[1], shape[3])
+        row = {"shape": shape, "kept_every": every}
         if turns:
             row |= in_turn({"ours": (ours, x)} | ({} if theirs is None else {"mamba_ssm": (theirs, channel_first(x))}))
         else:
             row["ours"] = both_passes(ours, x)
-        text = f"{str(shape):<26} {row['ours']['forward_ms']:8.3f} {row['ours']['both_ms']:8.3f} ({row['ours']['peak_gib']:.2f})"
+        text = f"{str(shape):<26} {row['ours']['forward_ms']:8.3f} {row['ours']['both_ms']:8.3f} ({row['ours']['peak_gib']:.2f}; {every})"
         if theirs is not None:
             if not turns:
                 x = channel_first(x)
                 row["mamba_ssm"] = both_passes(theirs, x)
             f, t = (row["mamba_ssm"][k] / row["ours"][k] for k in ("forward_ms", "both_ms"))
-            text += f" | {row['mamba_ssm']['forward_ms']:8.3f} {row['mamba_ssm']['both_ms']:8.3f} | {f:.2f}x {t:.2f}x"
+            theirs_ms = f"{row['mamba_ssm']['forward_ms']:8.3f} {row['mamba_ssm']['both_ms']:8.3f}"
+            text += f" | {theirs_ms} ({row['mamba_ssm']['peak_gib']:.2f}) | {f:.2f}x {t:.2f}x"
         rows.append(row)
         print(text, flush=True)
         del x
@@ -323,14 +326,14 @@ def bidirectional(shape):
     """Both directions with one set of inputs, ours without flips, theirs with."""
     x, theirs = inputs(*shape), peer()
     row = {"shape": shape, "ours": both_passes(lambda t: ours(t) + ours(t, reverse=True), x)}
-    print(f"bidirectional {shape}: ours {row['ours']['forward_ms']:.2f} {row['ours']['both_ms']:.2f} ms", end="")
+    print(f"bidirectional {shape}: ours {row['ours']['forward_ms']:.2f} {row['ours']['both_ms']:.2f} ms ({row['ours']['peak_gib']:.2f} GiB)", end="")
     if theirs is not None:
         def pair(t):
             flipped = [v.flip(-1) if v.dim() == 3 else v for v in t]
             return theirs(t) + theirs(flipped).flip(-1)
 
         row["mamba_ssm"] = both_passes(pair, channel_first(x))
-        print(f" | mamba_ssm {row['mamba_ssm']['forward_ms']:.2f} {row['mamba_ssm']['both_ms']:.2f} ms", end="")
+        print(f" | mamba_ssm {row['mamba_ssm']['forward_ms']:.2f} {row['mamba_ssm']['both_ms']:.2f} ms ({row['mamba_ssm']['peak_gib']:.2f} GiB)", end="")
     print(flush=True)
     return row
 
