@@ -84,12 +84,12 @@ class S4DMixer(nn.Module):
         return A * delta[:, None], delta, 2 * torch.view_as_complex(self.C)
 
     def recur(self, u: Tensor, state: Tensor | None, mask: Tensor | None, return_state: bool):
-        """The recurrence without D: u (b l d) -> y (b l d), last state. Masked positions are not there."""
+        """The recurrence without D: u (b l d) float32 or float64 -> y (b l d), last state in its type. Masked positions are not there."""
         log_decay, delta, C = self.discrete()
         h = None if state is None else _unpacked(state, self.is_complex)
         if mask is None:
             y, last = lti_scan(u * delta, log_decay, C, h)
-            return y, _packed(last).float() if return_state else None
+            return y, _packed(last).to(u.dtype) if return_state else None
         # the real positions of each row move to the front, and their outputs back
         count = mask.sum(1)  # (b)
         rank = (mask.cumsum(1) - 1).clamp(min=0)[..., None].expand_as(u)
@@ -104,7 +104,7 @@ class S4DMixer(nn.Module):
         _, last = lti_scan(v.gather(1, order[..., None].expand_as(u)), log_decay, C, None)
         if h is not None:
             last = last + torch.exp(count[:, None, None] * log_decay) * h
-        return y, _packed(last).float()
+        return y, _packed(last).to(u.dtype)
 
 
 def lti_scan(v: Tensor, log_decay: Tensor, C: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:

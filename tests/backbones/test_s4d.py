@@ -70,6 +70,19 @@ def test_pieces_and_steps_equal_the_whole(kind, cuts):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_float64_model_has_a_float64_state(kind):
+    """It was rounded to float32 at every cut."""
+    model, ids = make(kind).double(), tokens(2, 60)
+    mask = torch.rand(2, 60, generator=torch.Generator().manual_seed(2)) < 0.7
+    with torch.no_grad():
+        for real in (None, mask):
+            whole, _ = model(ids, mask=real)
+            first, state = model(ids[:, :23], mask=None if real is None else real[:, :23])
+            second, _ = model(ids[:, 23:], state, mask=None if real is None else real[:, 23:])
+            torch.testing.assert_close(torch.cat([first, second], 1), whole, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_causal_changes_nothing_before(kind):
     model, ids = make(kind), tokens(1, 20)
     with torch.no_grad():
