@@ -91,8 +91,15 @@ DEVICE int thread() {
     __builtin_assume(i >= 0 && i < THREADS);
     return i;
 }
+// Weights, read once a token: not for the first-level cache, which shared memory leaves little of.
+DEVICE uint4 load_weights(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
 #else
 DEVICE int thread() { return threadIdx.x; }
+DEVICE uint4 load_weights(const uint4* p) { return *p; }
 DEVICE void load_columns(u32 (&v)[4], const elem* at) {
     const elem* row = at;
     for (int i = 0; i < 4; i++) v[i] = emulated::columns(at, i);
@@ -177,7 +184,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
         const int tid = thread(), group = tid / 32 % 8, half = tid / 256;
         const uint4* w = (const uint4*)p.w_in + (((i64)(l * CLUSTER + rank) * UNITS + half * HALF_UNITS) * 8 + group) * 32 + tid % 32;
 #pragma unroll
-        for (int k = 0; k < HALF_UNITS; k++) in[k] = load_now(w + k * 8 * 32);
+        for (int k = 0; k < HALF_UNITS; k++) in[k] = load_weights(w + k * 8 * 32);
     };
     load_in(0);
 
@@ -232,19 +239,17 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
     // x to all, and what it adds to the norm
     auto send_x = [&]() {
         const int tid = thread(), warp = tid / 32, lane = tid % 32, own_stream = tid / 8, quad = tid % 8;
-        if (4 * warp >= streams) return;  // a whole warp
         const float low = __uint_as_float(pack_bf16(residual.x, residual.y)), high = __uint_as_float(pack_bf16(residual.z, residual.w));
         const float other_low = lane_xor(low, 1), other_high = lane_xor(high, 1);
-        const float4 eight = lane % 2 ? make_float4(other_low, other_high, low, high) : make_float4(low, high, other_low, other_high);
-        float* to = (float*)(x + (rank * STREAMS + own_stream) * S_PITCH + quad / 2 * 8);
-#pragma unroll
-        for (int i = 0; i < CLUSTER / 2; i++)
-            if (own_stream < streams) remote_store(to, 2 * i + lane % 2, eight, barriers + RESIDUALS);
         float sum = residual.x * residual.x + residual.y * residual.y + residual.z * residual.z + residual.w * residual.w;
 #pragma unroll
         for (int bit = 1; bit < 8; bit *= 2) sum += lane_xor(sum, bit);
+        const float4 eight = lane % 2 ? make_float4(other_low, other_high, low, high) : make_float4(low, high, other_low, other_high);
+        float* to = (float*)(x + (rank * STREAMS + own_stream) * S_PITCH + quad / 2 * 8);
+#pragma unroll
+        for (int i = 0; i < CLUSTER / 2; i++) remote_store_if(own_stream < streams, to, 2 * i + lane % 2, eight, barriers + RESIDUALS);
         const float4 four = make_float4(lane_from(sum, 0), lane_from(sum, 8), lane_from(sum, 16), lane_from(sum, 24));
-        if (lane < CLUSTER) remote_store(squares + rank * STREAMS + 4 * warp, lane, four, barriers + RESIDUALS);
+        remote_store_if(lane < CLUSTER && 4 * warp < streams, squares + rank * STREAMS + 4 * warp, lane, four, barriers + RESIDUALS);
     };
     // x is there, of all streams; the norms follow
     auto meet_x = [&](u32 turn) {
@@ -271,15 +276,19 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
         for (int l = 0; l < layers; l++, turn++) {
             uint4 w[X_UNITS];
             float w_conv[WIDTH], b_conv, b_u, b_z;
+            float4 bias, shift = make_float4(0.f, 0.f, 0.f, 0.f);
             {
-                const int tid = thread();
+                const int tid = thread(), own_stream = tid / 8, at = rank * SHARE + tid % 8 * 4;
+                bias = __ldg((const float4*)(p.b_out + (i64)l * D_MODEL + at));
+                if (p.shifts && l + 1 < layers && own_stream < streams)
+                    shift = __ldg((const float4*)(p.shifts + ((i64)(l + 1) * p.batch + first + own_stream) * D_MODEL + at));
                 const i64 own = (i64)l * INNER + rank * OWN + tid % OWN;
 #pragma unroll
                 for (int k = 0; k < WIDTH; k++) w_conv[k] = __ldg(p.w_conv + own * WIDTH + k);
                 b_conv = __ldg(p.b_conv + own), b_u = __ldg(p.b_in + own + (i64)l * INNER), b_z = __ldg(p.b_in + own + (i64)(l + 1) * INNER);
                 const uint4* from = (const uint4*)p.w_x + ((i64)(l * CLUSTER + rank) * X_UNITS * X_GROUPS + tid / 32 % X_GROUPS) * 32 + tid % 32;
 #pragma unroll
-                for (int k = 0; k < X_UNITS; k++) w[k] = load_now(from + k * X_GROUPS * 32);
+                for (int k = 0; k < X_UNITS; k++) w[k] = load_weights(from + k * X_GROUPS * 32);
             }
             {  // norm, in_proj
                 const int tid = thread(), lane = tid % 32, group = tid / 32 % 8, half = tid / 256;
@@ -292,6 +301,8 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
                 if (items > DEPTH) wait_batches<DEPTH>();  // pasts
                 else end_batch(), wait_batches<0>();
                 __syncthreads();
+                // x itself is on its way already
+                residual.x += bias.x + shift.x; residual.y += bias.y + shift.y; residual.z += bias.z + shift.z; residual.w += bias.w + shift.w;
             }
             {  // convolution and gate of one channel and every eighth stream
                 const int tid = thread(), channel = tid % OWN;
@@ -316,7 +327,6 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
                 }
             }
             __syncthreads();
-            fetch_pasts(l + 1 < layers ? l + 1 : 0);
             // x_proj: 16 rows and 8 streams a warp
             ROLLED for (int i = thread() / 32; i < X_GROUPS * TILES && thread() / 32 < X_WARPS; i += X_WARPS) {
                 float sum[4] = {};
@@ -338,6 +348,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
                 const int s = i / (X_ROWS / 4), j = i % (X_ROWS / 4) * 4;
                 remote_store(parts + (s / CLUSTER * CLUSTER + rank) * X_PITCH + j, s % CLUSTER, *(const float4*)(projected + s * X_PITCH + j), barriers + PARTS);
             }
+            fetch_pasts(l + 1 < layers ? l + 1 : 0);
             // what the recurrence and out_proj need
             uint4 out[OUT_UNITS];
             float a[4], w_dt[RANK], D, b_dt;
@@ -345,7 +356,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
                 const int tid = thread(), warp = tid / 32, lane = tid % 32;
                 const uint4* w = (const uint4*)p.w_out + ((i64)((l * CLUSTER + rank) * SPLITS + warp / 2) * OUT_UNITS * 2 + warp % 2) * 32 + lane;
 #pragma unroll
-                for (int k = 0; k < OUT_UNITS; k++) if (warp / 2 < SPLITS) out[k] = load_now(w + k * 2 * 32);
+                for (int k = 0; k < OUT_UNITS; k++) if (warp / 2 < SPLITS) out[k] = load_weights(w + k * 2 * 32);
                 const i64 own = (i64)l * INNER + rank * OWN + tid / 4 % OWN;
                 load_floats(a, p.a + own * STATES + tid % 4 * 4);
                 load_floats(w_dt, p.w_dt + own * RANK);
@@ -453,14 +464,6 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
                 send(items - 1);
             }
             load_in(l + 1 < layers ? l + 1 : 0);
-            float4 bias = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (const int tid = thread(), own_stream = tid / 8, quad = tid % 8; own_stream < streams) {
-                bias = __ldg((const float4*)(p.b_out + (i64)l * D_MODEL + rank * SHARE + 4 * quad));
-                if (p.shifts && l + 1 < layers) {
-                    float4 v = __ldg((const float4*)(p.shifts + ((i64)(l + 1) * p.batch + first + own_stream) * D_MODEL + rank * SHARE + 4 * quad));
-                    bias.x += v.x; bias.y += v.y; bias.z += v.z; bias.w += v.w;
-                }
-            }
             meet<OUTPUTS>(barriers, turn);
             {  // out_proj: a warp takes 16 rows and an eighth of the columns
                 const int tid = thread(), lane = tid % 32, out_group = tid / 32 % 2, split = tid / 64;
@@ -475,9 +478,10 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
                 }
             }
             __syncthreads();
-            if (const int tid = thread(), own_stream = tid / 8, quad = tid % 8; own_stream < streams) {
+            {  // behind the last stream: what lies there, for nobody
+                const int tid = thread(), own_stream = tid / 8, quad = tid % 8;
                 const float4 v = add_splits<SPLITS>(out_sums + own_stream * OUT_PITCH + 4 * quad);
-                residual.x += bias.x + v.x; residual.y += bias.y + v.y; residual.z += bias.z + v.z; residual.w += bias.w + v.w;
+                residual.x += v.x; residual.y += v.y; residual.z += v.z; residual.w += v.w;
             }
             send_x();
         }
@@ -489,14 +493,14 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
         uint4 w[HEAD_UNITS];
 #pragma unroll
         for (int k = 0; k < HEAD_UNITS; k++)
-            if (split < HEAD_SPLITS) w[k] = load_now(head + ((split * HEAD_UNITS + k) * (HEAD_ROWS / 16) + out_group) * 32);
+            if (split < HEAD_SPLITS) w[k] = load_weights(head + ((split * HEAD_UNITS + k) * (HEAD_ROWS / 16) + out_group) * 32);
         meet_x(turn + (u32)step);
         ROLLED for (int part = 0; part < HEAD_ROWS / 32; part++) {
             if (split < HEAD_SPLITS) {
                 float sum[TILES][4] = {};
                 if (part)
 #pragma unroll
-                    for (int k = 0; k < HEAD_UNITS; k++) w[k] = load_now(head + ((split * HEAD_UNITS + k) * (HEAD_ROWS / 16) + 2 * part + out_group) * 32);
+                    for (int k = 0; k < HEAD_UNITS; k++) w[k] = load_weights(head + ((split * HEAD_UNITS + k) * (HEAD_ROWS / 16) + 2 * part + out_group) * 32);
 #pragma unroll
                 for (int k = 0; k < HEAD_UNITS / 2; k++)
                     multiply_tiles<S_PITCH>(sum, w[2 * k], w[2 * k + 1], x + ((split * (HEAD_UNITS / 2) + k) * STREAMS + lane % 8) * S_PITCH + lane / 8 * 8);

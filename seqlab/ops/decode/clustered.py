@@ -159,8 +159,8 @@ def price(request: Request) -> float:
 
 def cost(sizes: Sizes, at_once: int) -> float:
     """The same on a GPU that runs so many clusters at once. Fitted on an H200."""
-    mixer = 1.2 + 0.0098 * sizes.d_model + (2.2 + 0.0018 * sizes.d_model) * sizes.tiles
-    return math.ceil(sizes.clusters / at_once) * (3.0 + mixer * sizes.layers)
+    mixer = 1.2 + 0.008 * sizes.d_model + (2.2 + 1.8 * (sizes.d_model / 512) ** 3) * sizes.tiles
+    return math.ceil(sizes.clusters / at_once) * (5.0 + mixer * sizes.layers)
 
 
 class Runner:

@@ -219,7 +219,7 @@ def test_wide_stacks(backend, batch, d_model, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif("clustered" not in AVAILABLE, reason="needs an NVIDIA GPU with clusters of sixteen blocks")
 @pytest.mark.parametrize("batch", [1, 9, 70, 512, 1100])
-@pytest.mark.parametrize("d_model, changes", [(64, {"n_layer": 1}), (64, {"n_classes": 3, "bias": True}), (128, {"d_conv": 3}), (256, {}), (512, {})])
+@pytest.mark.parametrize("d_model, changes", [(64, {"n_layer": 2}), (64, {"n_classes": 3, "bias": True}), (128, {"d_conv": 3}), (256, {}), (512, {})])
 def test_clusters_of_streams(batch, d_model, changes, monkeypatch):
     """No further from the parallel forward pass in float32 than `batched` with the same rounded weights; twice the same; a state that
     goes on elsewhere, in blocks of any length, with any neighbours."""
