@@ -175,6 +175,10 @@ class ClassificationTask:
             )
         except ValueError as error:  # what does not go with this kind of labels
             raise UserError(f"{store.directory}: {error}") from None
+        lengths = self._lengths(self.train_rows)
+        # a GPU records the steps of a layout that comes again (seqlab/training/graphs.py); these sequences have lengths of their own
+        varies = torch.cuda.is_available() and lengths.min() < lengths.max()
+        self.multiple = max(1, int(lengths.max()) // 16) if varies else 1
         self._order = (-1, np.empty(0, np.int64))  # of the epoch that is being dealt out: it and its shuffled rows
         self.class_weight = self._class_weight()
         by_error = config.select_by == "error" and store.kind != "regression"
@@ -230,7 +234,7 @@ class ClassificationTask:
         size = len(rows)
         if self.config.train.micro_batch_tokens:
             size = max(1, self.config.train.micro_batch_tokens // int(self._lengths(rows).max()))
-        return [self._batch(rows[i : i + size], is_reverse[i : i + size]) for i in range(0, len(rows), size)]
+        return [self._batch(rows[i : i + size], is_reverse[i : i + size], self.multiple) for i in range(0, len(rows), size)]
 
     def validation_batches(self, rank: int, world_size: int) -> Iterator[Batch]:
         rows = self.valid_rows[rank::world_size]
@@ -246,10 +250,10 @@ class ClassificationTask:
         lengths = self.store.lengths[rows]
         return lengths if self.config.data.max_length is None else np.minimum(lengths, self.config.data.max_length)
 
-    def _batch(self, rows: np.ndarray, is_reverse: np.ndarray | None = None) -> Batch:
-        """ids (b l), target (b) or (b c), row (b), and where rows are padded mask (b l)."""
+    def _batch(self, rows: np.ndarray, is_reverse: np.ndarray | None = None, multiple: int = 1) -> Batch:
+        """ids (b l), l a multiple of `multiple`; target (b) or (b c), row (b), and where rows are padded mask (b l)."""
         lengths = self._lengths(rows)
-        ids = self.store.padded(rows, lengths)
+        ids = self.store.padded(rows, lengths, -(-int(lengths.max()) // multiple) * multiple)
         for i in np.flatnonzero(is_reverse) if is_reverse is not None else ():
             ids[i, : lengths[i]] = nucleotide.reverse_complement(ids[i, : lengths[i]])
         target = np.asarray(self.store.labels[rows])

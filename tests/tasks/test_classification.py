@@ -125,6 +125,26 @@ def test_augmented_batches_hold_reverse_complements(data):
     assert all(np.array_equal(i[m], store.sequence(r)) for i, m, r in zip(none["ids"].numpy(), none["mask"].numpy(), none["row"].numpy()))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "centre", "max"])
+def test_batches_of_a_few_layouts_have_the_same_loss(data, pooling):
+    store = LabelledStore.open(data / "binary")
+    config = toy(model=dataclasses.replace(toy().model, pooling=pooling, strand="average"), data=classification.DataConfig(batch_size=8))
+    tight, wide = (ClassificationTask(config, store) for _ in range(2))
+    tight.multiple, wide.multiple = 1, 8
+    model = tight.build_model().eval()
+    layouts = [set(), set()]
+    for step in range(12):
+        for a, b in zip(tight.train_batches(step, 0, 1), wide.train_batches(step, 0, 1), strict=True):
+            assert b["ids"].shape[1] % 8 == 0 and 0 <= b["ids"].shape[1] - a["ids"].shape[1] < 8
+            if step < 3:
+                with torch.no_grad():
+                    found, expected = wide.loss(model, b)[0], tight.loss(model, a)[0]
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            for seen, batch in zip(layouts, (a, b)):
+                seen.add(tuple(batch["ids"].shape))
+    assert len(layouts[1]) < len(layouts[0])
+
+
 def test_max_length_cuts_and_the_benchmarks_limit_is_the_default(data, tmp_path):
     store = LabelledStore.open(data / "binary")
     task = ClassificationTask(toy(data=classification.DataConfig(max_length=10)), store)
