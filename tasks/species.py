@@ -485,10 +485,10 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
     if not lengths:
         return {}
     device = "cuda" if config.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    beside = _beside(model)
+    predictor = Predictor(model, device, config.train.precision)
+    beside = _beside(model)  # now that it lies where it will be calibrated: moving a model makes new buffers
     for scale, _ in beside:
         scale.zero_()
-    predictor = Predictor(model, device, config.train.precision)
     if model.homology is not None or model.composition is not None:
         training = ClassWindows(store, "train", config.data.max_unknown)
         if model.genes is not None:  # evidence of training windows needs what checkpoints do not hold: emissions without their fold

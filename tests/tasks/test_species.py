@@ -372,7 +372,20 @@ def test_likeness_names_the_relative_of_what_is_known_and_the_known_itself(relat
     store, loaded = TokenStore.open(relatives), runs.load_run(tmp_path / "run")
     assert (loaded.model.homology.scale[:, 0] > 0).all() and loaded.model.composition.scale[0, 0] > 0
     after = json.loads((tmp_path / "run" / "run.json").read_text())["calibration"]["after"]
-    assert species.calibrate(tmp_path / "run", store)["after"] == after  # fitted anew, to the same
+
+    class Elsewhere(species.Predictor):
+        """As on another device: every buffer is a new one."""
+
+        def __init__(self, model, *arguments, **options):
+            super().__init__(model._apply(torch.clone), *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(species, "Predictor", Elsewhere)
+        assert species.calibrate(tmp_path / "run", store)["after"] == after  # fitted anew, to the same
+    again = runs.load_run(tmp_path / "run").model
+    for part in ("homology", "composition"):
+        assert torch.equal(getattr(again, part).scale, getattr(loaded.model, part).scale)
+    assert torch.equal(again.head.length_scale, loaded.model.head.length_scale)
     # a read of a genome that is known, whole; without the parts nothing is known of either
     known, _ = species.ClassWindows(store, "train").fixed(128, 40)
     outputs = np.stack(list(species.Predictor(loaded.model).outputs(known.sequence(store, i) for i in range(len(known)))))
