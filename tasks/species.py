@@ -512,7 +512,7 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
     raw = outputs / torch.exp(old[0] + old[1] * logs)[:, None]
     shift = torch.zeros(len(config.classes), dtype=torch.float64, requires_grad=True)
     scale = old.clone().requires_grad_(has_scale)
-    free = [torch.zeros(scale.view(-1, 2).shape, dtype=torch.float64, requires_grad=True) for scale, _ in beside]
+    free = [torch.zeros(scale[None].shape if scale.dim() == 1 else scale.shape, dtype=torch.float64, requires_grad=True) for scale, _ in beside]
     said = said.split([len(numbers) for numbers in free], 1)
 
     def nats(all_of_it: bool = True) -> Tensor:
@@ -549,7 +549,7 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
 
 
 def _beside(model: SequenceClassifier) -> list[tuple[Tensor, Callable]]:
-    """What counts beside the network: the buffer of its scales and exponents, and what makes these (m 2) of free numbers. The
+    """What counts beside the network: the buffer of its scales and exponents, and what makes these (m 2 or 3) of free numbers. The
     exponent of repeats lies between 0 and 1, where independent witnesses are: where all answers are right, nothing else would hold it
     back."""
     found = []

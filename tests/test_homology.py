@@ -120,7 +120,7 @@ def test_weights_carry_the_genomes_and_a_fitted_part_answers_alike(genomes):
     assert other.count(row).sum() == 0  # nothing is known yet
     part.keep(homology.keep(genomes, 4000))
     part.linear.weight.normal_()
-    part.scale.copy_(torch.tensor([[0.5, -0.2], [2.0, 0.1]]))
+    part.scale.copy_(torch.tensor([[0.5, -0.2, 0.3], [2.0, 0.1, 0.4]]))
     other.load_state_dict(part.state_dict())
     counts, length = part.count(row), torch.tensor([300.0], dtype=torch.float64)
     assert torch.equal(other.count(row), counts) and torch.equal(other(counts, length), part(counts, length))
@@ -128,9 +128,12 @@ def test_weights_carry_the_genomes_and_a_fitted_part_answers_alike(genomes):
     # beyond LONGEST, ten times the length with ten times the words is the same stretch ten times
     few = part.log_odds(part.inputs(counts, torch.tensor([8192.0], dtype=torch.float64)))
     assert torch.allclose(part.log_odds(part.inputs(10 * counts, torch.tensor([81920.0], dtype=torch.float64))), few, atol=1e-4)
-    assert torch.allclose(scale_of(torch.zeros(1, 2)), torch.tensor([[1.0, 0.0]]))
+    assert torch.allclose(scale_of(torch.zeros(1, 3)), torch.tensor([[1.0, 0.0, 0.5]]))
     two = torch.tensor([[[3.0, 1.0], [0.0, 1.0]]]), torch.tensor([[2.0, 1.0], [1.0, 0.0]]), torch.tensor([2048.0])
     assert torch.allclose(scaled(*two), torch.tensor([[4.0 - 0.5, -4.0 + 0.5]]))
+    # beyond LONGEST the last exponent
+    long = torch.tensor([[[1.0, -1.0]]]), torch.tensor([[2.0, -0.5, 1.0]]), torch.tensor([4 * 8192.0])
+    assert torch.allclose(scaled(*long), torch.tensor([[1.0, -1.0]]) * 2 * 8**-0.5 * 4)
 
 
 def test_of_two_that_hold_a_stretch_the_one_with_fewer_differences_is_nearer():

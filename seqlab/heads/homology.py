@@ -37,7 +37,7 @@ class Homology(nn.Module):
         self.start_anew()
         self.requires_grad_(False)  # training leaves it alone
         # what its log-odds and the nearest genome count at 1,024 bases, and the exponents with which that changes with the length
-        self.register_buffer("scale", torch.zeros(2, 2))
+        self.register_buffer("scale", torch.zeros(2, 3))
         self._indices: tuple[homology.Index, ...] | None = None
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class Composition(nn.Module):
         self.register_buffer("column", torch.from_numpy(np.append(column, self.n)), persistent=False)  # the last: not known
         self.register_buffer("weight", torch.zeros(n_species, self.n))
         self.register_buffer("centre", torch.zeros(self.n))
-        self.register_buffer("scale", torch.zeros(1, 2))
+        self.register_buffer("scale", torch.zeros(1, 3))
 
     @torch.no_grad()
     def count(self, base: Tensor, before: Tensor | None = None) -> Tensor:
@@ -183,13 +183,15 @@ def _map(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def scaled(log_odds: Tensor, scale: Tensor, length: Tensor) -> Tensor:
-    """(b n): log-odds (b m n), less their means, times what each counts, summed. scale (m 2): at 1,024 bases, and the exponent by which
-    that changes with the length (b)."""
-    logs = (length.clamp(min=SHORTEST) / 1024.0).log().to(log_odds.dtype)
-    by_length = scale[:, 0] * torch.exp(logs[:, None] * scale[:, 1])
+    """(b n): log-odds (b m n), less their means, times what each counts, summed. scale (m 2 or 3): at 1,024 bases, and the exponents by which
+    that changes with the length (b): up to LONGEST, and beyond, where log-odds are those of a mean stretch (without: the same)."""
+    logs = (length.clamp(min=SHORTEST) / 1024.0).log().to(log_odds.dtype)[:, None]
+    beyond = (length.clamp(min=LONGEST) / LONGEST).log().to(log_odds.dtype)[:, None]
+    by_length = scale[:, 0] * torch.exp((logs - beyond) * scale[:, 1] + beyond * scale[:, -1])
     return (by_length[..., None] * (log_odds - log_odds.mean(-1, keepdim=True))).sum(1)
 
 
 def scale_of(found: Tensor) -> Tensor:
-    """Free numbers (m 2) -> scales above 0 and exponents between -1 and 1, which nothing else would hold back where all answers are right."""
-    return torch.stack([found[:, 0].exp(), found[:, 1].tanh()], 1)
+    """Free numbers (m 3) -> scales above 0, exponents between -1 and 1, and beyond LONGEST between 0 and 1, where independent witnesses are:
+    nothing else would hold them back where all answers are right."""
+    return torch.stack([found[:, 0].exp(), found[:, 1].tanh(), found[:, 2].sigmoid()], 1)
