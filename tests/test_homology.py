@@ -128,7 +128,7 @@ def test_weights_carry_the_genomes_and_a_fitted_part_answers_alike(genomes):
     # beyond LONGEST, ten times the length with ten times the words is the same stretch ten times
     few = part.log_odds(part.inputs(counts, torch.tensor([8192.0], dtype=torch.float64)))
     assert torch.allclose(part.log_odds(part.inputs(10 * counts, torch.tensor([81920.0], dtype=torch.float64))), few, atol=1e-4)
-    assert torch.allclose(scale_of(torch.zeros(1, 3)), torch.tensor([[1.0, 0.0, 0.5]]))
+    assert torch.allclose(scale_of(torch.zeros(1, 3)), torch.tensor([[1.0, 0.0, -0.5]]))
     two = torch.tensor([[[3.0, 1.0], [0.0, 1.0]]]), torch.tensor([[2.0, 1.0], [1.0, 0.0]]), torch.tensor([2048.0])
     assert torch.allclose(scaled(*two), torch.tensor([[4.0 - 0.5, -4.0 + 0.5]]))
     # beyond LONGEST the last exponent

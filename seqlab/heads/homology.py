@@ -192,6 +192,6 @@ def scaled(log_odds: Tensor, scale: Tensor, length: Tensor) -> Tensor:
 
 
 def scale_of(found: Tensor) -> Tensor:
-    """Free numbers (m 3) -> scales above 0, exponents between -1 and 1, and beyond LONGEST between 0 and 1, where independent witnesses are:
-    nothing else would hold them back where all answers are right."""
-    return torch.stack([found[:, 0].exp(), found[:, 1].tanh(), found[:, 2].sigmoid()], 1)
+    """Free numbers (m 3) -> scales above 0, exponents between -1 and 1, and beyond LONGEST between -1 and 0: what is wrong in a mean
+    stretch is wrong in all of them and must not add up. Where all answers are right nothing else would hold them back."""
+    return torch.stack([found[:, 0].exp(), found[:, 1].tanh(), -found[:, 2].sigmoid()], 1)
