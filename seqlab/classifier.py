@@ -128,6 +128,7 @@ class Features(NamedTuple):
     repeats: Tensor | None  # (b l n_outputs); outside training
     backbone: list[MixerState] | None  # if asked for
     genes: GeneState | None
+    reading: Tensor | None = None  # (b l s), see `GenePredictor`; where k-mers are counted by it
 
 
 def _base(ids: Tensor) -> Tensor:
@@ -199,7 +200,7 @@ class SequenceClassifier(nn.Module):
         if has_genes:
             nn.init.normal_(self.gene_input.weight, std=0.02)
         self.homology = Homology(n_outputs, config.homology) if config.homology else None
-        self.composition = Composition(n_outputs, config.composition) if config.composition else None
+        self.composition = Composition(n_outputs, config.composition, framed=has_genes) if config.composition else None
         if complement is None:
             complement = torch.from_numpy(nucleotide.COMPLEMENT.astype("int64"))
         table = torch.arange(max(config.vocab_size, len(complement)))
@@ -242,16 +243,17 @@ class SequenceClassifier(nn.Module):
             x = x + self.kmer_embedding(ids, None if before.tail is None else before.tail[:, 1 - self.config.kmer :])
         if self.clock is not None:
             x = x + self.clock((before.position + torch.arange(ids.shape[1], device=ids.device)) % self.config.period)
-        prior, genes, repeats = None, None, None
+        prior, genes, repeats, reading = None, None, None, None
         if self.repeats is not None and not self.training:  # of training windows every word is counted in themselves
             tail = None if before.tail is None else _base(before.tail[:, 1 - self.config.repeat_word :])
             repeats = self.repeats(_base(ids), tail)
         if self.genes is not None:
-            prediction, genes = self.genes(_base(ids if clean is None else clean), before.genes, fold)
-            prior = prediction.log_p
+            with_reading = self.composition is not None and self.composition in self.counters
+            prediction, genes = self.genes(_base(ids if clean is None else clean), before.genes, fold, with_reading)
+            prior, reading = prediction.log_p, prediction.reading
             x = x + self.gene_input(torch.cat([prediction.frame.flatten(2), prediction.lead], -1))
         value, backbone = self.backbone(self.dropout(x), before.backbone, mask, return_state=return_state)
-        return Features(value, prior, repeats, backbone, genes)
+        return Features(value, prior, repeats, backbone, genes, reading)
 
     def read(
         self, ids: Tensor, mask: Tensor | None = None, fold: Tensor | None = None, clean: Tensor | None = None
@@ -274,7 +276,7 @@ class SequenceClassifier(nn.Module):
         base, tail = _base(ids), None if before.tail is None else _base(before.tail)
         if mask is not None:
             base = torch.where(mask, base, -1)
-        counts = tuple(counter.count(base, tail) for counter in self.counters)
+        counts = tuple(counter.count(base, tail, features.reading) for counter in self.counters)
         if before.counts:
             counts = tuple(a + b for a, b in zip(before.counts, counts, strict=True))
         return self.next_state(ids, features, before, pooled, more, carried, counts)

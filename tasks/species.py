@@ -567,7 +567,9 @@ def _said_beside(model: SequenceClassifier, fixed: Windows, windows: ClassWindow
         each = [base.new_zeros(len(base), 0, len(windows.classes), dtype=torch.float64)]
         if model.repeats is not None:
             each.append(model.repeats(base).double().mean(1, keepdim=True))
-        each += [counter.unscaled(counter.count(base), length) for counter in (model.homology, model.composition) if counter is not None]
+        read = words.reading(model, base) if model.composition is not None else None
+        counters = [counter for counter in (model.homology, model.composition) if counter is not None]
+        each += [counter.unscaled(counter.count(base, reading=read), length) for counter in counters]
         said.append(torch.cat(each, 1).cpu())
     return torch.cat(said).numpy()
 

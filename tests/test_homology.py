@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from seqlab import homology
+from seqlab import genes, homology
+from seqlab.heads.genes import GenePredictor
 from seqlab.heads.homology import Composition, Homology, scale_of, scaled
 
 
@@ -166,3 +167,58 @@ def test_composition_counts_kmers_of_both_strands_in_pieces():
         tail = torch.cat([tail, piece], 1)[:, -7:]
     assert torch.equal(pieces[0], found[0])
     assert torch.isfinite(part(torch.zeros(1, 32, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))).all()
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_composition_by_reading_frame_counts_what_the_states_say(k):
+    part = Composition(2, k, framed=True)
+    x = np.concatenate([digits(60, 0), [4], digits(20, 1)]).astype(np.uint8)
+    reading = torch.rand(1, len(x), 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reading /= reading.sum(2, keepdim=True)
+    slow = np.zeros((4, 4**k))
+    for end in range(k - 1, len(x)):
+        word = x[end - k + 1 : end + 1]
+        if word.max() > 3:
+            continue
+        here = int("".join(map(str, word)), 4)
+        there = int("".join(str(3 - v) for v in word[::-1]), 4)
+        p = reading[0, end].tolist()
+        slow[3, here] += p[0] / 2
+        slow[3, there] += p[0] / 2
+        for following in range(3):  # codon position, from 0, of the base that comes next
+            slow[(following - k) % 3, here] += p[1 + following]
+        for state in range(3):  # of the other strand, codon positions are met as 3 2 1; the base before has the position after
+            slow[(3 - state) % 3, there] += p[4 + state]
+    found = part.count(base(x), reading=reading)
+    assert found.shape == (1, 4 * 4**k)
+    torch.testing.assert_close(found[0].view(4, -1), torch.from_numpy(slow), rtol=0, atol=2e-3)
+    torch.testing.assert_close(found.sum().item(), float(60 - k + 1 + 20 - k + 1), rtol=0, atol=1e-2)
+    pieces, tail, at = torch.zeros_like(found), torch.full((1, 7), -1), 0
+    for piece in base(x).split([1, 30, 2, 48], 1):
+        pieces += part.count(piece, tail, reading[:, at : at + piece.shape[1]])
+        tail, at = torch.cat([tail, piece], 1)[:, -7:], at + piece.shape[1]
+    assert torch.equal(pieces, found)
+
+
+def test_a_gene_is_read_in_its_frame_on_either_strand():
+    """In a genome of one repeated codon every frame is known: its 3-mers that begin a codon are that codon, on both strands."""
+    rng = np.random.default_rng(0)
+    codons = np.array([[0, 1, 2], [2, 2, 1], [1, 0, 1], [2, 1, 3]])
+    gene = codons[rng.integers(0, 4, 400)].ravel().astype(np.uint8)
+    predictor = GenePredictor(2, 2)
+    model = genes.fit([np.concatenate([gene, genes.reverse_complement(gene)])], 2)
+    predictor.fit([model, model])
+    part = Composition(2, 3, framed=True)
+    # a model that was given no annotation has no names for strands and codon positions: the gene may be the other strand's
+    used = [sorted(int("".join(map(str, codon)), 4) for codon in side) for side in (codons.tolist(), (3 - codons[:, ::-1]).tolist())]
+    for strand in (gene, genes.reverse_complement(gene)):
+        line = base(strand)
+        reading = predictor(line, with_reading=True)[0].reading
+        torch.testing.assert_close(reading.sum(2), torch.ones(1, len(gene), dtype=reading.dtype), rtol=0, atol=1e-5)
+        counts = part.count(line, reading=reading)[0].view(4, 64)
+        inside = torch.stack([counts[:3, side].sum(1) for side in used]) / counts[:3].sum(1)
+        best = int(inside.max(0).values.argmax())
+        assert counts[best].sum() > 380 and inside[:, best].max() > 0.97  # one frame, which holds the codons and nothing else
+        first, state = predictor(line[:, :500], with_reading=True)
+        second, _ = predictor(line[:, 500:], state, with_reading=True)
+        torch.testing.assert_close(torch.cat([first.reading, second.reading], 1), reading, rtol=0, atol=1e-6)

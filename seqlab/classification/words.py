@@ -26,7 +26,7 @@ from seqlab.tokenizers import nucleotide
 KNOWN_SHARE, STRAIN_SHARE, MOST_SUBSTITUTIONS = 0.2, 0.5, 0.06
 PARALLEL_SHARE = 0.5  # of the windows whose place is left out: in all genomes side by side
 STEPS, BATCH, RATE, DECAY, CLIP = 1500, 512, 3e-3, 0.1, 1.0  # of fitting the network of likeness
-PENALTY = 1e-2  # on the squares of the k-mer regression's weights, of shares in standard deviations
+PENALTY = 3e-3  # on the squares of the k-mer regression's weights, of shares in standard deviations
 SHORTEST_COMPOSITION = 1024  # bases; shares of k-mers of shorter windows are noise, or the longest ones if none are so long
 MOST_WINDOWS = 16_000  # of a length
 FORWARD = 1 << 18  # bases at a time
@@ -53,18 +53,18 @@ def fit(model: SequenceClassifier, windows: ClassWindows, lengths: list[int], to
     if model.homology is not None:
         model.homology.keep(homology.keep(genomes, model.homology.capacity))
         indices = model.homology.indices(places.blocks)
-    learnt = []
+    learnt, least = [], min(SHORTEST_COMPOSITION, max(lengths))
     for number, length in enumerate(lengths):
         rng = np.random.Generator(np.random.Philox(key=[seed, number]))
         drawn = windows.sample(rng, int(np.clip(tokens // len(lengths) // length, 64, MOST_WINDOWS)), length)
-        learnt.append(_look(model, windows, drawn, places, indices, rng))
+        learnt.append(_look(model, windows, drawn, places, indices, rng, least))
     del indices
     torch_rng = torch.Generator(device="cpu").manual_seed(seed)
     if model.homology is not None:
         _fit_homology(model.homology, learnt, torch_rng)
     if model.composition is not None:
-        least = min(SHORTEST_COMPOSITION, max(lengths))
-        _fit_composition(model.composition, [part for length, part in zip(lengths, learnt) if length >= least])
+        chosen = [(length, part) for length, part in zip(lengths, learnt) if length >= least]
+        _fit_composition(model.composition, [part for _, part in chosen], [length for length, _ in chosen])
     model.to(device)
 
 
@@ -113,13 +113,17 @@ class _Places:
 
 
 @torch.no_grad()
-def _look(model: SequenceClassifier, windows: ClassWindows, drawn: Windows, places: _Places, indices, rng: np.random.Generator) -> Learning:
+def _look(
+    model: SequenceClassifier, windows: ClassWindows, drawn: Windows, places: _Places, indices, rng: np.random.Generator, least: int
+) -> Learning:
+    """`least`: k-mers of shorter windows are not counted."""
     n_species, device = len(windows.classes), model.head.linear.bias.device
     known = rng.random(len(drawn)) < KNOWN_SHARE
     rate = np.where(known & (rng.random(len(drawn)) < STRAIN_SHARE), rng.random(len(drawn)) * MOST_SUBSTITUTIONS, 0.0)
     allowed = torch.from_numpy(places.allowed(drawn, known, rng)).to(device)
     fold = torch.from_numpy(places.gene_fold(drawn)).to(device)
     columns: list[tuple[Tensor, ...]] = []
+    composition = model.composition if int(drawn.length.max(initial=0)) >= least else None
     for part, base in batches(windows, drawn, device):
         length = torch.from_numpy(drawn.length[part]).to(device).double()
         none = base.new_zeros(len(base), 0, dtype=torch.float32)
@@ -130,8 +134,8 @@ def _look(model: SequenceClassifier, windows: ClassWindows, drawn: Windows, plac
             line = F.pad(line, (homology.REACH, 0), value=-1)
             counts = homology.count(indices, line, base.shape[1], n_species, allowed[part])
             inputs = model.homology.inputs(counts, length).float()
-        if model.composition is not None:
-            shares = model.composition.shares(model.composition.count(base)).float()
+        if composition is not None:
+            shares = composition.shares(composition.count(base, reading=reading(model, base, fold[part]))).float()
         columns.append((inputs, gene_evidence(model, base, fold[part]), shares))
     inputs, evidence, shares = (torch.cat(column) for column in zip(*columns))
     return Learning(torch.from_numpy(drawn.label).to(device), inputs, evidence, shares)
@@ -143,6 +147,12 @@ def batches(windows: ClassWindows, drawn: Windows, device: torch.device) -> Iter
     for at in range(0, len(drawn), rows):
         digits = torch.from_numpy(nucleotide.DIGITS[drawn[at : at + rows].tokens(windows.store)[0]]).to(device).long()
         yield slice(at, at + rows), torch.where(digits < 4, digits, -1)
+
+
+@torch.no_grad()
+def reading(model: SequenceClassifier, base: Tensor, fold: Tensor | None = None) -> Tensor | None:
+    """See `GenePredictor`: of whole sequences (b l), one strand; None without gene models."""
+    return None if model.genes is None else model.genes(base, fold=fold, with_reading=True)[0].reading
 
 
 def gene_evidence(model: SequenceClassifier, base: Tensor, fold: Tensor) -> Tensor:
@@ -183,13 +193,16 @@ def _fit_homology(part: Homology, learnt: list[Learning], rng: torch.Generator) 
     part.requires_grad_(False).eval()
 
 
-def _fit_composition(part: Composition, learnt: list[Learning]) -> None:
-    """Logistic regression with a penalty; each length counts as much as another."""
+def _fit_composition(part: Composition, learnt: list[Learning], lengths: list[int]) -> None:
+    """Logistic regression with a penalty; each length counts as much as another. What a k-mer is weighed in is the noise of its count in
+    1,024 bases; longer windows have less of it, so their log-odds are larger, by the root of the length."""
     shares = torch.cat([one.shares for one in learnt])
     label = torch.cat([one.label for one in learnt])
     weight = torch.cat([torch.full((len(one.label),), 1 / len(one.label) / len(learnt)) for one in learnt]).to(shares)
-    centre, spread = shares.mean(0), shares.std(0) + 1e-5
-    x = (shares - centre) / spread
+    gain = torch.cat([torch.full((len(one.label), 1), (n / 1024) ** 0.5) for one, n in zip(learnt, lengths)]).to(shares)
+    centre = shares.mean(0)
+    spread = (centre * 1024 + 0.05).sqrt() / 1024
+    x = shares.sub_(centre).div_(spread).mul_(gain)
     w = torch.zeros_like(part.weight, requires_grad=True)
     bias = torch.zeros(len(w), device=w.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([w, bias], max_iter=40, line_search_fn="strong_wolfe")

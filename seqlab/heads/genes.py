@@ -8,6 +8,7 @@ what it would say of sequence that it has not seen. In one pass it gives
     frame (b l n s)     after each position, the probabilities of the states of the next one: in which reading frame of which
                         strand each species takes itself to be
     lead (b l n)        the log-probability that each species gave to the base that came, less their mean; 0 where it is not known
+    reading (b l s)     where asked for: `frame` of all species, each as probable as what it has said so far makes it
 
 The classification head lets each species' predictions begin at log p, and the network is told frame and lead. Sequences in
 pieces are exact: the last bases and the newest frames are carried.
@@ -21,18 +22,22 @@ from torch import Tensor, nn
 from seqlab import genes
 from seqlab.ops.hidden_markov import hidden_markov
 
+EVIDENCE_UNITS = 1 << 20  # to a nat
+
 
 class GeneState(NamedTuple):
     """What is carried from one piece of a sequence to the next."""
 
     before: Tensor  # (b order) int32: the last bases, -1 where not known or before the beginning
     frame: Tensor  # (b n s)
+    evidence: Tensor  # (b n) int64: sums of `lead` so far, in units of 2**-20
 
 
 class GenePrediction(NamedTuple):
     log_p: Tensor  # (b l n 4)
     frame: Tensor  # (b l n s)
     lead: Tensor  # (b l n)
+    reading: Tensor | None = None  # (b l s)
 
 
 class GenePredictor(nn.Module):
@@ -58,13 +63,14 @@ class GenePredictor(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, base: Tensor, state: GeneState | None = None, fold: Tensor | None = None
+        self, base: Tensor, state: GeneState | None = None, fold: Tensor | None = None, with_reading: bool = False
     ) -> tuple[GenePrediction, GeneState]:
         """base (b l): 0 to 3, -1 where not known; fold (b): of training windows, whose fold the emissions are to leave out."""
         base = base.to(torch.int32)
         if state is None:
             start = self.start.expand(len(base), -1, -1)
-            state = GeneState(base.new_full((len(base), self.order), -1), start)
+            nothing = base.new_zeros(len(base), start.shape[1], dtype=torch.int64)
+            state = GeneState(base.new_full((len(base), self.order), -1), start, nothing)
         line = torch.cat([state.before, base], 1)  # (b order+l)
         context, emissions = contexts(line, self.order), self.emissions
         if fold is not None and self.held_out is not None:
@@ -75,7 +81,17 @@ class GenePredictor(nn.Module):
         came = base.clamp(min=0).long()[..., None, None].expand(*log_p.shape[:3], 1)
         nats = log_p.gather(-1, came)[..., 0]
         lead = torch.where(base[..., None] >= 0, nats - nats.mean(-1, keepdim=True), 0.0)
-        return GenePrediction(log_p, frame, lead), GeneState(line[:, line.shape[1] - self.order :], last)
+        reading, evidence = None, state.evidence
+        if with_reading and base.shape[1]:
+            # whole numbers: sums of them are the same in pieces and in any company
+            so_far = state.evidence[:, None] + (lead.double() * EVIDENCE_UNITS).round().long().cumsum(1)
+            evidence = so_far[:, -1]
+            weight = (so_far.double() / EVIDENCE_UNITS).softmax(-1)
+            reading = weight[..., 0, None] * frame[:, :, 0]
+            for species in range(1, frame.shape[2]):
+                reading = reading + weight[..., species, None] * frame[:, :, species]
+        state = GeneState(line[:, line.shape[1] - self.order :], last, evidence)
+        return GenePrediction(log_p, frame, lead, reading), state
 
 
 def contexts(line: Tensor, order: int) -> Tensor:

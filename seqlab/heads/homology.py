@@ -17,6 +17,7 @@ from seqlab import homology
 WIDTH, DROPOUT = 64, 0.2  # of the network's hidden layers
 LONGEST = 8192  # bases; a longer sequence counts as the mean of stretches of this length
 SHORTEST = 64
+UNITS = 1 << 16  # to a k-mer that is counted by reading frame
 
 
 class Homology(nn.Module):
@@ -74,9 +75,9 @@ class Homology(nn.Module):
         self._indices = None
 
     @torch.no_grad()
-    def count(self, base: Tensor, before: Tensor | None = None) -> Tensor:
+    def count(self, base: Tensor, before: Tensor | None = None, reading: Tensor | None = None) -> Tensor:
         """base (b l), before (b REACH or more): 0 to 3, -1 where not known; before: the bases that precede this piece, not known
-        where None."""
+        where None. `reading` is not looked at (see `Composition`)."""
         if self._indices is None or self._indices[0].keys.device != base.device:
             self._indices = self.indices()
         line = F.pad(base, (homology.REACH, 0), value=-1)
@@ -130,38 +131,64 @@ class Homology(nn.Module):
 
 
 class Composition(nn.Module):
-    """K-mer regression as part of a model: count(base (b l), before) -> (b n) float64, how often each k-mer (the same as its reverse
-    complement) occurs; forward(counts (b n), length (b)) -> log-odds (b n_species) float32, a linear map of their shares, times `scale`,
-    which is 0 until it is calibrated. Fitted after training (seqlab/classification/words.py)."""
+    """K-mer regression as part of a model: count(base (b l), before, reading) -> (b n) float64, how often each k-mer occurs; forward(counts
+    (b n), length (b)) -> log-odds (b n_species) float32, a linear map of their shares, times `scale`, which is 0 until it is calibrated.
+    Fitted after training (seqlab/classification/words.py).
 
-    def __init__(self, n_species: int, k: int):
+    A k-mer and its reverse complement are one. `framed`: they are counted by reading frame. `reading` (b l s), from the gene models, has
+    the probabilities of the state that follows each position (`genes.STATES`); a k-mer counts in each of the three positions of a
+    codon in which it may begin, read on the strand of its gene, and among what lies between genes, as much as is probable."""
+
+    def __init__(self, n_species: int, k: int, framed: bool = False):
         super().__init__()
-        self.k = k
-        digits = np.stack([np.arange(4**k) // 4 ** (k - 1 - i) % 4 for i in range(k)])
-        other = sum((3 - digits[i]) * 4**i for i in range(k))
-        same, column = np.unique(np.minimum(np.arange(4**k), other), return_inverse=True)
-        self.n = len(same)
-        self.register_buffer("column", torch.from_numpy(np.append(column, self.n)), persistent=False)  # the last: not known
+        self.k, self.framed = k, framed
+        if framed:
+            self.n = 4 * 4**k  # begins at codon position 1, 2, 3; between genes
+        else:
+            digits = np.stack([np.arange(4**k) // 4 ** (k - 1 - i) % 4 for i in range(k)])
+            other = sum((3 - digits[i]) * 4**i for i in range(k))
+            same, column = np.unique(np.minimum(np.arange(4**k), other), return_inverse=True)
+            self.n = len(same)
+            self.register_buffer("column", torch.from_numpy(np.append(column, self.n)), persistent=False)  # the last: not known
         self.register_buffer("weight", torch.zeros(n_species, self.n))
         self.register_buffer("centre", torch.zeros(self.n))
         self.register_buffer("scale", torch.zeros(1, 3))
 
     @torch.no_grad()
-    def count(self, base: Tensor, before: Tensor | None = None) -> Tensor:
-        """base (b l), before (b k-1 or more): 0 to 3, -1 where not known."""
+    def count(self, base: Tensor, before: Tensor | None = None, reading: Tensor | None = None) -> Tensor:
+        """base (b l), before (b k-1 or more): 0 to 3, -1 where not known; reading (b l s) where `framed`."""
         rows, length = base.shape
         line = F.pad(base, (self.k - 1, 0), value=-1)
         if before is not None:
             line[:, : self.k - 1] = before[:, len(before[0]) - (self.k - 1) :]
-        code, known = torch.zeros_like(base), torch.ones_like(base, dtype=torch.bool)
+        code, other, known = torch.zeros_like(base), torch.zeros_like(base), torch.ones_like(base, dtype=torch.bool)
         for i in range(self.k):
             part = line[:, i : i + length]
-            known &= part >= 0
+            known = known & (part >= 0)
             code = code * 4 + part
+            other = other + (3 - part) * 4**i
+        if self.framed:
+            return self._count_framed(code.where(known, 0), other.where(known, 0), known, reading)
         column = self.column[torch.where(known, code, 4**self.k)]
         row = torch.arange(rows, device=base.device)[:, None] * (self.n + 1)
         counts = torch.bincount((column + row).flatten(), minlength=rows * (self.n + 1))
         return counts.view(rows, -1)[:, : self.n].double()
+
+    def _count_framed(self, code: Tensor, other: Tensor, known: Tensor, reading: Tensor) -> Tensor:
+        # In whole numbers, whose sums do not depend on the order in which a GPU adds them.
+        share = (reading * UNITS).round().long() * known[..., None]
+        counts = share.new_zeros(len(code), self.n)
+        words = 4**self.k
+
+        def add(group: int, word: Tensor, units: Tensor) -> None:
+            counts.scatter_add_(1, (group * words + word).long(), units)
+
+        for position in range(3):  # of the next base, if a gene goes on
+            add((position - self.k) % 3, code, 2 * share[..., 1 + position])
+            add(-position % 3, other, 2 * share[..., 4 + position])  # met backwards: the newest base is the word's first
+        add(3, code, share[..., 0])  # half a word on either strand
+        add(3, other, share[..., 0])
+        return counts.double() / (2 * UNITS)
 
     def shares(self, counts: Tensor) -> Tensor:
         return counts / counts.sum(1, keepdim=True).clamp(min=1.0)
