@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <ucontext.h>
+#include <memory>
 #include <vector>
 
 struct float2 { float x, y; };
@@ -38,7 +39,8 @@ template <class T> static inline T __ldg(const T* p) { return *p; }
 
 namespace emulated {
 static std::vector<float4> shared[CLUSTER];
-struct Fibre { ucontext_t context; std::vector<char> stack; bool done; };
+constexpr size_t STACK = 256 * 1024;  // bytes, of which a fibre touches a few pages: not filled, so the others cost nothing
+struct Fibre { ucontext_t context; std::unique_ptr<char[]> stack; bool done; };
 static std::vector<Fibre> fibres;
 static ucontext_t scheduler;
 static unsigned current;  // fibre: threads of the first block, then of the second, ...
@@ -251,10 +253,10 @@ template <class P> static void run_grid(void (*kernel)(const P), const P* params
             Fibre& f = fibres[t];
             f.done = false;
             if (t < batches.size()) batches[t].clear();
-            f.stack.resize(256 * 1024);
+            if (!f.stack) f.stack.reset(new char[STACK]);
             getcontext(&f.context);
-            f.context.uc_stack.ss_sp = f.stack.data();
-            f.context.uc_stack.ss_size = f.stack.size();
+            f.context.uc_stack.ss_sp = f.stack.get();
+            f.context.uc_stack.ss_size = STACK;
             f.context.uc_link = nullptr;
             makecontext(&f.context, (void (*)())fibre_main<P>, 0);
         }
