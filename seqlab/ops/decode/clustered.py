@@ -14,10 +14,10 @@ from torch import Tensor
 
 from seqlab.ops import nvrtc
 from seqlab.ops.decode import persistent
+from seqlab.ops.decode.cluster_runner import ClusterRunner
 from seqlab.ops.decode.persistent import Shape, pack
-from seqlab.ops.decode.program import Carried, Operation, Program
+from seqlab.ops.decode.program import Operation, Program
 from seqlab.ops.decode.request import Request
-from seqlab.ops.decode.sampling import Sampling
 
 SOURCE, KERNEL = "decode/clustered.cu", "clustered"
 THREADS = 512
@@ -163,8 +163,10 @@ def cost(sizes: Sizes, at_once: int) -> float:
     return math.ceil(sizes.clusters / at_once) * (5.0 + mixer * sizes.layers)
 
 
-class Runner:
-    """Runs the tokens of all streams; the kernel works on the states in place."""
+class Runner(ClusterRunner):
+    """Many streams a cluster."""
+
+    source, kernel, threads = SOURCE, KERNEL, THREADS
 
     def __init__(self, request: Request, device=None, sizes: Sizes | None = None):
         self.batch, self._torch_device = request.batch, request.device
@@ -176,36 +178,14 @@ class Runner:
         if sizes is None and most < at_once(s.cluster, self._device.multiprocessors):  # a GPU cut otherwise than was thought
             self.sizes = s = Sizes.of(program, request.batch, most, self._device.shared_limit)
             self._module = self._device.module(s.defines(), SOURCE)
-        self._carried = Carried(program, request.batch, request.device)
-        self._kept: list[Tensor] = []
-        operations = program.operations
-        bias = torch.zeros(program.vocab_size, device=request.device)
-        if request.allowed is not None:
-            bias = bias.masked_fill(~request.allowed, -torch.inf)
-        base = None if request.base is None else request.base.float()
-        shifts = [None if o.shift is None else o.shift[request.classes] for o in operations]
-        if shifts[0] is not None:
-            base = shifts[0] if base is None else base + shifts[0]
-        head = program.head.new_zeros(s.cluster * s.head_rows, s.d_model)
-        head[: program.vocab_size] = program.head
-        layers = [self._layer(o) for o in operations]
-        together = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-        addresses = {name: [t.data_ptr() for t in getattr(self._carried, name)] for name in ("conv", "ssm")}
-        tensors = together | {
-            "head": _pack(head.split(s.head_rows), s.head_rows),
-            "head_bias": bias,
-            "embedding": program.embedding,
-            "base": base,
-            "shifts": None if shifts[0] is None else torch.stack(shifts),
-            **{name: torch.tensor(value, device=request.device) for name, value in addresses.items()},
-        }
-        self._fixed = {name: 0 if t is None else self._keep(t) for name, t in tensors.items()}
-        self._fixed |= {"layers": len(operations), "batch": request.batch}
+        self._hold(request)
 
-    def _keep(self, tensor: Tensor) -> int:
-        tensor = tensor.contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
+    @property
+    def _clusters(self) -> int:
+        return self.sizes.clusters
+
+    def _head(self, parts: list[Tensor]) -> Tensor:
+        return _pack(parts, self.sizes.head_rows)
 
     def _layer(self, o: Operation) -> dict[str, Tensor]:
         """A mixer's weights."""
@@ -222,37 +202,6 @@ class Runner:
             "b_out": t["out_bias"].expand(o.d_model).contiguous(),
         }  # fmt: skip
 
-    def load(self, state) -> None:
-        """Take over the backbone's state."""
-        self._carried.load(state)
-
-    def state(self):
-        """The backbone's state after all tokens so far."""
-        return self._carried.state()
-
-    def run(
-        self, token: Tensor, position: int, n: int, sampling: Sampling, keys: Tensor, forced: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """n tokens a stream, (b n) int64, and their log-probabilities (b n); see Decoder."""
-        def launch(token: Tensor, keys: Tensor, forced: Tensor | None, start: int, n: int):
-            return self._launch(token, keys, forced, position + start, n, sampling)
-
-        return persistent.in_launches(self._torch_device, launch, token, n, keys, forced)
-
-    def _launch(self, token: Tensor, keys: Tensor, forced: Tensor | None, position: int, n: int, sampling: Sampling):
-        device = self._torch_device
-        tokens = torch.empty(self.batch, n, dtype=torch.int64, device=device)
-        log_probs = torch.empty(self.batch, n, device=device)
-        settings = torch.tensor([self._program.epsilon, sampling.temperature, sampling.top_p], device=device)
-        p = nvrtc.params_type(SOURCE)()
-        for name, value in self._fixed.items():
-            setattr(p, name, value)
-        p.settings, p.keys, p.tokens = settings.data_ptr(), keys.data_ptr(), token.data_ptr()
-        p.forced = 0 if forced is None else forced.data_ptr()
-        p.out, p.log_probs = tokens.data_ptr(), log_probs.data_ptr()
-        p.count, p.position, p.top_k = n, position, sampling.top_k
-        self._module.launch(KERNEL, self.sizes.clusters * self.sizes.cluster, THREADS, self.sizes.shared, p)
-        return tokens, log_probs
 
 
 def _pack(parts, rows: int) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from seqlab.ops import nvrtc
 from seqlab.ops.decode import persistent
-from seqlab.ops.decode.program import Carried, Operation, Program
+from seqlab.ops.decode.cluster_runner import ClusterRunner
+from seqlab.ops.decode.program import Operation, Program
 from seqlab.ops.decode.request import Request
-from seqlab.ops.decode.sampling import Sampling
 
 SOURCE, KERNEL = "decode/solo.cu", "solo"
 THREADS = 512
@@ -183,45 +183,25 @@ def pack_out(matrices: list[Tensor], per_row: int, half: bool) -> Tensor:
     return _pieces(cut.transpose(1, 2), half)
 
 
-class Runner:
-    """Runs the tokens of all streams; the kernel takes the states from memory and puts them back."""
+class Runner(ClusterRunner):
+    """One stream a cluster."""
+
+    source, kernel, threads = SOURCE, KERNEL, THREADS
 
     def __init__(self, request: Request, device=None, sizes: Sizes | None = None):
         self.batch, self._torch_device = request.batch, request.device
         self._device = device or persistent.Device(request.device.index)
-        program = self._program = Program(request.model)
+        self._program = Program(request.model)
         self.sizes = sizes or _sizes(request, self._device)
-        self._carried = Carried(program, request.batch, request.device)
         self._module = self._device.module(self.sizes.defines(), SOURCE)
-        self._kept: list[Tensor] = []
-        s, operations = self.sizes, program.operations
-        bias = torch.zeros(program.vocab_size, device=request.device)
-        if request.allowed is not None:
-            bias = bias.masked_fill(~request.allowed, -torch.inf)
-        base = None if request.base is None else request.base.float()
-        shifts = [None if o.shift is None else o.shift[request.classes] for o in operations]
-        if shifts[0] is not None:
-            base = shifts[0] if base is None else base + shifts[0]
-        head = program.head.new_zeros(s.cluster * s.head_rows, s.d_model)
-        head[: program.vocab_size] = program.head
-        layers = [self._layer(o) for o in operations]
-        together = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-        addresses = {name: [t.data_ptr() for t in getattr(self._carried, name)] for name in ("conv", "ssm")}
-        tensors = together | {
-            "head": pack_rows(list(head.split(s.head_rows)), s.in_rounds, s.half),
-            "head_bias": bias,
-            "embedding": program.embedding,
-            "base": base,
-            "shifts": None if shifts[0] is None else torch.stack(shifts),
-            **{name: torch.tensor(value, device=request.device) for name, value in addresses.items()},
-        }
-        self._fixed = {name: 0 if t is None else self._keep(t) for name, t in tensors.items()}
-        self._fixed |= {"layers": len(operations), "batch": request.batch}
+        self._hold(request)
 
-    def _keep(self, tensor: Tensor) -> int:
-        tensor = tensor.contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
+    @property
+    def _clusters(self) -> int:
+        return self.batch
+
+    def _head(self, parts: list[Tensor]) -> Tensor:
+        return pack_rows(parts, self.sizes.in_rounds, self.sizes.half)
 
     def _layer(self, o: Operation) -> dict[str, Tensor]:
         """A mixer's weights (cluster ...)."""
@@ -243,35 +223,3 @@ class Runner:
             "w_out": pack_out(list(t["out_proj"].split(s.own, 1)), s.per_row, s.half),
             "small": torch.stack(small),
         }
-
-    def load(self, state) -> None:
-        """Take over the backbone's state."""
-        self._carried.load(state)
-
-    def state(self):
-        """The backbone's state after all tokens so far."""
-        return self._carried.state()
-
-    def run(
-        self, token: Tensor, position: int, n: int, sampling: Sampling, keys: Tensor, forced: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """n tokens a stream, (b n) int64, and their log-probabilities (b n); see Decoder."""
-        def launch(token: Tensor, keys: Tensor, forced: Tensor | None, start: int, n: int):
-            return self._launch(token, keys, forced, position + start, n, sampling)
-
-        return persistent.in_launches(self._torch_device, launch, token, n, keys, forced)
-
-    def _launch(self, token: Tensor, keys: Tensor, forced: Tensor | None, position: int, n: int, sampling: Sampling):
-        device = self._torch_device
-        tokens = torch.empty(self.batch, n, dtype=torch.int64, device=device)
-        log_probs = torch.empty(self.batch, n, device=device)
-        settings = torch.tensor([self._program.epsilon, sampling.temperature, sampling.top_p], device=device)
-        p = nvrtc.params_type(SOURCE)()
-        for name, value in self._fixed.items():
-            setattr(p, name, value)
-        p.settings, p.keys, p.tokens = settings.data_ptr(), keys.data_ptr(), token.data_ptr()
-        p.forced = 0 if forced is None else forced.data_ptr()
-        p.out, p.log_probs = tokens.data_ptr(), log_probs.data_ptr()
-        p.count, p.position, p.top_k = n, position, sampling.top_k
-        self._module.launch(KERNEL, self.batch * self.sizes.cluster, THREADS, self.sizes.shared, p)
-        return tokens, log_probs
