@@ -13,6 +13,7 @@ import torch
 
 from seqlab.model import ModelConfig, build_model
 from seqlab.ops import nvrtc
+from seqlab.ops.decode.sampling import stream_key
 
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")
@@ -86,3 +87,22 @@ def decoded_model(options: dict, shifts: float = 0.5):
             if any(part in name for part in ("class_shifts", "prediction_head.weight", "prediction_head.input")):
                 parameter.normal_(std=shifts)
     return model
+
+
+def decoded_beside(runner, exact, model, batch: int, classes, steps: int, sampling, given: bool):
+    """A prompt, then `steps` tokens in two runs of `runner` and in one of `exact`: the largest differences of log-probabilities and of the states
+    after them, and the tokens (b steps) of both. `given`: the tokens are not drawn."""
+    keys = torch.tensor([stream_key(sampling.seed, s) for s in range(batch)])
+    prompt = torch.randint(0, model.config.vocab_size, (batch, 5))
+    state = model(prompt[:, :4], **({} if classes is None else {"classes": classes}))[1]
+    runner.load(state)
+    exact.load(state)
+    forced = torch.randint(0, model.config.vocab_size, (batch, steps)) if given else None
+    first, rest = (None, None) if forced is None else forced.split([4, steps - 4], 1)
+    got = [runner.run(prompt[:, 4], 5, 4, sampling, keys, first)]
+    got.append(runner.run(got[0][0][:, -1], 9, steps - 4, sampling, keys, rest))
+    tokens, log_probs = (torch.cat(parts, 1) for parts in zip(*got))
+    expected, expected_lp = exact.run(prompt[:, 4], 5, steps, sampling, keys, forced)
+    worst = float((log_probs - expected_lp).abs().max())
+    states = max(float((x - y).abs().max()) for a, b in zip(runner.state(), exact.state()) for x, y in zip(a, b))
+    return worst, states, tokens, expected

@@ -8,7 +8,7 @@ from seqlab.model import ModelConfig, build_model
 from seqlab.ops.decode import reference, solo
 from seqlab.ops.decode.program import Program
 from seqlab.ops.decode.request import Request
-from seqlab.ops.decode.sampling import Sampling, stream_key
+from seqlab.ops.decode.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(emulate.COMPILER is None, reason="g++ is not installed; it compiles the emulated kernels")
 
@@ -30,21 +30,8 @@ def errors(name, batch, half=False, steps=7, sampling=None, allowed=None, given=
     assert solo.unfit(request) is None
     exact = reference.Runner(Request(model, batch, torch.device("cpu"), torch.float32, allowed, classes, base))
     runner = solo.Runner(request, emulate.Device(solo.SOURCE, (solo.KERNEL,)))
-    keys = torch.tensor([stream_key(sampling.seed, s) for s in range(batch)])
-    prompt = torch.randint(0, model.config.vocab_size, (batch, 5))
-    state = model(prompt[:, :4], **({} if classes is None else {"classes": classes}))[1]
-    runner.load(state)
-    exact.load(state)
-    forced = torch.randint(0, model.config.vocab_size, (batch, steps)) if given else None
-    first, rest = (None, None) if forced is None else forced.split([4, steps - 4], 1)
-    got = [runner.run(prompt[:, 4], 5, 4, sampling, keys, first)]
-    got.append(runner.run(got[0][0][:, -1], 9, steps - 4, sampling, keys, rest))
-    tokens, log_probs = (torch.cat(parts, 1) for parts in zip(*got))
-    expected, expected_lp = exact.run(prompt[:, 4], 5, steps, sampling, keys, forced)
-    worst = float((log_probs - expected_lp).abs().max())
-    for a, b in zip(runner.state(), exact.state()):
-        worst = max(worst, float((a.ssm - b.ssm).abs().max()), float((a.conv - b.conv).abs().max()))
-    return worst, torch.equal(tokens, expected)
+    worst, states, tokens, expected = emulate.decoded_beside(runner, exact, model, batch, classes, steps, sampling, given)
+    return max(worst, states), torch.equal(tokens, expected)
 
 
 @pytest.mark.parametrize("name, batch", [("plain", 1), ("plain", 3), ("classes", 3), ("wide", 1)])
