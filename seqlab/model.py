@@ -114,7 +114,8 @@ class LanguageModel(nn.Module):
                 raise ValueError("mask: a model with a prediction_order reads every sample; call it without a mask")
             before, heard = (None, None) if state is None else state
             prediction, heard = self.prediction_head.predictor(ids, heard)
-            x = x + (prediction.inputs @ self.prediction_head.input).to(x.dtype)
+            told = self.prediction_head.input
+            x = x + (prediction.inputs.to(told.dtype) @ told).to(x.dtype)
         options = {} if shifts is None else {"shifts": shifts}
         y, after = self.backbone(self.dropout(x), before, mask, return_state=return_state, **options)
         if return_state and prediction is not None:

@@ -135,7 +135,7 @@ def test_pieces_and_steps_equal_the_whole(config, hold):
     with torch.no_grad():
         whole, end = model(ids, classes=classes)
         parts, state = [], None
-        for piece in ids.split([1, 1, 2, 10, 17], 1):
+        for piece in ids.split([0, 1, 1, 2, 0, 10, 17, 0], 1):  # a cut at the same place twice leaves an empty piece
             logits, state = model(piece, state, classes=classes)
             parts.append(logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
@@ -146,6 +146,17 @@ def test_pieces_and_steps_equal_the_whole(config, hold):
         other, _ = model(changed, classes=classes)
     torch.testing.assert_close(other[:, :20], whole[:, :20])
     assert ((other[:, 20:] - whole[:, 20:]).abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("config", [SMALL, UNET], ids=["isotropic", "unet"])
+def test_other_types_and_no_rows(config):
+    ids, model = torch.randint(0, 20, (2, 9)), make(**config)
+    with torch.no_grad():
+        expected = model(ids)[0]
+        assert model(ids[:0])[0].shape == (0, 9, 20)
+        exact = model.double()(ids)[0]
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact.float(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_it_cannot_do_is_refused():

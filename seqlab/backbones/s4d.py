@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from seqlab.backbones.mamba import BackboneConfig, MambaMixer, MixerState
+from seqlab.backbones.mamba import BackboneConfig, MambaMixer, MixerState, _state
 from seqlab.ops import causal_conv1d
 
 CHUNK = 128
@@ -77,11 +77,10 @@ class S4DMixer(nn.Module):
 
     def discrete(self) -> tuple[Tensor, Tensor, Tensor]:
         """log of the decay (d n), input gain delta (d), and C (d n), with the factor 2 of a conjugate pair."""
-        delta = nn.functional.softplus(self.dt_bias)
+        delta, A, C = nn.functional.softplus(_state(self.dt_bias)), -torch.exp(_state(self.A_log)), _state(self.C)
         if not self.is_complex:
-            return -torch.exp(self.A_log) * delta[:, None], delta, self.C
-        A = torch.complex(-torch.exp(self.A_log), self.A_imag)
-        return A * delta[:, None], delta, 2 * torch.view_as_complex(self.C)
+            return A * delta[:, None], delta, C
+        return torch.complex(A, _state(self.A_imag)) * delta[:, None], delta, 2 * torch.view_as_complex(C)
 
     def recur(self, u: Tensor, state: Tensor | None, mask: Tensor | None, return_state: bool):
         """The recurrence without D: u (b l d) float32 or float64 -> y (b l d), last state in its type. Masked positions are not there."""

@@ -123,7 +123,7 @@ class LinearPredictor(nn.Module):
     def forward(self, ids: Tensor, heard: Tensor | None = None) -> tuple[Prediction, Tensor]:
         with torch.autocast(ids.device.type, enabled=False):
             parts = []
-            for piece in ids.split(max(1, PIECE // len(ids)), 1):
+            for piece in ids.split(max(1, PIECE // max(1, len(ids))), 1):
                 part, heard = self._piece(piece, heard)
                 parts.append(part)
         return Prediction(*(torch.cat(same, 1) for same in zip(*parts))), heard
@@ -147,6 +147,9 @@ class LinearPredictor(nn.Module):
     def _piece(self, ids: Tensor, heard: Tensor | None) -> tuple[Prediction, Tensor]:
         K, (f0, f1) = self.order, self.floors().unbind()
         heard = self.start(len(ids)) if heard is None else heard
+        if not ids.shape[1]:
+            nothing = self.levels.new_zeros(len(ids), 0, dtype=torch.float32)
+            return Prediction(nothing, nothing, nothing.new_zeros(len(ids), 0, INPUTS)), heard
         heard, past = heard[:, : 4 * K + 5], heard[:, 4 * K + 5 :]
         before, *sums, last, width = heard.split([K, K + 1, K + 1, K + 1, 1, 1], 1)
         x = torch.cat([before, self.levels[ids.long()].double()], 1)  # (b K+l)

@@ -83,6 +83,19 @@ def test_a_float64_model_has_a_float64_state(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_bfloat16_model_keeps_its_recurrence_in_float32(kind):
+    """As `model.bfloat16()` makes it: everything but the parameters of the recurrence, which are rounded but read as float32."""
+    torch.manual_seed(4)
+    model = build_model(ModelConfig(d_model=8, n_layer=2, d_state=4, blocks=(kind,)))
+    ids = torch.randint(0, 16, (2, 150))
+    with torch.no_grad():
+        expected, _ = model(ids)
+        got, states = model.bfloat16()(ids)
+    assert all(state.ssm.dtype == torch.float32 and state.ssm.isfinite().all() for state in states)
+    assert (got - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_causal_changes_nothing_before(kind):
     model, ids = make(kind), tokens(1, 20)
     with torch.no_grad():
