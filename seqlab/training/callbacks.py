@@ -292,8 +292,10 @@ class ProgressBar(Callback):
         latest, share = self.history.latest, max(self.clock.share_at(trainer.global_step), 1e-6)
         left = max(0.0, self.clock.elapsed * (1 - share) / share)
         valid = "" if math.isnan(self.validation.value) else f"  valid {self.validation.value:.4f}"
+        # beside a validation in other units (nats, squared error) a loss in bits would be taken for another number
+        kind, unit = ("bits", " bits") if self.metric.startswith("bits") else ("loss", "")
         return (
-            f"step {trainer.global_step}  loss {latest.get('bits', math.nan):.4f} bits{valid}  "
+            f"step {trainer.global_step}  loss {latest.get(kind, math.nan):.4f}{unit}{valid}  "
             f"{_si(self.history.rate)} tokens/s  {_clock(left)} left"
         )
 

@@ -118,6 +118,16 @@ def _saved(run):
     return path.stat().st_mtime_ns if path.exists() else None
 
 
+@pytest.mark.parametrize("metric, scale", [("bits per symbol", math.log(2)), ("nats per sequence", 1.0), ("error rate", 1.0)])
+def test_the_line_shows_the_loss_in_the_units_of_the_metric(tmp_path, capfd, monkeypatch, metric, scale):
+    monkeypatch.setattr(ToyTask, "metric", metric)
+    _, run = train(tmp_path, steps=4)
+    line = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("step 4 "))
+    shown, after = line.split("  loss ")[1].split(" ", 1)
+    assert float(shown) == pytest.approx([r["loss"] for r in read_history(run / "metrics.csv") if r["step"] == 4 and not math.isnan(r["loss"])][0] / scale, abs=1e-4)
+    assert after.startswith("bits") == metric.startswith("bits") and line.endswith(f"({metric})")
+
+
 def test_micro_batches_change_nothing(tmp_path):
     exact = {"clip": 0.0, "lr": 1e-2}
     config = TrainConfig(max_steps=3, accelerator="cpu")
