@@ -3,6 +3,7 @@
 POS counts from 1 in a VCF; everything that leaves this file counts from 0. Plain, gzip or bgzip text; BCF is refused.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,19 +77,49 @@ def _plain(allele: str) -> np.ndarray | None:
     return _ids(allele) if allele and not set(allele.upper()) - set("ACGT") else None
 
 
-def read_genome(path: Path, names: set[str]) -> dict[str, np.ndarray]:
-    """name -> ids (l) uint8 of the sequences of a FASTA that `names` holds. Raises UserError where one is not there."""
-    found, seen = {}, []
+def read_genome(path: Path, names: set[str], aliases: dict[str, str] | None = None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The sequences of a FASTA that variants are on, name in the VCF -> ids (l) uint8; and what each is called in the FASTA where
+    that is another name: as `aliases` say, or one that differs in what projects write differently (`plain_name`) and is the
+    only one. Raises UserError where one is not there."""
+    aliases = aliases or {}
+    if unknown := sorted(set(aliases) - names):
+        raise UserError(f"--alias {unknown[0]}={aliases[unknown[0]]}: no variant is on {unknown[0]!r}; there is {_shown(sorted(names))}")
+    asked = {aliases.get(name, name) for name in names}
+    alike = {plain_name(name) for name in names - set(aliases)}
+    kept, seen = {}, {}
     for name, ids in read_records(path):
-        seen.append(name)
-        if name in found:
+        if name in seen:
             raise UserError(f"{path}: sequence {name!r} is there twice; names must differ: rename one")
-        if name in names:
-            found[name] = ids
-    if missing := sorted(names - set(found)):
-        shown = ", ".join(map(repr, seen[:5])) + (f" and {len(seen) - 5:,} more" if len(seen) > 5 else "")
-        raise UserError(f"{path}: has no sequence {missing[0]!r}, which the variants are on; it has {shown}: give their genome")
-    return found
+        seen[name] = None  # in their order
+        if name in asked or plain_name(name) in alike:
+            kept[name] = ids
+    found, renamed = {}, {}
+    for name in sorted(names):
+        own = aliases.get(name, name)
+        if own not in kept and name not in aliases:
+            near = [other for other in kept if plain_name(other) == plain_name(name)]
+            rivals = [other for other in names - {name} if other in near or plain_name(other) == plain_name(name)]
+            if len(near) == 1 and not rivals:
+                own = near[0]
+        if own not in kept:
+            raise UserError(
+                f"{path}: has no sequence {own!r}, which the variants are on; it has {_shown(list(seen))}: give their genome, or "
+                f"say under which name it is there: --alias {name}=NAME"
+            )
+        found[name] = kept[own]
+        if own != name:
+            renamed[name] = own
+    return found, renamed
+
+
+def plain_name(name: str) -> str:
+    """A sequence's name without what projects write differently: chr20 is 20, MN908947.3 is MN908947, chrM is MT."""
+    name = re.sub(r"^chr(?=.)|\.\d+$", "", name, flags=re.IGNORECASE)
+    return "MT" if name == "M" else name
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def check_reference(path: Path, record: Record, genome: np.ndarray) -> None:

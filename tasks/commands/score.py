@@ -18,6 +18,9 @@ def score(
     fasta: Annotated[Path, typer.Option("--fasta", help="The genome that the variants were called on.")],
     out: Annotated[str, typer.Option("--out", help="VCF to write; - for standard output.")] = "-",
     context: Annotated[Optional[str], typer.Option("--context", help="Bases in a window; default: as in training.")] = None,
+    alias: Annotated[
+        Optional[list[str]], typer.Option("--alias", help="VCFNAME=FASTANAME of a sequence that has another name there; may be repeated.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     overwrite: Overwrite = False,
     json_out: Json = None,
@@ -37,6 +40,12 @@ def score(
         raise UserError("--json -: standard output is taken by the VCF; give --out FILE, or --json FILE")
     if out.endswith((".gz", ".bgz", ".bcf")):
         raise UserError(f"--out {out}: is written as text; give a name that ends in .vcf and bgzip it")
+    aliases = {}
+    for pair in alias or []:
+        name, equals, other = pair.partition("=")
+        if not (name and equals and other) or name in aliases:
+            raise UserError(f"--alias {pair}: expected VCFNAME=FASTANAME, each once, for example --alias NC_000020.11=chr20")
+        aliases[name] = other
     length = None if context is None else parse_context(context, "--context")
     device = resolve_device(device)
     loaded = runs.load_run(run, task="dna")
@@ -46,10 +55,12 @@ def score(
         raise UserError(f"{vcf}: holds no variant")
     if not vcf.is_file():
         raise UserError(f"{vcf}: is read more than once; give a file, not a pipe")
-    genome = read_genome(fasta, set(total))
+    genome, renamed = read_genome(fasta, set(total), aliases)
     for item in read_vcf(vcf):  # all of it, before anything is written
         if isinstance(item, Record):
             check_reference(vcf, item, genome[item.chrom])
+    for name, other in renamed.items():
+        note(f"{name} of the variants is {other} of {fasta}: every REF agrees")
     added = f'##INFO=<ID={KEY},Number=A,Type=Float,Description="log p(ALT) - log p(REF) in nats, windows of {length} bases, seqlab">'
     alleles = scored = done = 0
     started = time.monotonic()

@@ -49,7 +49,7 @@ def test_a_record_without_alt_stays_as_it_is(tmp_path):
 
 def test_an_ambiguity_code_of_the_genome_agrees_with_any_ref(tmp_path):
     (tmp_path / "g.fa").write_text(">c\nACMTAC\n")
-    genome = read_genome(tmp_path / "g.fa", {"c"})
+    genome, _ = read_genome(tmp_path / "g.fa", {"c"})
     (record,) = records(write(tmp_path / "x.vcf", "c\t2\t.\tCA\tC\t.\t.\t."))
     check_reference(tmp_path / "g.fa", record, genome["c"])
     (record,) = records(write(tmp_path / "x.vcf", "c\t5\t.\tACC\tA\t.\t.\t."))
@@ -79,10 +79,10 @@ def test_wrong_files_are_one_line(text, said, tmp_path):
 
 def test_another_genome_is_noticed(tmp_path):
     (tmp_path / "g.fa").write_text(">c\nACGTAC\n>d\nGG\n")
-    genome = read_genome(tmp_path / "g.fa", {"c"})
+    genome, _ = read_genome(tmp_path / "g.fa", {"c"})
     assert list(genome) == ["c"] and nucleotide.decode(genome["c"]) == "ACGTAC"
-    with pytest.raises(UserError, match="has no sequence 'chrc', which the variants are on; it has 'c', 'd'"):
-        read_genome(tmp_path / "g.fa", {"c", "chrc"})
+    with pytest.raises(UserError, match="has no sequence 'e', which the variants are on; it has 'c', 'd'"):
+        read_genome(tmp_path / "g.fa", {"c", "e"})
     (tmp_path / "twice.fa").write_text(">c\nACGT\n>c\nGG\n")
     with pytest.raises(UserError, match="sequence 'c' is there twice"):
         read_genome(tmp_path / "twice.fa", {"c"})
@@ -95,12 +95,47 @@ def test_another_genome_is_noticed(tmp_path):
             check_reference(tmp_path / "x.vcf", record, genome["c"])
 
 
+@pytest.mark.parametrize(
+    "there, names, aliases, renamed",
+    [
+        (["20", "21", "MT"], {"chr20", "21", "chrM"}, {}, {"chr20": "20", "chrM": "MT"}),
+        (["chr20", "chrX"], {"20", "X"}, {}, {"20": "chr20", "X": "chrX"}),
+        (["MN908947"], {"MN908947.3"}, {}, {"MN908947.3": "MN908947"}),
+        (["MN908947.3", "other"], {"MN908947", "x"}, {"x": "other"}, {"MN908947": "MN908947.3", "x": "other"}),
+        (["NC_1.2", "NC_1.3"], {"NC_1.3"}, {}, {}),
+        (["chr1", "1"], {"1", "chr1"}, {}, {}),
+    ],
+)
+def test_a_sequence_may_have_another_name_in_the_genome(tmp_path, there, names, aliases, renamed):
+    (tmp_path / "g.fa").write_text("".join(f">{name}\n{'ACGT' * (1 + i)}\n" for i, name in enumerate(there)))
+    genome, found = read_genome(tmp_path / "g.fa", names, aliases)
+    assert found == renamed and set(genome) == names
+    for name in names:
+        assert len(genome[name]) == 4 * (1 + there.index(renamed.get(name, name)))
+
+
+@pytest.mark.parametrize(
+    "there, names, aliases, said",
+    [
+        (["NC_1.2", "NC_1.3"], {"NC_1.4"}, {}, "no sequence 'NC_1.4', .* --alias NC_1.4=NAME"),  # which of the two?
+        (["1"], {"chr1", "chr1.1"}, {}, "no sequence 'chr1'"),
+        (["1"], {"1", "chr1"}, {}, "no sequence 'chr1'"),  # two names in one file are two sequences
+        (["c"], {"x"}, {"x": "d"}, "no sequence 'd'"),
+        (["c"], {"c"}, {"x": "c"}, "--alias x=c: no variant is on 'x'; there is 'c'"),
+    ],
+)
+def test_names_that_could_be_several_sequences_are_not_guessed(tmp_path, there, names, aliases, said):
+    (tmp_path / "g.fa").write_text("".join(f">{name}\nACGT\n" for name in there))
+    with pytest.raises(UserError, match=said):
+        read_genome(tmp_path / "g.fa", names, aliases)
+
+
 def test_a_real_file_and_its_genome_agree():
     if not DATA.is_dir():
         pytest.skip("the folder shared/data is not here")
     path = DATA / "eukaryotes" / "human_b37_chr20_1M-2M.1kgp3.vcf.gz"
     found = records(path)
-    genome = read_genome(DATA / "eukaryotes" / "human_b37_chr20_1M-2M.fa.gz", {"z"})["z"]
+    genome = read_genome(DATA / "eukaryotes" / "human_b37_chr20_1M-2M.fa.gz", {"z"})[0]["z"]
     for record in found:
         check_reference(path, record, genome)
     assert len(found) == 28_998 and sum(any(alt is None for alt in r.alts) for r in found) == 24
