@@ -290,7 +290,7 @@ def test_help_is_there_and_shows_an_example(words):
     stdout, _ = run(*words, "--help")
     assert "Usage" in stdout
     if words and words not in (["prep"], ["train"]):
-        assert "Example:" in stdout and "--json" in stdout and "--debug" in stdout
+        assert "Example:" in stdout and "--json" in stdout and "--debug" in stdout and "--seed" in stdout
 
 
 def test_wide_tables_are_not_cut(capsys):

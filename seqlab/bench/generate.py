@@ -48,6 +48,7 @@ class Settings:
     tokens: int = 2048  # of a whole call
     seconds: float = 0.5  # about how long one timing runs, but two calls at least
     device: str = "cuda"
+    seed: int = 0  # of weights and data
 
     def __post_init__(self) -> None:
         for name in self.shapes:
@@ -89,7 +90,7 @@ class Result:
 
 def make_model(shape: str, settings: Settings) -> torch.nn.Module:
     """An untrained model of a shape, the same every time."""
-    torch.manual_seed(0)
+    torch.manual_seed(settings.seed)
     config = ModelConfig(**SHAPES[shape], vocab_size=settings.vocab_size, tie_embeddings=False)
     return build_model(config).to(settings.device).eval()
 
@@ -98,7 +99,7 @@ def make_model(shape: str, settings: Settings) -> torch.nn.Module:
 def error(model, batch: int, backend: str, dtype: torch.dtype, settings: Settings) -> float:
     """Largest difference between log-probabilities by steps and by the parallel forward pass in float32, 64 tokens. Logits
     are made as large as a trained model's, so that the difference means something."""
-    ids = torch.randint(0, settings.vocab_size, (batch, 64), generator=torch.Generator().manual_seed(0)).to(settings.device)
+    ids = torch.randint(0, settings.vocab_size, (batch, 64), generator=torch.Generator().manual_seed(settings.seed)).to(settings.device)
     weight = model.lm_head.weight
     before = weight.clone()
     weight.mul_(10.0)
@@ -142,7 +143,7 @@ def peer(shape: str, batch: int, settings: Settings) -> tuple[float, float]:
 
     sizes = SHAPES[shape]
     config = MambaConfig(d_model=sizes["d_model"], n_layer=sizes["n_layer"], vocab_size=settings.vocab_size)
-    torch.manual_seed(0)
+    torch.manual_seed(settings.seed)
     model = MambaLMHeadModel(config, device=settings.device, dtype=torch.bfloat16).eval()
     ids = torch.full((batch, 1), settings.vocab_size // 2, device=settings.device)
     return rates(lambda n: model.generate(input_ids=ids, max_length=n + 1, cg=True, top_k=0, temperature=1.0), settings)
@@ -216,7 +217,7 @@ def _peer_row(shape: str, batch: int, settings: Settings, result: Result, progre
 
 
 def _prompt_seconds(model, settings: Settings) -> float:
-    ids = torch.randint(0, settings.vocab_size, (1, settings.prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, settings.vocab_size, (1, settings.prompt), generator=torch.Generator().manual_seed(settings.seed))
     times = []
     for _ in range(2):  # the first compiles
         decoder = Decoder(model, 1)

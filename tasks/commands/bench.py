@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from seqlab.errors import UserError
-from tasks.commands.options import Json, Precision, Set, parse_context, resolve_device
+from tasks.commands.options import BenchSeed, Json, Precision, Seed, Set, parse_context, resolve_device
 from tasks.commands.settings import find_config, load_config, train_options
 from tasks.commands.terminal import command, emit, note, print_table
 
@@ -28,6 +28,7 @@ def bench_scan(
     seconds: Annotated[float, typer.Option("--seconds", help="Most time a contender may take at one length.")] = 10.0,
     attention: Annotated[bool, typer.Option("--attention/--no-attention", help="Causal attention of the same width too.")] = True,
     plot: Annotated[Optional[Path], typer.Option("--plot", help="Write a plot (PNG) here.")] = None,
+    seed: BenchSeed = 0,
     json_out: Json = None,
 ) -> None:
     """Selective scan by length: parity with float64 first, then every back end and peer installed here, side by side.
@@ -53,6 +54,7 @@ def bench_scan(
         dtype=torch.bfloat16 if half else torch.float32,
         attention=attention,
         seconds=seconds,
+        seed=seed,
     )
     console = Console(stderr=True)
     with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
@@ -84,6 +86,7 @@ def bench_generate(
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens of the calls that are timed whole.")] = 2048,
     seconds: Annotated[float, typer.Option("--seconds", help="About how long one timing runs, two calls at least.")] = 0.5,
+    seed: BenchSeed = 0,
     json_out: Json = None,
 ) -> None:
     """Tokens a second while generating: parity with the parallel forward pass first, then beside mamba_ssm if installed.
@@ -111,6 +114,7 @@ def bench_generate(
         tokens=tokens,
         seconds=seconds,
         device=device,
+        seed=seed,
     )
     console = Console(stderr=True)
     with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
@@ -134,6 +138,7 @@ def bench_train(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     precision: Precision = None,
     seconds: Annotated[float, typer.Option("--seconds", help="About how long a contender's steps are timed.")] = 5.0,
+    seed: Seed = None,
     set_: Set = None,
     json_out: Json = None,
 ) -> None:
@@ -149,7 +154,7 @@ def bench_train(
 
     device = resolve_device(device)
     module = runs.task_module(str(load_yaml(find_config(config)).get("task", "dna")))
-    run = load_config(module.Config, config, set_ or [], train_options(context=context, precision=precision))
+    run = load_config(module.Config, config, set_ or [], train_options(context=context, precision=precision, seed=seed))
     half = run.train.precision == "bfloat16" or (run.train.precision == "auto" and device == "cuda")
     step = planning.step_of(run)
     settings = train.Settings(

@@ -17,11 +17,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 # of every `seqlab train`
 Set = Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")]
-Seed = Annotated[Optional[int], typer.Option("--seed")]
+Seed = Annotated[Optional[int], typer.Option("--seed", help="Of weights, data order, masks and dropout.")]
 Devices = Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")]
 Precision = Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")]
-MaxSteps = Annotated[Optional[int], typer.Option("--max-steps")]
-MaxMinutes = Annotated[Optional[float], typer.Option("--max-minutes")]
+MaxSteps = Annotated[Optional[int], typer.Option("--max-steps", help="Stop after so many steps.")]
+MaxMinutes = Annotated[Optional[float], typer.Option("--max-minutes", help="Stop after so many minutes of training.")]
+BenchSeed = Annotated[int, typer.Option("--seed", help="Of weights and data.")]
 
 
 def show_context(context: int | str) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from tasks.commands.options import Json, Set
+from tasks.commands.options import Json, Seed, Set
 from tasks.commands.settings import find_config, load_config, train_options
 from tasks.commands.terminal import emit, note, print_table, progress_bar
 
@@ -16,6 +16,7 @@ def plan(
     context_parallel: Annotated[
         Optional[int], typer.Option("--context-parallel", help="How many of them would share a window.")
     ] = None,
+    seed: Seed = None,
     set_: Set = None,
     json_out: Json = None,
 ) -> None:
@@ -30,7 +31,7 @@ def plan(
     from tasks import planning, runs
 
     module = runs.task_module(str(load_yaml(find_config(config)).get("task", "dna")))
-    options = train_options(context=context, devices=devices, context_parallel=context_parallel)
+    options = train_options(context=context, devices=devices, context_parallel=context_parallel, seed=seed)
     settings = load_config(module.Config, config, set_ or [], options)
     with progress_bar("measuring", "")[0]:
         found = planning.plan_run(settings)

@@ -22,11 +22,16 @@ from seqlab.processes import is_main_process
 
 
 def command(group: typer.Typer, name: str):
-    """A command that turns UserError into one line and exit code 1, and adds --debug for tracebacks."""
+    """A command that turns UserError into one line and exit code 1, and adds --debug for tracebacks, and --seed where it has
+    none, so that a script may give one to any command."""
 
     def decorate(function):
+        signature = inspect.signature(function)
+
         @functools.wraps(function)
         def wrapper(*args, debug: bool = False, **kwargs):
+            if "seed" not in signature.parameters:
+                del kwargs["seed"]
             try:
                 if sys.stdout is None:
                     raise UserError("standard output is closed; leave it open, or send it to /dev/null")
@@ -54,14 +59,16 @@ def command(group: typer.Typer, name: str):
                 first = (str(error).strip().splitlines() or [""])[0][:200]
                 fail(f"{type(error).__name__}: {first} (unexpected; repeat with --debug for the whole story)")
 
-        signature = inspect.signature(function)
-        option = inspect.Parameter(
-            "debug",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")],
-        )
-        wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+        added = {
+            "seed": Annotated[int, typer.Option("--seed", help="Taken by every command; nothing here is drawn.")],
+            "debug": Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")],
+        }
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=0 if name == "seed" else False, annotation=kind)
+            for name, kind in added.items()
+            if name not in signature.parameters
+        ]
+        wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])
         return group.command(name)(wrapper)
 
     return decorate

@@ -256,7 +256,7 @@ def train_classify(
     freeze: Annotated[bool, typer.Option("--freeze", help="Train the head alone; wants --init.")] = False,
     seeds: Annotated[Optional[int], typer.Option("--seeds", help="Runs with different seeds; reports mean and range.")] = None,
     strand: Annotated[Optional[str], typer.Option("--strand", help="none, augment, average or equivariant.")] = None,
-    epochs: Annotated[Optional[float], typer.Option("--epochs")] = None,
+    epochs: Annotated[Optional[float], typer.Option("--epochs", help="Times that training reads every sequence.")] = None,
     seed: Annotated[Optional[int], typer.Option("--seed", help="The first seed.")] = None,
     devices: Devices = None,
     precision: Precision = None,
