@@ -148,13 +148,14 @@ def prepare_labelled(
             sync(tokens)
         if not names:
             bad = f" ({sum(summary.skipped.values()):,} were left out)" if summary.skipped else ""
-            raise UserError(f"{out}: no labelled sequence was read{bad}; give a file that holds some")
+            read = ", ".join(file["path"] for file in sources()) or "nothing"
+            raise UserError(f"{read}: no labelled sequence was read{bad}; give a file that holds some")
         where = list(seen_names.values())
         kind, classes, label_array = _resolve_labels(raw_labels, labels, where)
         key_array = np.array(keys, np.uint64)
         split, rule = _resolve_splits(splits, label_array, kind, key_array, test_share, seed, where)
         kept, report = _leaks(split, key_array, label_array, duplicates, names)
-        _check_classes(kind, classes, label_array[kept], split[kept])
+        _check_classes(kind, classes, label_array[kept], split[kept], int((~kept).sum()), labels.kind == "auto")
         if not kept.all():
             _drop(directory, kept, offsets)
             lengths = np.diff(offsets)[kept]
@@ -322,11 +323,14 @@ def _list(names: Iterable[str], most: int = 6) -> str:
     return ", ".join(repr(name[:40]) for name in names[:most]) + more
 
 
-def _check_classes(kind: str, classes: list[str], labels: np.ndarray, split: np.ndarray) -> None:
-    """Every class needs training sequences, and there must be something to test on."""
+def _check_classes(kind: str, classes: list[str], labels: np.ndarray, split: np.ndarray, dropped: int, kind_was_found: bool) -> None:
+    """Every class needs training sequences, and there must be something to test on. dropped: sequences that are not here any
+    more, as they occur on both sides of a split."""
+    hint = "; --kind regression reads labels as numbers" if kind_was_found and all(map(_is_number, classes)) else ""
+    lost = f" ({dropped:,} on both sides of a split were dropped from its training side; --duplicates keep leaves them)" if dropped else ""
     for code, name in ((0, "train"), (2, "test")):
         if not (split == code).any():
-            raise UserError(f"the {name} split is empty; give it sequences, or leave the splits to --test-share")
+            raise UserError(f"the {name} split is empty{lost}; give it sequences, or leave the splits to --test-share{hint}")
     if kind == "regression":
         return
     train = labels[split == 0]
@@ -334,8 +338,8 @@ def _check_classes(kind: str, classes: list[str], labels: np.ndarray, split: np.
         n = int(train[:, c].sum() if kind == "multi-label" else (train == c).sum())
         if n < 2:
             raise UserError(
-                f"class {name!r} has {n} training sequence{'s' * (n != 1)}; each class needs 2 or more: add some, or leave "
-                "the class out"
+                f"class {name!r} has {n} training sequence{'s' * (n != 1)}{lost}; each class needs 2 or more: add some, or leave "
+                f"the class out{hint}"
             )
 
 
@@ -444,12 +448,15 @@ class Reader:
         self._done += size
 
     def lines(self, path: Path, wanted: str) -> Iterator[str]:
-        """Text lines without their ends."""
+        """Text lines without their ends: LF, CRLF, or the CR alone of old spreadsheets."""
         rest = b""
         for block in self.blocks(path, wanted):
-            *whole, rest = (rest + block).replace(b"\r\n", b"\n").split(b"\n")
+            text = rest + block
+            end = len(text) - text.endswith(b"\r")  # half of a CRLF, perhaps
+            *whole, rest = text[:end].replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+            rest += text[end:]
             for line in whole:
-                yield line.decode("utf-8", "replace").rstrip("\r")
+                yield line.decode("utf-8", "replace")
         if rest:
             yield rest.decode("utf-8", "replace").rstrip("\r")
 
@@ -501,20 +508,35 @@ class Reader:
         except csv.Error as error:
             raise UserError(f"{path}: line {reader.line_num + start - 1}: not a readable table ({error})") from None
 
-    def parquet(self, path: Path, *, split: int | None = None, where: dict[str, str] | None = None) -> Iterator[Record]:
-        """Rows of a parquet file with a sequence and a label column; needs pyarrow."""
+    def parquet(
+        self,
+        path: Path,
+        *,
+        sequence_column: str | None = None,
+        label_column: str | None = None,
+        name_column: str | None = None,
+        split_column: str | None = None,
+        split: int | None = None,
+        where: dict[str, str] | None = None,
+    ) -> Iterator[Record]:
+        """Rows of a parquet file; needs pyarrow. Arguments as for `table`."""
         table = _read_parquet(path)
         header = list(table.column_names)
-        sequence = _column(path, header, None, SEQUENCE_NAMES, "--sequence-column", "sequence")
-        label = _column(path, header, None, LABEL_NAMES, "--label-column", "label")
+        sequence = _column(path, header, sequence_column, SEQUENCE_NAMES, "--sequence-column", "sequence")
+        label = _column(path, header, label_column, LABEL_NAMES, "--label-column", "label")
+        called = None if name_column is None else _column(path, header, name_column, (), "--name-column", "name")
+        chosen = None if split is not None else _split_column(path, header, split_column)
         filters = {_column(path, header, key, (), "--where", key): value for key, value in (where or {}).items()}
         stem = f"{SPLITS[split]}-" if split is not None else ""
         columns = [column.to_pylist() for column in table.columns]
         for number in range(table.num_rows):
             if all(str(columns[c][number]) == value for c, value in filters.items()):
-                cells = [columns[c][number] for c in (sequence, label)]
-                text, name = ("" if cell is None else str(cell).strip() for cell in cells)
-                yield Record(f"{path}: row {number + 1}", f"{stem}{number + 1}", text.encode(), name, split)
+                text, its_label, name, word = (
+                    "" if c is None or columns[c][number] is None else str(columns[c][number]).strip() for c in (sequence, label, called, chosen)
+                )
+                place = f"{path}: row {number + 1}"
+                its_split = split if chosen is None else _split_code(place, word)
+                yield Record(place, f"{stem}{number + 1}" if called is None else name, text.encode(), its_label, its_split)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.files.append({"path": str(path), "sha256": digest, "bytes": path.stat().st_size})
@@ -824,7 +846,10 @@ def read_files(
         elif name.endswith((".fa", ".fasta", ".fna")):
             raise UserError(f"{path}: where are the labels of this FASTA? Give --label-from header, or --labels FILE")
         elif name.endswith(".parquet"):
-            yield from reader.parquet(path, split=split, where=where)
+            yield from reader.parquet(
+                path, sequence_column=sequence_column, label_column=label_column, name_column=name_column,
+                split_column=split_column, split=split, where=where,
+            )  # fmt: skip
         else:
             yield from reader.table(
                 path, sequence_column=sequence_column, label_column=label_column, name_column=name_column,

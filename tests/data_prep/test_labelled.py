@@ -40,6 +40,40 @@ def text_of(store, row):
 
 
 # -- layouts -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_line_ends_of_any_system(tmp_path, monkeypatch, end, block):
+    """The CR alone of old spreadsheets was an error of the csv module, "unexpected"."""
+    text = end.join(["sequence,label", "ACGT,a", "", "GGCC,b", "AACC,a", "TTCC,b", "GAGA,a", "CTCA,b"])
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    whole = Reader.blocks
+
+    def in_pieces(self, path, wanted):
+        for data in whole(self, path, wanted):
+            yield from (data[i : i + block] for i in range(0, len(data), block))
+
+    monkeypatch.setattr(Reader, "blocks", in_pieces)
+    store = prepare(tmp_path / "a.csv", tmp_path / "d")
+    assert [text_of(store, i) for i in range(len(store))] == ["ACGT", "GGCC", "AACC", "TTCC", "GAGA", "CTCA"]
+
+
+def test_parquet_columns_are_those_asked_for(tmp_path):
+    """Column names were not looked at, and a split column was not seen."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    rows = random_rows(9)
+    splits = ["train", "test", "train", "train", "test", "valid", "train", "train", "valid"]
+    table = {"dna": [x for x, _ in rows], "group": [y for _, y in rows], "id": [f"s{i}" for i in range(9)], "split": splits}
+    parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    columns = {"sequence_column": "dna", "label_column": "group", "name_column": "id"}
+    store = prepare(tmp_path / "a.parquet", tmp_path / "d", reading=columns)
+    assert store.names() == table["id"] and [text_of(store, i) for i in range(9)] == table["dna"]
+    assert store.split.tolist() == [("train", "valid", "test").index(word) for word in splits]
+    with pytest.raises(UserError, match="--label-column x: .* has no such column"):
+        prepare(tmp_path / "a.parquet", tmp_path / "e", reading={**columns, "label_column": "x"})
+
+
 def test_a_csv_by_hand(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('label , seq\r\n x ,"  acgRTn-u "\r\ny, CCCC\r\nx,GGGA\r\ny,TTGA\r\n\r\nx,ACCA\ny,AACA\n')
@@ -249,6 +283,21 @@ def test_a_gap_among_measurements_is_named(tmp_path):
     (tmp_path / "a.csv").write_text("sequence,label\n" + "\n".join(rows) + "\n")
     with pytest.raises(UserError, match="line 7: label 'nan' is not a finite number, as nearly all"):
         prepare(tmp_path / "a.csv", tmp_path / "d")
+
+
+def test_what_leaves_no_split_or_class_is_said(tmp_path):
+    numbers = [(x, f"{0.1 * i:.1f}") for i, (x, _) in enumerate(random_rows(20))]
+    with pytest.raises(UserError, match="the test split is empty.*--kind regression reads labels as numbers"):
+        prepare(write_csv(tmp_path / "n.csv", numbers), tmp_path / "d")
+    assert prepare(tmp_path / "n.csv", tmp_path / "r", labels=LabelOptions(kind="regression")).kind == "regression"
+    twice = [(x, y, split) for x, y in random_rows(8) for split in ("train", "test")]
+    path = write_csv(tmp_path / "t.csv", twice, ("sequence", "label", "split"))
+    with pytest.raises(UserError, match="the train split is empty .8 on both sides .* --duplicates keep leaves them"):
+        prepare(path, tmp_path / "d")
+    path = write_csv(tmp_path / "h.csv", [])
+    with pytest.raises(UserError, match=r"h\.csv: no labelled sequence was read; give"):
+        prepare(path, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize("kind, separator", [("many", None), ("binary", ";"), ("multi-label", None)])
