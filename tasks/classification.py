@@ -370,6 +370,7 @@ def train(
     ended = results[max(results)].ended
     if (seed_directory(run_dir, best) / "checkpoints" / "best" / "model.safetensors").is_file():
         _copy_checkpoint(seed_directory(run_dir, best) / "checkpoints" / "best", run_dir / "checkpoints" / "best")
+    write_text(run_dir / "config.yaml", dump_yaml(config))  # a resumed run may have more seeds than it began with
     write_run_facts(
         run_dir,
         {

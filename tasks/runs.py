@@ -98,6 +98,7 @@ def train(
 
     result = fit_task(task, config.optim, config.train, run_dir, init=init, resume=resume)
     if is_main:
+        write_text(run_dir / "config.yaml", dump_yaml(config))  # a resumed run may have another end than it began with
         write_run_facts(run_dir, {**facts, "ended": result.ended, "result": result.__dict__})
     return result
 

@@ -166,6 +166,28 @@ def test_killed_before_the_first_checkpoint_and_resumed_equals_uninterrupted(tra
     assert facts[0]["init"] == facts[1]["init"] and facts[1]["result"]["steps"] == 3
 
 
+def test_a_resumed_run_goes_on_to_the_end_that_it_was_last_given(trained, tmp_path):
+    """Stopped again after `--resume --max-steps`, a run was over at once when it was resumed as the message says."""
+    run("train", "dna", "--data", trained / "data", "--max-steps", 3, *TOY, "--out", tmp_path / "run")
+    run("train", "dna", "--resume", "--out", tmp_path / "run", "--max-steps", 5, "--set", "optim.lr=2e-3")
+    kept = load_yaml(tmp_path / "run" / "config.yaml")
+    assert kept["train"]["max_steps"] == 5 and kept["optim"]["lr"] == 2e-3
+    # as a run leaves it that was told to make 7 and killed at its checkpoint after 5
+    last = tmp_path / "run" / "checkpoints" / "last" / "config.yaml"
+    last.write_text(last.read_text().replace("max_steps: 5", "max_steps: 7"))
+    run("train", "dna", "--resume", "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["steps"] == 7
+
+
+@pytest.mark.parametrize("change", ["model.d_model=24", "model.direction=bidirectional", "data.context=32", "train.seed=9"])
+def test_a_resumed_run_stays_what_it_is(trained, change):
+    """A model of another size was a RuntimeError, "unexpected"; the others went on as another run."""
+    before = (trained / "run.json").read_bytes()
+    _, stderr = run("train", "dna", "--resume", "--out", trained, "--set", change, code=1)
+    assert f"--set {change}: --resume goes on with the run's own" in stderr and "unexpected" not in stderr
+    assert (trained / "run.json").read_bytes() == before
+
+
 def test_a_run_killed_while_its_data_was_prepared_can_be_started_again(tmp_path):
     """Its directory was "already used", and "not a run directory" for --overwrite."""
     genome(tmp_path / "g.fa")

@@ -471,9 +471,29 @@ def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path],
         raise UserError(f"{run_dir}: is a run of `train {facts['task']}`; resume it with that command")
     if "dataset" not in facts:
         raise UserError(f"{run_dir}: was imported; start from it with --init {run_dir}, and another --out")
-    path = run_dir / "config.yaml"
-    settings = lay_over(cls, load_yaml(path), train_options(**given), set_ or [], str(path))
+    path = run_dir / "checkpoints" / "last" / "config.yaml"  # of what is gone on with: an earlier --resume may have changed settings
+    if not path.is_file():
+        path = run_dir / "config.yaml"
+    stored = load_yaml(path)
+    settings = lay_over(cls, stored, train_options(**given), set_ or [], str(path))
+    _check_same_run(lay_over(cls, stored, {}, [], str(path)), settings, run_dir)
     return run_dir, data or (facts["dataset"] and runs.training_data(run_dir, facts)), settings
+
+
+def _check_same_run(stored, settings, run_dir: Path) -> None:
+    """UserError where --set would make another model of a resumed run, which its checkpoint cannot go on with, or read its data
+    in another way."""
+    from dataclasses import fields
+
+    keys = [f"model.{field.name}" for field in fields(settings.model) if field.name != "dropout"]
+    for key in (*keys, "data.context", "train.seed"):
+        section, name = key.split(".")
+        old, new = (getattr(getattr(config, section), name, None) for config in (stored, settings))
+        if new != old:
+            raise UserError(
+                f"--set {key}={new}: --resume goes on with the run's own {section}, where {name} is {old}; for another start a new run, "
+                f"with --init {quoted(run_dir)} where the weights fit"
+            )
 
 
 def known_dataset(directory: Path, writer: str, kinds: tuple[str, ...]) -> Path:
