@@ -292,14 +292,17 @@ def _row(name, model, task, batch, settings, train, optim, result) -> Row:
 
 @contextlib.contextmanager
 def _reference_operators():
-    """While this lasts, operators that are not told their back end run as the reference."""
+    """While this lasts, operators that are not told their back end run as the reference. It is made of operations too small to be
+    shared out: with several threads on a busy machine they wait for each other, for minutes instead of seconds."""
     import os
 
-    before = os.environ.get(dispatch.ENVIRONMENT)
+    before, threads = os.environ.get(dispatch.ENVIRONMENT), torch.get_num_threads()
     os.environ[dispatch.ENVIRONMENT] = "reference"
+    torch.set_num_threads(1)
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         os.environ.pop(dispatch.ENVIRONMENT)
         if before is not None:
             os.environ[dispatch.ENVIRONMENT] = before

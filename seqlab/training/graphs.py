@@ -162,6 +162,14 @@ class BrokenOffError(RuntimeError):
     """The recording failed in the middle; what was recorded before is no longer to be used."""
 
 
+def _set_sync_debug_mode(mode: str | int) -> None:
+    """Torch's, without its two lines in the middle of everybody's run: that it is a prototype and does not see everything. What it
+    misses is an error of the recording."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 class _GraphRecorder:
     """Records what is called as a CUDA graph, after a rehearsal that fails where the host waits for the GPU. All records share one pool of memory: they are replayed one after the other,
     and nothing of a step is needed after it but what it returned, whose places stay taken."""
@@ -171,11 +179,11 @@ class _GraphRecorder:
 
     def __call__(self, work: Callable[[], list]) -> tuple[list, Callable[[], None]]:
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
+        _set_sync_debug_mode("error")
         try:
             work()
         finally:
-            torch.cuda.set_sync_debug_mode(before)
+            _set_sync_debug_mode(before)
         graph = torch.cuda.CUDAGraph()
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()

@@ -89,6 +89,18 @@ def test_a_peer_that_differs_is_not_timed(peer, monkeypatch):
     assert "loss or gradients differ" in run().absent["mamba_ssm"]
 
 
+def test_the_reference_runs_on_one_thread(monkeypatch):
+    """With two threads on a busy machine it took 120 s instead of 4 for caduceus_ps_131k."""
+    seen, real, before = [], train.gradient, torch.get_num_threads()
+    monkeypatch.setattr(train, "gradient", lambda *args: seen.append(torch.get_num_threads()) or real(*args))
+    try:
+        torch.set_num_threads(3)
+        run()
+        assert seen == [1, 3] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("error", [1.0, float("nan")])
 def test_if_ours_differs_nothing_is_timed(error, monkeypatch):
     monkeypatch.setattr(train, "error", lambda found, exact: error)

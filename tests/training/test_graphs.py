@@ -1,6 +1,7 @@
 """Recorded steps give what steps give, bit for bit."""
 
 import csv
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from seqlab.training import memory
 from seqlab.training.config import TrainConfig
 from seqlab.training.fit import fit
-from seqlab.training.graphs import BrokenOffError, GradientGraphs
+from seqlab.training.graphs import BrokenOffError, GradientGraphs, _GraphRecorder
 from seqlab.training.memory import Memory
 from seqlab.training.module import _ahead
 from seqlab.training.optim import OptimConfig
@@ -59,6 +60,27 @@ def test_a_layout_is_recorded_when_it_comes_again():
     assert graphs.recorded == 0
     gradients(graphs.backward, 1)  # the same layout of another model's batch: only ever asked of one model in a run
     assert graphs.recorded == 1
+
+
+def test_the_rehearsal_says_nothing(monkeypatch):
+    """Torch warns of its debug mode, two lines in the middle of everybody's run."""
+    modes = []
+
+    def set_mode(mode):
+        warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all", stacklevel=1)
+        modes.append(mode)
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+
+    def work():
+        assert modes == ["error"]
+        warnings.warn("of the model's own", stacklevel=1)
+        raise RuntimeError("a loss that waits for the host")
+
+    with pytest.warns(UserWarning) as found, pytest.raises(RuntimeError, match="waits for the host"):
+        _GraphRecorder()(work)
+    assert modes == ["error", 0] and [str(w.message) for w in found] == ["of the model's own"]
 
 
 def test_what_cannot_be_recorded_goes_on_as_before():
