@@ -10,6 +10,7 @@ It must cost nothing to import: numba, triton, compiled extensions and the like 
 """
 
 import difflib
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -67,6 +68,26 @@ def check_name(name: str, modules: dict[str, ModuleType], where: str) -> None:
     raise UserError(f"{where} {name!r} is not a back end; allowed: {', '.join(['auto', *modules])}{hint}")
 
 
+def forced(modules: dict[str, ModuleType]) -> str:
+    """What SEQLAB_BACKEND says of an operator with these back ends: a name, or "auto" where it says nothing or names a back end
+    that only other operators have (a decoder's, `mamba_ssm` of the scan). A name that none has is returned, for `check_name`."""
+    name = os.environ.get(ENVIRONMENT) or "auto"
+    return "auto" if name not in modules and _is_some_operators(name) else name
+
+
+def forces_another(name: str) -> bool:
+    """Whether SEQLAB_BACKEND keeps the back end `name`, one of ORDER, from running the parts of a block."""
+    given = os.environ.get(ENVIRONMENT) or "auto"
+    return given not in ("auto", name) and (given in ORDER or not _is_some_operators(given))
+
+
+@functools.cache
+def _is_some_operators(name: str) -> bool:
+    from seqlab.ops import OPERATORS, backends
+
+    return any(name in backends(op) for op in OPERATORS)
+
+
 class CannotRun(UserError, RuntimeError):
     """A back end cannot run what it was asked for, and why; a command shows it as the user's to mend."""
 
@@ -84,6 +105,8 @@ def choose(op: str, modules_of: Callable[[], dict[str, ModuleType]], backend: st
     where = "argument backend"
     if backend == "auto":
         backend, where = os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT
+        if backend != "auto":
+            backend = forced(modules_of())
     known = None
     if facts.get("device") == "cuda":
         known = (op, backend, torch.cuda.current_device(), *facts.values())

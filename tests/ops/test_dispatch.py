@@ -66,6 +66,20 @@ def test_environment_forces_a_back_end(monkeypatch):
     scan(backend="reference")  # the argument wins
 
 
+@pytest.mark.parametrize("name", ["persistent", "graph", "solo"])
+def test_a_decoders_back_end_in_the_environment_leaves_other_operators_alone(monkeypatch, name):
+    """`SEQLAB_BACKEND=solo seqlab generate ...` failed at the prompt, which scans read."""
+    monkeypatch.setenv("SEQLAB_BACKEND", name)
+    torch.testing.assert_close(scan(), scan(backend="reference"))
+    assert not dispatch.forces_another("cuda") and not dispatch.forces_another("cpu")
+
+
+def test_what_the_environment_keeps_from_a_block(monkeypatch):
+    for given, cuda, cpu in (("", False, False), ("auto", False, False), ("cuda", False, True), ("cpu", True, False), ("reference", True, True), ("none", True, True)):
+        monkeypatch.setenv("SEQLAB_BACKEND", given)
+        assert (dispatch.forces_another("cuda"), dispatch.forces_another("cpu")) == (cuda, cpu)
+
+
 def test_explicit_back_end_never_falls_back(monkeypatch):
     monkeypatch.setattr(conv_cpu, "unavailable", lambda request=None: "numba is not installed: pip install numba")
     with pytest.raises(RuntimeError) as error:

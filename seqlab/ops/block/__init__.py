@@ -4,7 +4,6 @@ The definition, and what runs everywhere else, is the chain of separate operator
 the two together, outputs and every gradient. What it keeps and recomputes is in cuda.py beside this file.
 """
 
-import os
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +35,7 @@ def unavailable(x: Tensor, d_inner: int, d_state: int) -> str | None:
         return "torch.compile fuses the separate operators itself"
     if x.numel() == 0:
         return "nothing to compute"
-    if os.environ.get(dispatch.ENVIRONMENT) not in (None, "", "auto", "cuda"):
+    if dispatch.forces_another("cuda"):
         return f"{dispatch.ENVIRONMENT} asks for another back end"
     dtype = compute_dtype(x)
     if x.dtype not in (torch.float32, dtype):

@@ -18,7 +18,6 @@ Whatever the back end, the tokens are those of `reference`: the model's forward 
 
 import copy
 import logging
-import os
 from types import ModuleType
 
 import torch
@@ -286,8 +285,8 @@ class Decoder:
 def _choose(backend: str, request: Request) -> str:
     """The back end of a decoder; see `Decoder`."""
     where = "argument backend"
-    if backend == "auto" and os.environ.get(dispatch.ENVIRONMENT) in BACKENDS:
-        backend, where = os.environ[dispatch.ENVIRONMENT], dispatch.ENVIRONMENT
+    if backend == "auto":
+        backend, where = dispatch.forced(BACKENDS), dispatch.ENVIRONMENT
     dispatch.check_name(backend, BACKENDS, where)
     if backend == "auto":
         backend = fastest(request)

@@ -12,7 +12,6 @@ The gradient of the state that entered is exp(A s) g + a of the gradient g of th
 Combining the two numbers of every piece gives the exact states at all cuts without running one piece after the other.
 """
 
-import os
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +62,7 @@ def piece_ends(
     run = torch_piece_ends
     request = dispatch.Request(x.device.type, x.dtype, A.shape[0], d_state=A.shape[1])
     for name, backend in (("cuda", cuda), ("cpu", cpu)):
-        wanted = os.environ.get(dispatch.ENVIRONMENT) in (None, "", "auto", name)
+        wanted = not dispatch.forces_another(name)
         if wanted and x.numel() and x.device.type == name and backend.unavailable(request) is None:
             run = backend.piece_ends
     length, rightward = x.shape[1], adjoint != reverse

@@ -490,4 +490,9 @@ def test_self_check_is_small_and_sees_a_wrong_back_end(backend, monkeypatch):
 def test_environment_names_a_back_end(monkeypatch):
     monkeypatch.setenv("SEQLAB_BACKEND", "reference")
     assert Decoder(make("isotropic")).backend == "reference"
+    monkeypatch.setenv("SEQLAB_BACKEND", "mamba_ssm")  # of the scan; decoders have none
+    assert Decoder(make("isotropic"), device="cpu").backend == "cpu"
+    monkeypatch.setenv("SEQLAB_BACKEND", "refrence")  # was ignored
+    with pytest.raises(ValueError, match="SEQLAB_BACKEND 'refrence' is not a back end; .*did you mean 'reference'"):
+        Decoder(make("isotropic"))
     assert dataclasses.fields(Sampling)[0].name == "temperature"
