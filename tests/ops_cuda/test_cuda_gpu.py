@@ -98,14 +98,13 @@ def test_states_kept_at_every_tile(length, channels, states, reverse, masked, op
 
 
 def test_states_kept_at_every_tile_or_not_give_the_same_gradients(every_tile):
-    """The chunks of the backward pass are others, so the last bits may be too; dz is made of outputs rounded to bfloat16."""
-    x = scan_inputs(1, 20000, 512, 16, HALF)
+    """The chunks are others, so the last bits may be too; dz is made of outputs rounded to bfloat16."""
+    x = scan_inputs(1, 70000, 512, 16, HALF)
     dy = torch.randn_like(x[0])
     found = []
     for segment in (128, native.TILE):
         y, final, kept, ungated = native.forward(*x, None, True, False, segment)
         found.append((y, final, *native.backward(dy, final, *x, None, kept, True, False, segment, ungated)))
-    assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True))
     errors = [relative(a, b) for a, b in zip(*found, strict=True)]
     assert max(e for i, e in enumerate(errors) if i != 8) < 1e-3 and errors[8] < 4e-3, errors
 

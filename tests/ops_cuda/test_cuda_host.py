@@ -42,6 +42,15 @@ def test_long_sequence_fills_the_gpu_and_short_wide_batch_needs_no_first_pass():
     assert scan.plan(64, 2048, 4096, 396, 4, 256).chunks <= 2
 
 
+def test_chunks_fill_a_wave_exactly_where_every_state_is_kept():
+    """Multiples of 128 steps left up to a twentieth of the multiprocessors without work in the last."""
+    for channels, slots, warps in ((512, 396, 4), (256, 264, 4), (128, 792, 2)):
+        grain = scan._grain(scan.TILE, 1, 1 << 20, channels)
+        cut = scan.plan(1, 1 << 20, channels, slots, warps, grain)
+        assert grain == scan.STAGE and 0.98 * slots <= cut.chunks * cut.channel_blocks <= slots
+    assert scan._grain(scan.TILE, 64, 2048, 2048) == scan._grain(0, 64, 2048, 2048) == 128 and scan._grain(64, 1, 1 << 20, 64) == 64
+
+
 def test_states_kept_are_one_in_many_steps():
     assert scan.segment_length(1, 1 << 20, 512) == 128
     assert scan.segment_length(1, 512, 128) == 32

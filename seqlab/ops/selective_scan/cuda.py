@@ -105,8 +105,11 @@ def kept_every(device, batch: int, length: int, channels: int, n: int) -> int:
 
 
 def _grain(segment: int, batch: int, length: int, channels: int) -> int:
-    """Chunks are multiples of this, whether the kept states are that far apart or TILE steps."""
-    return segment_length(batch, length, channels) if segment in (0, TILE) else segment
+    """Chunks are multiples of this: of the steps between the few states kept. Where none is or every tile's, long sequences are cut
+    more finely, so that chunks fill a wave more exactly."""
+    if segment not in (0, TILE):
+        return segment
+    return STAGE if length >= 1 << 16 else segment_length(batch, length, channels)
 
 
 def segment_length(batch: int, length: int, channels: int) -> int:
@@ -400,8 +403,8 @@ def _tidy(u, delta, A, B, C, D, z, bias, initial, mask):
 
 
 def _like(x: Tensor) -> Tensor:
-    """Rows without gaps, of x's shape and dtype; empty_like is the cheaper call but follows x's strides."""
-    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """Rows without gaps, of x's shape and dtype; empty_like costs less than half of torch.empty, whose sizes are Python's."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _outputs(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -508,10 +511,10 @@ def _run_forward(recipe: _Recipe, u, delta, A, B, C, D, z, bias, initial, mask, 
     y, states, last, ungated = _outputs(u, mask), None, None, None
     p.y = y.data_ptr()
     if final:
-        last = A.new_empty((u.shape[0], *A.shape))
+        last = A.new_empty(u.shape[0], *A.shape)
         p.final = last.data_ptr()
     if recipe.keep:
-        states = A.new_empty(recipe.kept)
+        states = A.new_empty(*recipe.kept)
         p.segments = states.data_ptr()
         if recipe.ungated:
             ungated = _like(u)
@@ -793,7 +796,7 @@ def forward_pair(scans: tuple[tuple[Tensor | None, ...], ...], mask: Tensor | No
     p, results = type(recipe.params).from_buffer_copy(recipe.params), []
     for mine, (u, delta, A, B, C, D, z, bias, initial, mask) in zip(p, tidy, strict=True):
         _fill(mine, u, delta, B, C, z, None, A, D, bias, initial, None, mask)
-        y, states = _outputs(u, mask), A.new_empty(recipe.kept if recipe.keep else 0)
+        y, states = _outputs(u, mask), A.new_empty(*recipe.kept if recipe.keep else (0,))
         mine.y = y.data_ptr()
         if recipe.keep:
             mine.segments = states.data_ptr()
@@ -977,36 +980,42 @@ class Call(NamedTuple):
     recipe: _Recipe | None = None  # known: the tensors lie as it wants them
 
 
-def _execute(u: Tensor, call: Call, *rest):
+def _execute(call: Call, tensors: tuple[Tensor | None, ...]):
     """(y, final state, states kept, output before the gate), for a call outside of torch.compile."""
-    if call.recipe is not None and (found := _run_forward(call.recipe, u, *rest, call.final)) is not None:
-        return found
-    return forward(u, *rest, call.softplus, call.reverse, call.segment, call.final)
+    if call.recipe is not None and (found := _run_forward(call.recipe, *tensors, call.final)) is not None:
+        return found  # what is known has been seen to lie on the current GPU
+    return nvrtc.on_device(forward, *tensors, call.softplus, call.reverse, call.segment, call.final)
 
 
 class _Eager(torch.autograd.Function):
     """The same operator without torch.library's wrapping, which costs more than a short scan does."""
 
     @staticmethod
-    def forward(ctx, call, u, *rest):
-        y, final, *kept = nvrtc.on_device(_execute, u, call, *rest)
-        ctx.save_for_backward(u, *rest, *kept)
+    def forward(ctx, call, *tensors):
+        y, final, *kept = _execute(call, tensors)
+        ctx.save_for_backward(*tensors, *kept)
         ctx.options = call[:3]
         ctx.set_materialize_grads(False)
-        return y, final
+        return y if final is None else (y, final)
 
     @staticmethod
     @nvrtc.once_differentiable
-    def backward(ctx, dy, dfinal):
+    def backward(ctx, dy, dfinal=None):
         *saved, ungated = ctx.saved_tensors  # once: under checkpointing every look recomputes
         return None, *nvrtc.on_device(backward, _incoming(dy, saved[0]), dfinal, *saved, *ctx.options, ungated), None
 
 
+_apply_plain = super(torch.autograd.Function, _Eager).apply
+"""_Eager.apply without torch.func's look at every argument: seven of the sixty microseconds of a call."""
+
+
 def execute(call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """y and, where wanted, the final state, of a call outside of torch.compile; tensors as for `forward`."""
-    if call.segment:
-        return _Eager.apply(call, *tensors)
-    return nvrtc.on_device(_execute, tensors[0], call, *tensors[1:])[:2]
+    if not call.segment:
+        return _execute(call, tensors)[:2]
+    # what was looked up has been seen to be plain tensors, and needs no care for torch.func's
+    found = (_Eager.apply if call.recipe is None else _apply_plain)(call, *tensors)
+    return found if call.final else (found, None)
 
 
 def _segment(tensors: tuple[Tensor | None, ...]) -> int:
