@@ -24,6 +24,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seqlab.model import ModelConfig, build_model
+from seqlab.training import memory
+from seqlab.training.memory import Memory
 
 LIMIT = 0.03
 """Of the relative difference of a gradient; two bfloat16 computations of this size differ by about 0.01."""
@@ -91,6 +93,9 @@ def gate(with_peer: bool) -> dict:
     ids = torch.randint(7, 11, (2, 5000), device="cuda")
     fused = gradients(model, ids)
     found = {"separate operators": worst(fused, gradients(separate(model), ids))}
+    memory.prepare(Memory("states"), model)
+    found["memory states"] = worst(gradients(model, ids), fused)
+    memory.prepare(Memory(), model)
     if with_peer:
         found["mamba_ssm"] = worst(fused, gradients(peer_of(model), ids))
     for name, (difference, where) in found.items():
@@ -111,9 +116,9 @@ def step_of(model: nn.Module, ids: torch.Tensor):
     return step
 
 
-def measure(model: nn.Module, ids: torch.Tensor, repeats: int, checkpoint: bool) -> dict:
-    """Median milliseconds of a step and peak GiB; or why there is none."""
-    model.backbone.checkpoint_blocks = checkpoint
+def measure(model: nn.Module, ids: torch.Tensor, repeats: int, mode: str) -> dict:
+    """Median milliseconds of a step in a memory mode and peak GiB; or why there is none."""
+    memory.prepare(Memory(mode), model)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step, times = step_of(model, ids), []
@@ -176,19 +181,19 @@ def main(argv=None) -> None:
         batch, length = (int(n) for n in shape.split("x"))
         ids = torch.randint(7, 11, (batch, length), device="cuda")
         model = build(options.layers)
-        cases = [("seqlab", model, False)]
-        cases += [("seqlab, checkpointing", model, True)] if options.checkpoint else []
-        cases += [("seqlab, separate operators", separate(model), False)] if options.separate else []
+        cases = [("seqlab", model, "plain"), ("seqlab, memory states", model, "states")]
+        cases += [("seqlab, checkpointing", model, "block")] if options.checkpoint else []
+        cases += [("seqlab, separate operators", separate(model), "plain")] if options.separate else []
         if with_peer:
             peer = peer_of(model)
-            cases += [] if options.peer_checkpoint else [("mamba_ssm", peer, False)]
-            cases += [("mamba_ssm, checkpointing", peer, True)] if options.checkpoint or options.peer_checkpoint else []
-        for name, which, checkpoint in cases:
-            row = {"shape": shape, "model": name, **measure(which, ids, options.repeats, checkpoint)}
+            cases += [] if options.peer_checkpoint else [("mamba_ssm", peer, "plain")]
+            cases += [("mamba_ssm, checkpointing", peer, "block")] if options.checkpoint or options.peer_checkpoint else []
+        for name, which, mode in cases:
+            row = {"shape": shape, "model": name, **measure(which, ids, options.repeats, mode)}
             result["steps"].append(row)
             text = row.get("failed") or f"{row['ms']:9.1f} ms {row['gib']:7.2f} GiB {row['tokens_per_s']:12,.0f} tokens/s"
             print(f"  {shape:<12} {name:<28} {text}", flush=True)
-        model.backbone.checkpoint_blocks = False
+        memory.prepare(Memory(), model)
         if options.profile and shape == options.shapes[-1]:
             profile(model, ids, options.profile)
         del model, cases, which

@@ -250,6 +250,8 @@ class Block(nn.Module):
     """
 
     fuse = True
+    # Likewise a run-time choice that changes no result: the fused block keeps more of the scan for the backward pass.
+    keep_every_state = False
 
     def __init__(self, config: BackboneConfig, mixer: nn.Module):
         super().__init__()
@@ -303,6 +305,7 @@ class Block(nn.Module):
             ssm_state=None if state is None else state.ssm,
             return_state=return_state,
             ranks=mixers[0].ranks,
+            every_state=self.keep_every_state,
         )
         return y, MixerState(conv_state, ssm_state) if return_state else None
 

@@ -268,9 +268,10 @@ def _row(name, model, task, batch, settings, train, optim, result) -> Row:
         bf16 = settings.dtype == torch.bfloat16
         candidates = [planner.choose(model, task, batch, settings.micro_batches, train, bf16)[0]]
     elif name == "recorded":
-        if not ours or settings.micro_batches > 1 or train.memory not in ("auto", "plain") or ours[0].memory != str(Memory()):
-            raise UserError("only steps of one batch with memory plain are recorded")
-        candidates = [Memory()]
+        at_once = ("states", "plain")
+        if not ours or settings.micro_batches > 1 or train.memory not in ("auto", *at_once) or ours[0].memory not in at_once:
+            raise UserError("only steps of one batch with memory states or plain are recorded")
+        candidates = [Memory(ours[0].memory)]
     else:
         candidates = [Memory("plain"), Memory("block")]
     for i, memory in enumerate(candidates):

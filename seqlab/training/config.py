@@ -31,7 +31,7 @@ class TrainConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     context_parallel: int = 1  # devices that share a sequence, each with a piece of it; divides devices
-    memory: Literal["auto", "plain", "subtract", "block", "chunked", "layerwise", "offload"] = "auto"  # docs/long-context.md
+    memory: Literal["auto", "states", "plain", "subtract", "block", "chunked", "layerwise", "offload"] = "auto"  # docs/long-context.md
     chunk_tokens: int | None = None  # most tokens at work at once; null: chosen with the memory mode
     checkpoint_blocks: bool = False  # what memory: block was called
     compile: bool = False

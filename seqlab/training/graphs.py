@@ -25,7 +25,7 @@ from seqlab.training.task import Batch, Task
 
 log = logging.getLogger(__name__)
 
-RECORDABLE = ("plain", "subtract")
+RECORDABLE = ("states", "plain", "subtract")
 """Memory modes whose backward pass is one call."""
 LARGEST_SHARE = 0.25
 """Of the GPU's memory, the most that a step may have taken to be recorded."""

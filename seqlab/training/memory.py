@@ -1,5 +1,6 @@
 """The gradient of one batch in as little memory as asked for. Every mode is exact; they differ in what is kept.
 
+    states     on a GPU: plain, and a state of every scan at every 8th position, so that none runs forward again; the fastest
     plain      everything autograd wants: all layers of all positions
     subtract   on a GPU: the same but no layer's input, which is recovered from its output (seqlab/ops/block/stack.py)
     block      one tensor (b l d_model) a layer, and one layer at work: blocks are recomputed (activation checkpointing)
@@ -42,12 +43,13 @@ from torch import Tensor, nn
 from seqlab.backbones.bidirectional import BidirectionalMixer
 from seqlab.backbones.mamba import Block
 from seqlab.backbones.strand import ReverseComplementEquivariant
+from seqlab.ops.selective_scan.cuda import FINE_ABOVE
 from seqlab.training.task import Batch, Task
 
-Mode = Literal["plain", "subtract", "block", "chunked", "layerwise", "offload"]
-MODES: tuple[Mode, ...] = ("plain", "subtract", "block", "chunked", "layerwise", "offload")
+Mode = Literal["states", "plain", "subtract", "block", "chunked", "layerwise", "offload"]
+MODES: tuple[Mode, ...] = ("states", "plain", "subtract", "block", "chunked", "layerwise", "offload")
 CUTTING: tuple[Mode, ...] = ("chunked", "layerwise", "offload")
-SHARING: tuple[Mode, ...] = ("plain", "block")
+SHARING: tuple[Mode, ...] = ("states", "plain", "block")
 """Those in which devices may share a sequence."""
 
 
@@ -81,6 +83,12 @@ def unavailable(mode: Mode, model: nn.Module, task: Task, device: torch.device) 
     backbone = getattr(inner, "backbone", None)
     if mode == "plain":
         return None
+    if mode == "states":
+        weight = next(model.parameters())
+        blocks = [layer for layer in model.modules() if isinstance(layer, Block)]
+        if any(layer.fuse and layer._fusible(weight.new_zeros(1, 1, layer.norm.weight.numel())) for layer in blocks):
+            return None
+        return "it needs a GPU and blocks that run as one operator"
     if mode == "subtract":
         recovers = getattr(backbone, "can_recover_inputs", None)
         weight = next(model.parameters())
@@ -108,6 +116,12 @@ def unavailable(mode: Mode, model: nn.Module, task: Task, device: torch.device) 
     return None
 
 
+def keeps_states(model: nn.Module, tokens: int) -> bool:
+    """Whether a batch of so many tokens is worth the states mode: smaller scans wait for the host, and are run in one launch."""
+    widest = max((layer.mixer.config.d_inner for layer in model.modules() if isinstance(layer, Block)), default=0)
+    return tokens * widest > FINE_ABOVE
+
+
 def prepare(memory: Memory, model: nn.Module) -> None:
     """Set the model up for the mode; names no parameter anew and changes no result."""
     for module in model.modules():
@@ -115,6 +129,8 @@ def prepare(memory: Memory, model: nn.Module) -> None:
             module.checkpoint_blocks = memory.mode == "block"
         if hasattr(module, "recover_inputs"):
             module.recover_inputs = memory.mode == "subtract"
+        if isinstance(module, Block):
+            module.keep_every_state = memory.mode == "states"
 
 
 def backward(

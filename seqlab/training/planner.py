@@ -3,7 +3,7 @@
 Nothing about the model is assumed but that memory grows linearly with what is at work at once, and time with the tokens. A
 few steps on short sequences give the constants:
 
-    plain, subtract, block         peak = p0 + p1 tokens                        tokens at once, over all rows
+    states, plain, subtract, block peak = p0 + p1 tokens                        tokens at once, over all rows
     chunked, layerwise, offload    peak = p0 + p1 chunk + p2 length + state bytes at a cut x cuts    (chunked: p2 = 0)
 
 The peak is that of the device's allocator on a GPU; on a CPU the storages that torch makes are watched as they come and go.
@@ -232,14 +232,14 @@ class Probe:
         return torch.cuda.memory_allocated(self.device)
 
     # -- extrapolating -----------------------------------------------------------------------------------------------
-    def rough(self, rows: int, length: int) -> float:
-        """An upper bound of the plain mode's peak, from one short step: what does not grow is taken to grow."""
+    def rough(self, mode: Mode, rows: int, length: int) -> float:
+        """An upper bound of the peak of plain or states, from one short step: what does not grow is taken to grow."""
         short = min(length, PROBE_TOKENS[self.device.type] // 8)
-        peak, _ = self.measure(Memory(), 1, short)
+        peak, _ = self.measure(Memory(mode), 1, short)
         return peak / short * rows * length
 
     def whole(self, mode: Mode, tokens: int) -> tuple[float, float]:
-        """(peak bytes, seconds) of plain or block with that many tokens at once, over all rows."""
+        """(peak bytes, seconds) of a mode that cuts no sequence, with that many tokens at once, over all rows."""
         if mode not in self._linear:
 
             def measure(unit: int):
@@ -322,7 +322,7 @@ def candidates(mode: Mode, load: Load, device: str, chunk_tokens: int | None, ma
         yield Memory(mode, chunk_tokens)
     elif mode not in modes.CUTTING:
         yield Memory(mode)
-        rows = load.rows if may_divide else 1
+        rows = load.rows if may_divide and mode != "states" else 1  # plain at once before states in parts
         while rows > 1:
             rows = (rows + 1) // 2
             yield Memory(mode, rows * load.length)
@@ -378,6 +378,14 @@ def _largest(possible) -> int:
     return low
 
 
+def _unavailable(mode: Mode, probe: Probe, load: Load) -> str | None:
+    """Why the mode is not to be had; None if it is."""
+    reason = modes.unavailable(mode, probe.model, probe.task, probe.device)
+    if reason is None and mode == "states" and not modes.keeps_states(probe.model, load.rows * load.length):
+        return "batches as small as these gain nothing from it"
+    return reason
+
+
 def plan(
     probe: Probe,
     load: Load,
@@ -396,7 +404,7 @@ def plan(
     chosen: Estimate | None = None
     # the modes asked for first; if none of them fits, the others for the sake of the message
     for mode in sorted(MODES, key=lambda m: wanted not in (None, m)):
-        reason = modes.unavailable(mode, probe.model, probe.task, device)
+        reason = _unavailable(mode, probe, load)
         if mode not in modes.SHARING and train.context_parallel > 1:
             reason = "devices that share a sequence each run whole blocks on one piece of it"
         if reason is not None:
@@ -431,10 +439,13 @@ def choose(model: nn.Module, task: Task, batch: Batch, micro_batches: int, train
     load = load_of(model, batch, micro_batches, train.ema_decay > 0, rows, length)
     available = capacity(probe.device)
     place = "the GPU's" if probe.device.type == "cuda" else "this machine's"
-    if train.memory in ("auto", "plain") and not train.checkpoint_blocks:
-        bound = probe.rough(rows, length) + load.static
-        if 2 * bound < available and train.chunk_tokens is None:
-            return Memory(), f"memory: plain, less than {gib(bound)} of {place} {gib(available)}"
+    if train.chunk_tokens is None and not train.checkpoint_blocks:
+        for mode in ("states", "plain"):
+            if train.memory in ("auto", mode) and _unavailable(mode, probe, load) is None:
+                bound = probe.rough(mode, rows, length) + load.static
+                if 2 * bound < available:
+                    return Memory(mode), f"memory: {mode}, less than {gib(bound)} of {place} {gib(available)}"
+                break
     result = plan(probe, load, train)
     if result.chosen is None:
         wanted = "block" if train.checkpoint_blocks else None if train.memory == "auto" else train.memory

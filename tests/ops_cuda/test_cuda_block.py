@@ -90,9 +90,10 @@ def blocks(direction, dtype=FLOAT, **options):
     return copy.deepcopy(exact), exact.double()
 
 
-def both(direction, dtype, length, state, return_state, device="cpu", masked=False, **options):
+def both(direction, dtype, length, state, return_state, device="cpu", masked=False, every_state=False, **options):
     """(error, name) of outputs and every gradient of the fused block against the definition."""
     ours, exact = blocks(direction, **options)
+    ours.keep_every_state = every_state
     ours, config = ours.to(device), ours.mixer.config
     x = torch.randn(2, length, config.d_model)
     inputs = [x]
@@ -159,6 +160,31 @@ def test_one_direction_in_pieces(emulated, monkeypatch, length, reverse, masked)
     pairs += [(p.grad, named[n].grad) for n, p in ours.named_parameters() if p.grad is not None]
     assert len(pairs) == 6 + 10
     assert max(relative(a, r) for a, r in pairs) < TOLERANCE[FLOAT]
+
+
+@pytest.mark.parametrize("direction,state", (("causal", True), ("causal", False), ("bidirectional", False)))
+@pytest.mark.parametrize("length,dtype", ((1, FLOAT), (65, FLOAT), (65, HALF)))
+@pytest.mark.parametrize("masked", (False, True))
+def test_block_that_keeps_every_state(emulated, direction, state, length, masked, dtype):
+    errors = both(direction, dtype, length, state, state, masked=masked, every_state=True)
+    limit = TOLERANCE[dtype] if dtype == FLOAT else 2 * TOLERANCE[dtype]  # a mask leaves few steps to average over
+    assert max(errors)[0] < limit, max(errors)
+
+
+@pytest.mark.parametrize("direction", ("causal", "bidirectional"))
+def test_every_state_is_kept_at_any_size(emulated, monkeypatch, direction):
+    """A probe of the planner on a short sequence must keep what a long one does."""
+    ours, _ = blocks(direction)
+    kept = {}
+    for ours.keep_every_state in (False, True):
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(tuple(t.shape)) or t, lambda t: t):
+            ours._fused(torch.randn(2, 65, 12), None, None, False)
+        kept[ours.keep_every_state] = seen
+    directions = 1 if direction == "causal" else 2
+    assert kept[True].count((2, 9, 3, 24)) == directions and (2, 9, 3, 24) not in kept[False]
+    # a gated scan's output before the gate, beside the one after it; two scans share the gate, and one tensor is kept in any case
+    assert kept[True].count((2, 65, 24)) == kept[False].count((2, 65, 24)) + (directions == 1)
 
 
 @pytest.mark.parametrize("options", ({"bias": True}, {"conv_bias": False}, {"d_conv": 1}, {"d_conv": 2}), ids=str)
@@ -240,8 +266,9 @@ def test_weight_gradient_on_a_gpu(dtype):
 @pytest.mark.parametrize("dtype", (FLOAT, HALF))
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("sizes", ({}, {"d_model": 64, "d_state": 16, "dt_rank": None}), ids=str)
-def test_block_on_a_gpu(direction, state, length, dtype, masked, sizes):
-    errors = both(direction, dtype, length, state, state, "cuda", masked, **sizes)
+@pytest.mark.parametrize("every_state", (False, True))
+def test_block_on_a_gpu(direction, state, length, dtype, masked, sizes, every_state):
+    errors = both(direction, dtype, length, state, state, "cuda", masked, every_state, **sizes)
     assert max(errors)[0] < 4 * TOLERANCE[dtype], max(errors)
 
 

@@ -214,12 +214,25 @@ def test_which_modes_a_model_can_have():
     causal, both = reasons(**CAUSAL), reasons(**BOTH)
     assert [m for m in causal if causal[m] is None] == ["plain", "block", "chunked"]
     assert [m for m in both if both[m] is None] == ["plain", "block", "layerwise"]
-    assert "host's already" in both["offload"] and "GPU" in both["subtract"]
+    assert "host's already" in both["offload"] and "GPU" in both["subtract"] and "GPU" in both["states"]
 
     class Whole:
         """A task whose loss is not a sum over positions."""
 
     assert "pieces" in reasons(Whole(), **CAUSAL)["chunked"] and "sum over positions" in reasons(Whole(), **BOTH)["layerwise"]
+
+
+def test_the_states_mode_is_the_blocks_own(monkeypatch):
+    """Set on every block and taken back by the next mode; where blocks can run as one operator, and only for batches that gain."""
+    model = make(n_layer=3, **BOTH)
+    blocks = [m for m in model.modules() if isinstance(m, memory.Block)]
+    for mode in ("states", "plain"):
+        memory.prepare(Memory(mode), model)
+        assert [m.keep_every_state for m in blocks] == [mode == "states"] * 3
+    monkeypatch.setattr(memory.Block, "_fusible", lambda self, x: x.shape == (1, 1, 8))
+    assert memory.unavailable("states", model, Task(), torch.device("cpu")) is None
+    widest = memory.FINE_ABOVE // blocks[0].mixer.config.d_inner
+    assert memory.keeps_states(model, widest + 1) and not memory.keeps_states(model, widest)
 
 
 class LastTask:

@@ -102,6 +102,48 @@ def test_the_cheapest_mode_that_fits_is_chosen():
     assert chosen(load.static) is None
 
 
+def test_states_are_kept_while_all_fits_at_once(monkeypatch):
+    """Ahead of plain, but never in parts; and not where batches are too small for it."""
+    probe = probe_of(rows=4, length=3000, **CAUSAL)
+    load = load_of(probe)
+    right = memory.unavailable
+    monkeypatch.setattr(memory, "unavailable", lambda mode, *rest: None if mode == "states" else right(mode, *rest))
+    monkeypatch.setattr(memory, "FINE_ABOVE", 0)
+    plain = probe.whole
+
+    def whole(mode, tokens):  # what a GPU would keep more
+        return tuple(x * (3 if mode == "states" else 1) for x in plain("plain" if mode == "states" else mode, tokens))
+
+    monkeypatch.setattr(probe, "whole", whole)
+
+    def chosen(tokens, mode, **train):
+        available = int(1.2 * (whole(mode, tokens)[0] + load.static)) + 1
+        return planner.plan(probe, load, TrainConfig(accelerator="cpu", **train), available=available).chosen.memory
+
+    assert chosen(12_000, "states") == Memory("states")
+    assert chosen(12_000, "plain") == chosen(11_000, "states") == Memory("plain")
+    assert chosen(12_000, "states", memory="plain") == Memory("plain")
+    monkeypatch.setattr(memory, "FINE_ABOVE", 1 << 30)
+    assert chosen(12_000, "states") == Memory("plain")
+    with pytest.raises(UserError, match="train.memory: states cannot be used: batches as small as these"):
+        chosen(12_000, "states", memory="states")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("direction", ("causal", "bidirectional"))
+def test_predicted_peak_of_kept_states_on_a_gpu(direction):
+    """From probes of 65,536 and 131,072 tokens to half a million, and the states are a good part of it."""
+    model = make(torch.float32, d_model=64, n_layer=3, d_state=16, direction=direction).cuda()
+    batch = {key: value.cuda() for key, value in make_batch(1, 100).items()}
+    probe = planner.Probe(model, Task(), batch, 1, 1 << 19, True)
+    predicted, _ = probe.whole("states", 1 << 19)
+    measured, _ = probe.measure(Memory("states"), 1, 1 << 19)
+    assert predicted == pytest.approx(measured, rel=0.02)
+    scans = 3 if direction == "causal" else 6
+    assert measured > scans * (1 << 19) // 8 * 16 * 128 * 4  # a state of 16 numbers of every of 128 channels
+
+
 def test_longest_context_is_where_it_stops_fitting():
     probe = probe_of(**CAUSAL)
     load, available = load_of(probe), 64 * MIB
@@ -230,7 +272,7 @@ def test_plan_command(tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["tokens_per_step"] == 1_000_000 and plan["steps"] == 20_000
     by_mode = {e["memory"]["mode"]: e for e in plan["plan"]["modes"]}
-    assert by_mode.keys() == {"plain", "block", "chunked"} and set(plan["plan"]["unavailable"]) == {"subtract", "layerwise", "offload"}
+    assert by_mode.keys() == {"plain", "block", "chunked"} and set(plan["plan"]["unavailable"]) == {"states", "subtract", "layerwise", "offload"}
     assert by_mode["plain"]["peak"] > by_mode["block"]["peak"] > by_mode["chunked"]["peak"]
     assert plan["plan"]["chosen"]["fits"] and plan["device_hours"] == pytest.approx(plan["seconds"] / 3600)
     shared = run_plan("dna_small", "--context", "4096", "--set", "train.tokens_per_step=32768", "--devices", "4", "--json", "-")

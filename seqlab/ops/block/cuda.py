@@ -6,7 +6,7 @@
 Two directions share the gate z, which is then applied to the sum of their scans, in a pass of its own (Spec.gate_after).
 
 Kept for the backward pass: x, y (of two directions: the sum before the gate), (r | B | C), and the scan's states every few
-hundred steps. s, (u | z), c and delta are made again. Gradients of both directions meet in one (du | dz), which goes through
+hundred steps, or every eight (Spec.every_state). s, (u | z), c and delta are made again. Gradients of both directions meet in one (du | dz), which goes through
 W_in once. Two dozen (b l d) tensors of the same block written as separate operators become five kept or passing at a time.
 """
 
@@ -44,6 +44,7 @@ class Spec:
     # Two directions: apply the gate they share once, to their sum, which is kept in place of the gated one. Faster; without
     # it the output of the scans is kept as it goes into W_out.
     gate_after: bool = True
+    every_state: bool = False  # keep a state every 8 steps, so that no scan goes forward again; and a gated scan's output before it
     spare: bool = False  # in the backward pass hold as little as possible at one time, and make the norm twice for it
     ranks: Any = None  # those that share the sequence, x being this one's piece (seqlab/training/parallel.py); without states
 
@@ -115,6 +116,8 @@ def _conv_state_backward(dstate: Tensor, mask: Tensor | None, reverse: bool, du:
 
 def _segment(spec: Spec, u: Tensor) -> int:
     """Steps between the scan's snapshots; twice as many where memory counts, for a hundredth of the time."""
+    if spec.every_state:  # at any size, so that memory grows with the length alone
+        return scan.TILE
     usual = scan.segment_length(*u.shape)
     return 256 if spec.spare and usual == 128 else usual
 
@@ -122,7 +125,7 @@ def _segment(spec: Spec, u: Tensor) -> int:
 def _scanned_together(spec: Spec, u: Tensor, directions: list[Direction], backward: bool = False) -> list[tuple[int, ...]]:
     """The directions, grouped by which scans run at once."""
     n = directions[0].A_log.shape[1]
-    together = len(directions) == 2 and spec.ranks is None and scan.pair_pays(u, n, backward)
+    together = len(directions) == 2 and spec.ranks is None and not spec.every_state and scan.pair_pays(u, n, backward)
     return [(0, 1)] if together else [(i,) for i in range(len(directions))]
 
 
@@ -191,20 +194,21 @@ def _forward(spec: Spec, x, mask, conv_state, ssm_state, norm_weight, in_weight,
             for (y, snapshots), dbl in zip(found, projections, strict=True):
                 outputs.append(y)
                 if spec.keep:
-                    kept += [dbl, snapshots]
+                    kept += [dbl, snapshots, None]
         else:
             entering = ssm_state
             if spec.ranks is not None:
                 c, delta, A, B, _, _, _, bias = scans[0]
                 entering, sums = spec.ranks.entering_state(c, delta, A, B, bias, True, mask, spec.reverse[i])
                 del c, delta, B
-            y, final, snapshots, _ = scan.forward(*scans[0], entering, mask, True, spec.reverse[i], segment)
+            y, final, snapshots, ungated = scan.forward(*scans[0], entering, mask, True, spec.reverse[i], segment)
             outputs.append(y)
             if spec.keep:
-                kept += [projections[0], snapshots]
+                kept += [projections[0], snapshots, ungated]
                 kept += [] if spec.ranks is None else [halos[i], sources[i], entering, sums]
             if spec.return_state:
                 after = (_conv_state(u, p.conv_weight.shape[1], conv_state, mask, spec.reverse[i]), final)
+            del snapshots, ungated
         del scans, projections, y
     if after_sum:
         total, y = rows.gate_forward(*outputs, z)
@@ -248,8 +252,8 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     del half, total, y
     directions = [Direction(*rest[7 * i : 7 * i + 7]) for i in range(len(spec.reverse))]
     real, each = conv.real_positions(mask), len(kept) // len(directions)
-    kept = [[*kept[each * i : each * (i + 1)], conv_state, None, ssm_state, None][:6] for i in range(len(directions))]
-    halos = [halo for _, _, halo, _, _, _ in kept]
+    kept = [[*kept[each * i : each * (i + 1)], conv_state, None, ssm_state, None][:7] for i in range(len(directions))]
+    halos = [halo for _, _, _, halo, _, _, _ in kept]
     convolved, dcs, grads, d_ssm_state = _convolved(spec, u, directions, halos, real), [], [], None
     for group in _scanned_together(spec, u, directions, True):
         scans, projections = [], []
@@ -265,15 +269,15 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
         if len(group) == 2:
             found = scan.backward_pair(dy, scans, mask, [kept[i][1] for i in group], True, _segment(spec, u))
         else:
-            _, snapshots, _, _, entering, sums = kept[i]
+            _, snapshots, ungated, _, _, entering, sums = kept[i]
             if spec.ranks is not None:
                 _, delta, A, _, C, _, _, bias = scans[0]
                 dssm = spec.ranks.leaving_gradient(dy, delta, A, C, gate, bias, True, mask, sums, spec.reverse[i])
                 del delta, C
             found = [
-                scan.backward(dy, dssm, *scans[0], entering, mask, snapshots, True, spec.reverse[i], _segment(spec, u))
+                scan.backward(dy, dssm, *scans[0], entering, mask, snapshots, True, spec.reverse[i], _segment(spec, u), ungated)
             ]
-            del snapshots
+            del snapshots, ungated
         scans = [(c, A) for c, _, A, *_ in scans]  # delta is done with
         for i in group:
             dc, ddelta, dA, dB, dC, dD, dz_here, d_dt_bias, d_ssm_state = found.pop(0)
@@ -309,7 +313,7 @@ def _backward(spec: Spec, tensors, kept, dout, dconv, dssm):
     del dcs
     del dy, xz, u, z, gate
     if spec.ranks is not None:
-        for dhalo, (_, _, _, source, _, _), reverse in zip(dhalos, kept, spec.reverse, strict=True):
+        for dhalo, (_, _, _, _, source, _, _), reverse in zip(dhalos, kept, spec.reverse, strict=True):
             if source is not None:
                 spec.ranks.add_halo_gradient(du, dhalo, source, mask, reverse)
     if dconv is not None:

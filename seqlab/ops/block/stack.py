@@ -28,7 +28,7 @@ class Stack(torch.autograd.Function):
         for k, spec in enumerate(specs):
             mine = parameters[k * each : (k + 1) * each]
             x, _, _, (total, *rest) = cuda._apart(cuda._forward, spec, x, mask, None, None, *mine)
-            kept.append([total, *rest[1::2]])  # without (r | B | C)
+            kept.append([total, *rest[1::3]])  # without (r | B | C)
         ctx.specs, ctx.each = specs, each
         # this node's own work: nothing that autograd must watch, and to be freed block by block on the way back
         ctx.kept, ctx.last = kept, x.detach()
@@ -64,7 +64,7 @@ def _backward(spec: cuda.Spec, x: Tensor, mask, own: list[Tensor], dout: Tensor,
     own.clear()
     kept = [total]
     for states in snapshots:
-        kept += [None, states]
+        kept += [None, states, None]
     del total, snapshots
     return cuda._backward(spec, (x, mask, None, None, *parameters), kept, dout, None, None)
 
