@@ -133,14 +133,16 @@ def test_batches_made_ahead_come_in_order_and_raise_what_making_them_raised():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_runs_with_and_without_recorded_steps_are_the_same_bits(precision, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision, mode", [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "states")])
+def test_runs_with_and_without_recorded_steps_are_the_same_bits(precision, mode, tmp_path, monkeypatch):
     """Dropout, gradient clipping and an average of the weights included; resumed in the middle, too."""
+    if mode == "states":
+        monkeypatch.setattr(memory, "FINE_ABOVE", 0)  # which such small batches would not get
     recorded = []
     monkeypatch.setattr(
         GradientGraphs, "_again", staticmethod(lambda *a, f=GradientGraphs._again: (recorded.append(1), f(*a))[1])
     )
-    train = replace(TRAIN, max_steps=24, validate_every=8, accelerator="gpu", precision=precision, ema_decay=0.9)
+    train = replace(TRAIN, max_steps=24, validate_every=8, accelerator="gpu", precision=precision, ema_decay=0.9, memory=mode)
     runs = {"graphs": train, "kernels": replace(train, cuda_graphs=False), "resumed": train}
     for name, config in runs.items():
         before = len(recorded)
