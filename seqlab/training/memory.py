@@ -58,7 +58,7 @@ class Memory:
     """How the gradient of a batch is computed.
 
     chunk_tokens: the most tokens at work at once, over all rows: a batch of more is dealt out by rows, and the modes that
-        cut sequences cut a row that alone is longer. None: all of a batch (plain and block only).
+        cut sequences cut a row that alone is longer. None: all of a batch (not where sequences are cut).
     """
 
     mode: Mode = "plain"
