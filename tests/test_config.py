@@ -1,6 +1,8 @@
 """Strict configuration: every wrong value is one line with file, path, what was seen and what is allowed."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -164,6 +166,15 @@ def test_the_promised_presets_are_there():
     assert ps.data.context == ph.data.context == 131_072 and ps.train.tokens_per_step == 2**20
     hg38 = load_config(DnaConfig, "hg38_1m", [], {})
     assert hg38.data.context == 2**20 and hg38.train.tokens_per_step == 2**24
+
+
+def test_the_guide_lists_the_presets_of_dna_as_they_are():
+    """It said 1,024 for a context that was 2,048."""
+    guide = Path(__file__).resolve().parents[1] / "docs" / "training.md"
+    rows = re.findall(r"^\| `(\w+)` \| (\w+).*?, (\d+) x (\d+)[^|]*\| ([\d,]+) \|", guide.read_text(encoding="utf-8"), re.M)
+    listed = {name: (direction, int(layers), int(width), int(context.replace(",", ""))) for name, direction, layers, width, context in rows}
+    configs = {name: load_config(DnaConfig, name, [], {}) for name in presets("dna")}
+    assert listed == {name: (c.model.direction, c.model.n_layer, c.model.d_model, c.data.context) for name, c in configs.items()}
 
 
 def test_unknown_preset_names_the_nearest():
