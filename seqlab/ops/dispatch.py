@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 from seqlab.errors import UserError
 
@@ -128,6 +129,19 @@ def choose(op: str, modules_of: Callable[[], dict[str, ModuleType]], backend: st
             f"{op}: back end {backend!r} (asked for by {where}) cannot run this. {_listing(modules, request)}"
         )
     return backend
+
+
+def forwards(op: str, backend: str, tensors: tuple[torch.Tensor | None, ...]) -> str:
+    """`backend`, or, where some tensor has a tangent (forward-mode differentiation: torch.func.jvp, forward_ad), "reference", the
+    only one that hands it on: operators written by hand drop it, and a derivative of 0 would look right.
+
+    Raises CannotRun where another back end is asked for by name.
+    """
+    if forward_ad._current_level < 0 or all(x is None or forward_ad.unpack_dual(x).tangent is None for x in tensors):
+        return backend
+    if backend not in ("auto", "reference"):
+        raise CannotRun(f"{op}: back end {backend!r} has no forward-mode derivative; leave it out, or ask for 'reference'")
+    return "reference"
 
 
 # What torch.compiler.assume_constant_result does, which would import the whole compiler (a second) to do it.

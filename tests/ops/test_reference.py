@@ -162,3 +162,30 @@ def test_second_gradients_are_right_or_refused(op):
     gradient = torch.autograd.grad(run("auto")(*leaves).sum(), leaves[0], create_graph=True)[0]
     with pytest.raises(RuntimeError, match="backend='reference'"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
+def test_forward_derivatives_are_right_or_refused(op, masked):
+    """A fast back end dropped the tangent: the derivative was 0, without a word."""
+    if op == "selective_scan":
+        function, tensors = functools.partial(selective_scan, delta_softplus=True), scan_arguments(1, 3, 2, 2, torch.float64, softplus=True)
+    else:
+        function, tensors = functools.partial(causal_conv1d, activation="silu"), conv_arguments(1, 3, 2, 4, torch.float64)
+    tangents = {name: torch.randn_like(t) for name, t in tensors.items()}
+    mask = torch.tensor([[True, False, True]]) if masked else None
+
+    def run(backend):
+        return lambda *values: function(**dict(zip(tensors, values, strict=True)), mask=mask, backend=backend).sum()
+
+    values, directions = tuple(tensors.values()), tuple(tangents.values())
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(*pair) for pair in zip(values, directions)]
+        _, got = torch.autograd.forward_ad.unpack_dual(run("auto")(*duals))
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            run("cpu")(*duals)
+        run("cpu")(*values)  # without a tangent nothing is lost
+    leaves = [t.detach().requires_grad_() for t in values]
+    gradients = torch.autograd.grad(run("auto")(*leaves), leaves)
+    expected = sum((g * d).sum() for g, d in zip(gradients, directions))
+    torch.testing.assert_close(got, expected)
