@@ -360,7 +360,7 @@ def train(
             goes_on = resume and (directory / "checkpoints" / "last" / "trainer.pt").is_file()
             if goes_on:
                 tasks[seed].init = None
-            done = runs.train(tasks[seed], directory, dataset, store.hash, pretrained=init, resume=goes_on)
+            done = runs.train(tasks[seed], directory, dataset, store.hash, pretrained=init, resume=goes_on, whole=run_dir)
         results[seed] = done
         if each_seed is not None:
             each_seed(seed, done)

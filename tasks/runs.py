@@ -63,11 +63,13 @@ def train(
     init: Path | None = None,
     pretrained: Path | None = None,
     resume: bool = False,
+    whole: Path | None = None,
 ) -> FitResult:
     """Train on a prepared dataset (None: the task makes its own data) into `run_dir`, leaving its config, manifest and facts there.
 
     `init` is a model.safetensors that the weights start from: the same model. A task that starts from another one's
-    weights loads them in its `build_model`; `pretrained` is then the file they come from, for the record.
+    weights loads them in its `build_model`; `pretrained` is then the file they come from, for the record. `whole`: the run that
+    `run_dir` is a part of, if it is one.
 
     Raises:
         UserError: the dataset is not the one that the run to resume was trained on, or whatever training meets.
@@ -96,7 +98,7 @@ def train(
         write_run_facts(run_dir, {**facts, "ended": "running"})
     from seqlab.training.fit import fit as fit_task  # Lightning, which nothing but training needs
 
-    result = fit_task(task, config.optim, config.train, run_dir, init=init, resume=resume)
+    result = fit_task(task, config.optim, config.train, run_dir, init=init, resume=resume, whole=whole)
     if is_main:
         write_text(run_dir / "config.yaml", dump_yaml(config))  # a resumed run may have another end than it began with
         write_run_facts(run_dir, {**facts, "ended": result.ended, "result": result.__dict__})

@@ -40,10 +40,13 @@ def fit(
     *,
     init: Path | None = None,
     resume: bool = False,
+    whole: Path | None = None,
 ) -> FitResult:
-    """Train; leaves `checkpoints/best` and `checkpoints/last`. Raises UserError for what the user can mend."""
+    """Train; leaves `checkpoints/best` and `checkpoints/last`. `whole`: the run that `run_dir` is a part of, if it is one, which
+    messages say to go on with. Raises UserError for what the user can mend."""
     quiet_lightning()
     run_dir = Path(run_dir)
+    whole = run_dir if whole is None else whole
     accelerator = resolve_accelerator(train)
     if accelerator == "cpu":
         keep_freed_memory()
@@ -68,7 +71,7 @@ def fit(
         num_nodes=started.nodes if started else 1,
         precision={"float32": "32-true", "bfloat16": "bf16-mixed"}[precision],
         max_steps=train.max_steps,
-        callbacks=[MemoryChoice(train), clock, history, validation, bar, Termination(lost_contact_advice(run_dir))],
+        callbacks=[MemoryChoice(train), clock, history, validation, bar, Termination(lost_contact_advice(whole))],
         logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,
@@ -82,7 +85,7 @@ def fit(
     interrupted = False
     end_with_parent()
     try:
-        with several_processes(module, run_dir) if trainer.world_size > 1 else contextlib.nullcontext():
+        with several_processes(module, whole) if trainer.world_size > 1 else contextlib.nullcontext():
             trainer.fit(module, ckpt_path=checkpoint if resume else None)
         interrupted = trainer.interrupted
     except KeyboardInterrupt:
@@ -94,7 +97,7 @@ def fit(
             raise UserError(out_of_memory_advice(module, checkpoint, trainer.global_step)) from None
         if not lost_contact(error):
             raise
-        raise UserError(lost_contact_advice(run_dir, f" at step {trainer.global_step}")) from error
+        raise UserError(lost_contact_advice(whole, f" at step {trainer.global_step}")) from error
     finally:
         bar.stop()
     interrupted = interrupted or module.stopping

@@ -469,6 +469,8 @@ def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path],
     facts = read_run_facts(run_dir)
     if facts.get("task", task) != task:
         raise UserError(f"{run_dir}: is a run of `train {facts['task']}`; resume it with that command")
+    if run_dir.resolve().parent.name == "seeds" and (run_dir.resolve().parents[1] / "run.json").is_file():
+        raise UserError(f"{run_dir}: is one seed of a run; go on with that: --resume --out {quoted(run_dir.resolve().parents[1])}")
     if "dataset" not in facts:
         raise UserError(f"{run_dir}: was imported; start from it with --init {run_dir}, and another --out")
     path = run_dir / "checkpoints" / "last" / "config.yaml"  # of what is gone on with: an earlier --resume may have changed settings

@@ -14,6 +14,7 @@ from cli import app, load_config, presets
 from seqlab.classification.dataset import LabelledStore
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
+from seqlab.training import fit as fit_module
 from tasks import classification, runs
 from tasks.classification import ClassificationTask, Config, interpret
 
@@ -291,7 +292,13 @@ def test_predict_reads_sequences(trained, tmp_path):
     assert [row[:2] for row in rows[1:]] == [["a", "lean"], ["b", "rich"], ["c", "."]]
 
 
-def test_a_killed_run_goes_on_with_the_seeds_that_are_left(data, tmp_path, trained):
+def test_one_seed_is_not_gone_on_with_alone(trained):
+    """It began a run inside the run."""
+    line = error_of("train", "classify", "--resume", "--out", trained / "seeds" / "0")
+    assert f"is one seed of a run; go on with that: --resume --out {trained}" in line and not (trained / "seeds" / "0" / "seeds").exists()
+
+
+def test_a_killed_run_goes_on_with_the_seeds_that_are_left(data, tmp_path, trained, monkeypatch):
     """A seed that is done is not trained again, one that is not begins anew, and the answer is that of the first run."""
     import shutil
 
@@ -299,7 +306,10 @@ def test_a_killed_run_goes_on_with_the_seeds_that_are_left(data, tmp_path, train
     shutil.copytree(trained, again)
     shutil.rmtree(again / "seeds" / "1")
     kept = (again / "seeds" / "0" / "metrics.csv").read_text()
+    whole, fit = [], fit_module.fit
+    monkeypatch.setattr(fit_module, "fit", lambda *a, **options: whole.append(options["whole"]) or fit(*a, **options))
     run("train", "classify", "--resume", "--out", again)
+    assert whole == [again]  # what messages say to go on with
     assert (again / "seeds" / "0" / "metrics.csv").read_text() == kept
     before, after = (json.loads((p / "evaluation.json").read_text())["predictors"]["model"]["seeds"] for p in (trained, again))
     assert before == after
