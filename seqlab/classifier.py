@@ -117,7 +117,7 @@ class StreamState(NamedTuple):
     position: int = 0  # where the next piece begins
     last: Tensor | None = None  # (b d_model) the features there, for the evidence of the next piece's first base
     genes: GeneState | None = None
-    counts: tuple[Tensor, ...] = ()  # (b n) of each of `SequenceClassifier.counters`
+    counts: tuple[Tensor, ...] = ()  # (b n) states of each of `SequenceClassifier.counters`
 
 
 class Features(NamedTuple):
@@ -276,9 +276,11 @@ class SequenceClassifier(nn.Module):
         base, tail = _base(ids), None if before.tail is None else _base(before.tail)
         if mask is not None:
             base = torch.where(mask, base, -1)
-        counts = tuple(counter.count(base, tail, features.reading) for counter in self.counters)
-        if before.counts:
-            counts = tuple(a + b for a, b in zip(before.counts, counts, strict=True))
+        counters = self.counters
+        counted = before.counts or (None,) * len(counters)
+        counts = tuple(
+            counter.feed(so_far, base, tail, features.reading, before.position, mask) for counter, so_far in zip(counters, counted, strict=True)
+        )
         return self.next_state(ids, features, before, pooled, more, carried, counts)
 
     def next_state(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CODON = tuple(i for i in range(23) if i % 3 != 2)
@@ -101,15 +102,16 @@ def fold_of(offset: np.ndarray, block: np.ndarray | int) -> np.ndarray:
 
 
 def codes(base: Tensor, offsets: tuple[int, ...]) -> Tensor:
-    """Of the words of each row: base (b n) int64, 0 to 3 or -1 -> (b n-span+1) int64, -1 where a base is not known."""
-    n = base.shape[1] - offsets[-1]
-    forward = base.new_zeros(len(base), n)
-    backward, known = torch.zeros_like(forward), torch.ones_like(forward, dtype=torch.bool)
-    for i, offset in enumerate(offsets):
-        part = base[:, offset : offset + n]
-        known &= part >= 0
-        forward = (forward << 2) + part
-        backward += (3 - part) << (2 * i)
+    """Of the words of each row: base (b n) int64, 0 to 3 or -1 -> (b n-span+1) int64, -1 where a base is not known. Words are put together of
+    two halves, so of `offsets` there are a power of two, and the second half repeats the first, as in both kinds."""
+    forward, backward, known, length = base, 3 - base, base >= 0, 1
+    while length < len(offsets):
+        step = offsets[length]
+        n = max(0, forward.shape[1] - step)
+        forward = (forward[:, :n] << 2 * length) + forward[:, step:]
+        backward = backward[:, :n] + (backward[:, step:] << 2 * length)
+        known = known[:, :n] & known[:, step:]
+        length *= 2
     return torch.where(known, torch.minimum(forward, backward), -1)
 
 
@@ -164,14 +166,23 @@ def count(indices: tuple[Index, ...], line: Tensor, n: int, n_species: int, allo
     """Of the words that end at the last n bases of line (b REACH+n), 0 to 3 or -1: (b n_counts) float64, whole numbers. For each
     kind and each number in a row, how many each species holds; then, where they are paired, how many of them two species hold,
     for all pairs."""
+    return count_stretches(indices, line, n, n_species, max(1, n), 0, allowed)[:, 0]
+
+
+def count_stretches(
+    indices: tuple[Index, ...], line: Tensor, n: int, n_species: int, stretch: int, used: int, allowed: Tensor | None = None
+) -> Tensor:
+    """The same, of every `stretch` bases: (b k n_counts). Of the first stretch `used` bases came before these n, and are not counted."""
     single, paired = [], []
+    missing = -(used + n) % stretch
     for lookup, (offsets, step, runs), pairs in zip(indices, KINDS, PAIRED):
         held = find(lookup, codes(line, offsets), n_species, allowed)
         for least in runs:
             last = in_a_row(held, least, step)[:, -n:]
-            single.append(last.sum(1))
+            last = F.pad(last, (0, 0, used, missing)).unflatten(1, (-1, stretch))  # (b k stretch s)
+            single.append(last.sum(2))
             if least in pairs:  # below 2^24, float32 is exact
                 with torch.autocast(line.device.type, enabled=False):
                     last = last.float()
-                    paired.append((last.transpose(1, 2) @ last).flatten(1))
-    return torch.cat([part.double() for part in (*single, *paired)], 1)
+                    paired.append((last.transpose(2, 3) @ last).flatten(2))
+    return torch.cat([part.double() for part in (*single, *paired)], 2)

@@ -26,6 +26,7 @@ sequence by its length, then a position.
 import hashlib
 import json
 import math
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -432,18 +433,23 @@ def load_init(model: SequenceClassifier, checkpoint: Path, config: Config, store
     load_pretrained(model, checkpoint, store.manifest.get("vocab"))
 
 
-def train(config: Config, dataset: Path, run_dir: Path, *, init: Path | None = None, resume: bool = False) -> FitResult:
-    """Train on a prepared dataset into `run_dir`; `init`: a checkpoint of `train dna` or `train species` to start from.
-    Nothing is created before the configuration is known to fit."""
+def train(
+    config: Config, dataset: Path, run_dir: Path, *, init: Path | None = None, resume: bool = False, say: Callable[[str], None] = lambda text: None
+) -> FitResult:
+    """Train on a prepared dataset into `run_dir`; `init`: a checkpoint of `train dna` or `train species` to start from; `say` is told
+    what is done before and after training. Nothing is created before the configuration is known to fit."""
     store = TokenStore.open(dataset)
     resume, init = runs.start_of(run_dir, resume, init)
     if config.eval.lengths:
         runs.check_lengths("eval.lengths", config.eval.lengths, store, ClassWindows(store, "test", config.data.max_unknown).longest())
     task = SpeciesTask(config, store, None if resume else init)
+    since = time.perf_counter()
     task.build_model()
+    if config.model.gene_order:
+        say(f"gene models (order {config.model.gene_order}) fitted in {time.perf_counter() - since:.0f} s")
     result = runs.train(task, run_dir, dataset, store.hash, pretrained=init, resume=resume)
     if config.calibrate and result.ended != "interrupted" and is_main_process():
-        calibrate(run_dir, store)
+        calibrate(run_dir, store, task.gene_models() if config.model.gene_order else None, say)
     return result
 
 
@@ -463,12 +469,15 @@ FIT_SHARE, MOST_FIT = 1, 64_000_000
 """Likeness and composition are fitted to as many bases as the network was trained on, but no more than this: some ten times as fast."""
 
 
-def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
+def calibrate(
+    run_dir: Path, store: TokenStore, gene_models: list[genes.GeneModel] | None = None, say: Callable[[str], None] = lambda text: None
+) -> dict[str, float]:
     """Fit the biases and the length scale of the best checkpoint's head, and what repeats, likeness and composition count, on fixed windows
     of the validation split (`calibration_windows`), likeness and composition themselves before that, on windows of the training
     split; the checkpoint is replaced. Nothing else of the model changes (vector scaling without the vector,
     Guo et al. 2017). A checkpoint that was calibrated before (its run was resumed at its end) is calibrated anew, from what
-    training left, to the same values. Returns the cross-entropy (nats) before and after, which are written into run.json."""
+    training left, to the same values. `gene_models` are fitted anew where they are not given; `say` is told what is done. Returns the
+    cross-entropy (nats) before and after, which are written into run.json."""
     run = runs.load_run(run_dir, task=NAME)
     config, model = run.config, run.model
     left = json.loads(read_notes(run.checkpoint).get("before_calibration", "{}"))
@@ -492,10 +501,10 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
     if model.homology is not None or model.composition is not None:
         training = ClassWindows(store, "train", config.data.max_unknown)
         if model.genes is not None:  # evidence of training windows needs what checkpoints do not hold: emissions without their fold
-            model.genes.fit(SpeciesTask(config, store).gene_models())
+            model.genes.fit(gene_models or SpeciesTask(config, store).gene_models())
         fitted_at = words.fit_lengths(training, config.data.min_context or config.data.context)
-        words.fit(model, training, fitted_at, min(MOST_FIT, int(trained / FIT_SHARE)), config.train.seed)
-    parts = []
+        words.fit(model, training, fitted_at, min(MOST_FIT, int(trained / FIT_SHARE)), config.train.seed, say)
+    parts, since = [], time.perf_counter()
     for length in lengths:
         fixed, _ = windows.fixed(length, chosen[length])
         said = _said_beside(model, fixed, windows)
@@ -535,6 +544,10 @@ def calibrate(run_dir: Path, store: TokenStore) -> dict[str, float]:
 
     optimizer.step(closure)
     after = nats().item()
+    say(
+        f"calibrated on {len(label):,} validation windows of {lengths[0]:,} to {lengths[-1]:,} bases in {time.perf_counter() - since:.0f} s: "
+        f"{before:.4f} to {after:.4f} nats a window"
+    )
     if not after < before:
         return {"before": before, "after": before}
     with torch.no_grad():
@@ -569,7 +582,7 @@ def _said_beside(model: SequenceClassifier, fixed: Windows, windows: ClassWindow
             each.append(model.repeats(base).double().mean(1, keepdim=True))
         read = words.reading(model, base) if model.composition is not None else None
         counters = [counter for counter in (model.homology, model.composition) if counter is not None]
-        each += [counter.unscaled(counter.count(base, reading=read), length) for counter in counters]
+        each += [counter.unscaled(counter.feed(None, base, None, read), length) for counter in counters]
         said.append(torch.cat(each, 1).cpu())
     return torch.cat(said).numpy()
 

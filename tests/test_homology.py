@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from seqlab import genes, homology
+from seqlab.heads import homology as heads
 from seqlab.heads.genes import GenePredictor
 from seqlab.heads.homology import Composition, Homology, scale_of, scaled
 
@@ -123,18 +124,40 @@ def test_weights_carry_the_genomes_and_a_fitted_part_answers_alike(genomes):
     part.linear.weight.normal_()
     part.scale.copy_(torch.tensor([[0.5, -0.2, 0.3], [2.0, 0.1, 0.4]]))
     other.load_state_dict(part.state_dict())
-    counts, length = part.count(row), torch.tensor([300.0], dtype=torch.float64)
-    assert torch.equal(other.count(row), counts) and torch.equal(other(counts, length), part(counts, length))
-    assert part(counts, length).abs().sum() > 0 and abs(float(part(counts, length).sum())) < 1e-4
-    # beyond LONGEST, ten times the length with ten times the words is the same stretch ten times
-    few = part.log_odds(part.inputs(counts, torch.tensor([8192.0], dtype=torch.float64)))
-    assert torch.allclose(part.log_odds(part.inputs(10 * counts, torch.tensor([81920.0], dtype=torch.float64))), few, atol=1e-4)
+    state, length = part.feed(None, row), torch.tensor([300.0], dtype=torch.float64)
+    assert torch.equal(other.count(row), part.count(row)) and torch.equal(other(other.feed(None, row), length), part(state, length))
+    assert part(state, length).abs().sum() > 0 and abs(float(part(state, length).sum())) < 1e-4
     assert torch.allclose(scale_of(torch.zeros(1, 3)), torch.tensor([[1.0, 0.0, -0.5]]))
     two = torch.tensor([[[3.0, 1.0], [0.0, 1.0]]]), torch.tensor([[2.0, 1.0], [1.0, 0.0]]), torch.tensor([2048.0])
     assert torch.allclose(scaled(*two), torch.tensor([[4.0 - 0.5, -4.0 + 0.5]]))
     # beyond LONGEST the last exponent
     long = torch.tensor([[[1.0, -1.0]]]), torch.tensor([[2.0, -0.5, 1.0]]), torch.tensor([4 * 8192.0])
     assert torch.allclose(scaled(*long), torch.tensor([[1.0, -1.0]]) * 2 * 8**-0.5 * 4)
+
+
+def test_log_odds_of_a_sequence_are_the_mean_of_its_stretches(genomes, monkeypatch):
+    monkeypatch.setattr(heads, "STRETCH", 64)
+    part = Homology(3, 4000).eval()
+    part.keep(homology.keep(genomes, 4000))
+    for weight in part.parameters():
+        weight.normal_(std=0.3)
+    rows = base(genomes[0][0][150:450], turned(genomes[1][0][350:650]), genomes[2][0][50:350])
+    length = torch.tensor([300, 200, 40])
+    real = torch.arange(300) < length[:, None]
+    rows = torch.where(real, rows, -1)
+    line, expected = torch.nn.functional.pad(rows, (homology.REACH, 0), value=-1), torch.zeros(3, 2, 3, dtype=torch.float64)
+    for row in range(3):  # a stretch at a time
+        for at in range(0, int(length[row]), 64):
+            n = min(64, int(length[row]) - at)
+            counts = homology.count(part.indices(), line[row : row + 1, : homology.REACH + at + n][:, at:], n, 3)
+            expected[row] += n / length[row] * part.judge(counts, torch.tensor([float(n)], dtype=torch.float64))[0]
+    assert expected.abs().min(2).values.max() > 0.01
+    assert torch.allclose(part.unscaled(part.feed(None, rows, real=real), length), expected)
+    state, at, before = None, 0, torch.full((3, homology.REACH), -1)
+    for size in (1, 40, 23, 64, 100, 0, 72):  # in pieces, whether they end with a stretch or within one
+        state = part.feed(state, rows[:, at : at + size], before, None, at, real[:, at : at + size])
+        before, at = torch.cat([before, rows[:, at : at + size]], 1)[:, -homology.REACH :], at + size
+    assert torch.allclose(part.unscaled(state, length), expected)
 
 
 def test_of_two_that_hold_a_stretch_the_one_with_fewer_differences_is_nearer():

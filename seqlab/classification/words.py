@@ -9,7 +9,8 @@ are read with up to 6 % of substitutions, as of another strain. The log-odds are
 (themselves fitted without the window's fold), so that they say what that does not.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from seqlab import genes, homology
 from seqlab.classification.windows import ClassWindows, Windows
 from seqlab.classifier import SequenceClassifier
-from seqlab.heads.homology import LONGEST, Composition, Homology
+from seqlab.heads.homology import LONGEST, STRETCH, Composition, Homology
 from seqlab.tokenizers import nucleotide
 
 KNOWN_SHARE, STRAIN_SHARE, MOST_SUBSTITUTIONS = 0.2, 0.5, 0.06
@@ -43,35 +44,46 @@ class Learning:
     shares: Tensor
 
 
-def fit(model: SequenceClassifier, windows: ClassWindows, lengths: list[int], tokens: int, seed: int) -> None:
+def fit(
+    model: SequenceClassifier, windows: ClassWindows, lengths: list[int], tokens: int, seed: int, say: Callable[[str], None] = lambda text: None
+) -> None:
     """Fit model.homology and model.composition, on the device of the model, from about `tokens` bases of random windows of the
-    training split, as many of each length. Their scales stay 0: that is for calibration."""
+    training split, as many of each length; `say` is told what is done. Their scales stay 0: that is for calibration."""
     store, device = windows.store, model.head.linear.bias.device
     genomes = [[nucleotide.DIGITS[store.tokens[a:b]] for a, b in mine.tolist()] for mine in windows.intervals]
     places = _Places(windows)
-    indices = None
+    indices, since = None, time.perf_counter()
     if model.homology is not None:
         model.homology.keep(homology.keep(genomes, model.homology.capacity))
         indices = model.homology.indices(places.blocks)
     learnt, least = [], min(SHORTEST_COMPOSITION, max(lengths))
+    if model.composition is None:
+        lengths = [length for length in lengths if length <= STRETCH]
     for number, length in enumerate(lengths):
         rng = np.random.Generator(np.random.Philox(key=[seed, number]))
         drawn = windows.sample(rng, int(np.clip(tokens // len(lengths) // length, 64, MOST_WINDOWS)), length)
         learnt.append(_look(model, windows, drawn, places, indices, rng, least))
     del indices
+    number = sum(len(part.label) for part in learnt)
+    say(f"{number:,} training windows of {lengths[0]:,} to {lengths[-1]:,} bases looked up in {time.perf_counter() - since:.0f} s")
+    since = time.perf_counter()
     torch_rng = torch.Generator(device="cpu").manual_seed(seed)
     if model.homology is not None:
-        _fit_homology(model.homology, learnt, torch_rng)
+        _fit_homology(model.homology, [part for part in learnt if part.inputs.shape[1]], torch_rng)
+        say(f"likeness fitted in {time.perf_counter() - since:.0f} s")
+        since = time.perf_counter()
     if model.composition is not None:
         chosen = [(length, part) for length, part in zip(lengths, learnt) if length >= least]
         _fit_composition(model.composition, [part for _, part in chosen], [length for length, _ in chosen])
+        say(f"composition fitted in {time.perf_counter() - since:.0f} s")
     model.to(device)
 
 
 def fit_lengths(windows: ClassWindows, shortest: int) -> list[int]:
-    """Half of `shortest` (the shortest window of training), and doublings as far as LONGEST and a fold's blocks go."""
+    """Half of `shortest` (the shortest window of training), or a quarter of a stretch if that is less, and doublings as far as LONGEST and
+    a fold's blocks go. Likeness is fitted to those of a stretch at most, composition to those of SHORTEST_COMPOSITION and more."""
     most = min(LONGEST, int(_Places(windows).blocks.min()), windows.longest())
-    lengths = [max(2, shortest // 2)]
+    lengths = [max(2, min(shortest, STRETCH // 2) // 2)]
     while 2 * lengths[-1] <= most:
         lengths.append(2 * lengths[-1])
     return lengths
@@ -124,6 +136,8 @@ def _look(
     fold = torch.from_numpy(places.gene_fold(drawn)).to(device)
     columns: list[tuple[Tensor, ...]] = []
     composition = model.composition if int(drawn.length.max(initial=0)) >= least else None
+    if int(drawn.length.max(initial=0)) > STRETCH:
+        indices = None
     for part, base in batches(windows, drawn, device):
         length = torch.from_numpy(drawn.length[part]).to(device).double()
         none = base.new_zeros(len(base), 0, dtype=torch.float32)
@@ -136,7 +150,7 @@ def _look(
             inputs = model.homology.inputs(counts, length).float()
         if composition is not None:
             shares = composition.shares(composition.count(base, reading=reading(model, base, fold[part]))).float()
-        columns.append((inputs, gene_evidence(model, base, fold[part]), shares))
+        columns.append((inputs, none if indices is None else gene_evidence(model, base, fold[part]), shares))
     inputs, evidence, shares = (torch.cat(column) for column in zip(*columns))
     return Learning(torch.from_numpy(drawn.label).to(device), inputs, evidence, shares)
 

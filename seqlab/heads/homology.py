@@ -1,7 +1,8 @@
 """What likeness to known genomes says of a sequence: log-odds of the species, from how many words each genome holds.
 
-`Homology` keeps the genomes of the training split, two bits a base (seqlab/homology.py). Of a sequence it counts, piece by piece, the
-words that each species holds, at several levels of identity; a small network makes log-odds of the counts. That network is fitted after
+`Homology` keeps the genomes of the training split, two bits a base (seqlab/homology.py). Of every stretch of a sequence it counts the
+words that each species holds, at several levels of identity; a small network makes log-odds of the counts, which are averaged over the
+stretches. (A genome is a patchwork: what relatives share ends after some hundred bases, and counts of a whole window mix both kinds.) That network is fitted after
 training (seqlab/classification/words.py) on windows whose own place was left out of their genome, and on some for which it was
 not: it so learns that a stretch which stands in one species four fifths identical, and nowhere else, speaks for that species' relative, and one that
 stands there without a difference for the species itself.
@@ -15,15 +16,19 @@ from torch import Tensor, nn
 from seqlab import homology
 
 WIDTH, DROPOUT = 64, 0.2  # of the network's hidden layers
-LONGEST = 8192  # bases; a longer sequence counts as the mean of stretches of this length
+STRETCH = 512  # bases of which likeness is judged together
+LONGEST = 8192  # bases; how log-odds grow with the length is fitted up to here, and beyond
 SHORTEST = 64
 UNITS = 1 << 16  # to a k-mer that is counted by reading frame
 
 
 class Homology(nn.Module):
-    """count(base (b l), before) -> (b n) float64, sums that add up over pieces; forward(counts (b n), length (b)) -> log-odds (b
-    n_species) float32, times `scale`, which is 0 until it is calibrated. It is computed in float64: where a row stands in a batch decides the
-    last bits of logarithms and products, and in float32 they would be seen. `capacity`: bases that are kept, of all species together."""
+    """feed(state or None, base (b l), ...) -> state (b n) float64, piece by piece; forward(state, length (b)) -> log-odds (b n_species)
+    float32, times `scale`, which is 0 until it is calibrated. It is computed in float64: where a row stands in a batch decides the last
+    bits of logarithms and products, and in float32 they would be seen. `capacity`: bases that are kept, of all species together.
+
+    A state holds, of the stretches that are over, the sum of what `judge` says times their bases (2 n_species), then the bases of
+    the one that is not, and its counts."""
 
     def __init__(self, n_species: int, capacity: int):
         super().__init__()
@@ -75,23 +80,48 @@ class Homology(nn.Module):
         self._indices = None
 
     @torch.no_grad()
-    def count(self, base: Tensor, before: Tensor | None = None, reading: Tensor | None = None) -> Tensor:
-        """base (b l), before (b REACH or more): 0 to 3, -1 where not known; before: the bases that precede this piece, not known
-        where None. `reading` is not looked at (see `Composition`)."""
+    def count(self, base: Tensor, before: Tensor | None = None) -> Tensor:
+        """Counts (b n) of all of a piece: base (b l), before (b REACH or more): 0 to 3, -1 where not known; before: the bases that
+        precede this piece, not known where None."""
+        return homology.count(*self._line(base, before), base.shape[1], self.n_species)
+
+    def _line(self, base: Tensor, before: Tensor | None) -> tuple[tuple[homology.Index, ...], Tensor]:
         if self._indices is None or self._indices[0].keys.device != base.device:
             self._indices = self.indices()
         line = F.pad(base, (homology.REACH, 0), value=-1)
         if before is not None:
             line[:, : homology.REACH] = before[:, -homology.REACH :]
-        return homology.count(self._indices, line, base.shape[1], self.n_species)
+        return self._indices, line
+
+    @torch.no_grad()
+    def feed(
+        self, state: Tensor | None, base: Tensor, before: Tensor | None = None, reading: Tensor | None = None, position: int = 0, real: Tensor | None = None
+    ) -> Tensor:
+        """Take in a piece that begins at `position`: base, before as for `count`; real (b l) bool: which positions are no padding, which
+        is on the right (None: all are). `reading` is not looked at (see `Composition`)."""
+        n, said = homology.n_counts(self.n_species), 2 * self.n_species
+        if state is None:
+            state = base.new_zeros(len(base), said + 1 + n, dtype=torch.float64)
+        if not base.shape[1]:
+            return state
+        used = position % STRETCH
+        counts = homology.count_stretches(*self._line(base, before), base.shape[1], self.n_species, STRETCH, used)
+        ones = torch.ones_like(base, dtype=torch.bool) if real is None else real
+        length = F.pad(ones, (used, -(used + base.shape[1]) % STRETCH)).unflatten(1, (-1, STRETCH)).sum(2).double()  # (b k)
+        counts[:, 0] += state[:, said + 1 :]
+        length[:, 0] += state[:, said]
+        over = (used + base.shape[1]) // STRETCH  # how many stretches end in this piece
+        judged = self.judge(counts[:, :over].flatten(0, 1), length[:, :over].flatten()).flatten(1).unflatten(0, (len(base), over))
+        sums = state[:, :said] + (length[:, :over, None] * judged).sum(1)
+        if over == counts.shape[1]:
+            return torch.cat([sums, torch.zeros_like(state[:, said:])], 1)
+        return torch.cat([sums, length[:, over:], counts[:, over]], 1)
 
     def _parts(self, counts: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """counts (b n), length (b) -> words that each holds (b m), that two hold (b pairs n_species n_species), bases (b), all of a
-        sequence of LONGEST at most."""
+        """counts (b n), length (b) -> words that each holds (b m), that two hold (b pairs n_species n_species), bases (b)."""
         n = self.n_species
-        counts = counts * (LONGEST / length.clamp(min=LONGEST))[:, None]
         single, both = counts.split([counts.shape[1] - homology.N_PAIRED * n * n, homology.N_PAIRED * n * n], 1)
-        return single, both.reshape(len(counts), -1, n, n), length.clamp(SHORTEST, LONGEST)
+        return single, both.reshape(len(counts), homology.N_PAIRED, n, n), length.clamp(min=SHORTEST)
 
     def inputs(self, counts: Tensor, length: Tensor) -> Tensor:
         """What the network reads: the counts and those of words that one holds and another does not, as logarithms, and as
@@ -122,17 +152,24 @@ class Homology(nn.Module):
             hidden = F.dropout(F.silu(_map(self.first, x)), DROPOUT, self.training)
             return _map(self.linear, x) + _map(self.last, F.silu(_map(self.second, hidden)))
 
-    def unscaled(self, counts: Tensor, length: Tensor) -> Tensor:
-        """(b 2 n_species) before `scale`."""
+    def judge(self, counts: Tensor, length: Tensor) -> Tensor:
+        """(b 2 n_species) of single stretches: log-odds, and the nearest genome."""
         return torch.stack([self.log_odds(self.inputs(counts, length)), self.nearest(counts, length)], 1)
 
-    def forward(self, counts: Tensor, length: Tensor) -> Tensor:
-        return scaled(self.unscaled(counts, length), self.scale, length).float()
+    def unscaled(self, state: Tensor, length: Tensor) -> Tensor:
+        """(b 2 n_species) before `scale`: the mean of all stretches, of sequences of length (b)."""
+        said = 2 * self.n_species
+        sums, last, counts = state.split([said, 1, state.shape[1] - said - 1], 1)
+        sums = sums + last * self.judge(counts, last[:, 0]).flatten(1)
+        return (sums / length.clamp(min=1)[:, None].double()).unflatten(1, (2, -1))
+
+    def forward(self, state: Tensor, length: Tensor) -> Tensor:
+        return scaled(self.unscaled(state, length), self.scale, length).float()
 
 
 class Composition(nn.Module):
-    """K-mer regression as part of a model: count(base (b l), before, reading) -> (b n) float64, how often each k-mer occurs; forward(counts
-    (b n), length (b)) -> log-odds (b n_species) float32, a linear map of their shares, times `scale`, which is 0 until it is calibrated.
+    """K-mer regression as part of a model: feed(counts or None, base (b l), ...) -> counts (b n) float64, how often each k-mer occurs;
+    forward(counts, length (b)) -> log-odds (b n_species) float32, a linear map of their shares, times `scale`, which is 0 until it is calibrated.
     Fitted after training (seqlab/classification/words.py).
 
     A k-mer and its reverse complement are one. `framed`: they are counted by reading frame. `reading` (b l s), from the gene models, has
@@ -173,6 +210,13 @@ class Composition(nn.Module):
         row = torch.arange(rows, device=base.device)[:, None] * (self.n + 1)
         counts = torch.bincount((column + row).flatten(), minlength=rows * (self.n + 1))
         return counts.view(rows, -1)[:, : self.n].double()
+
+    def feed(
+        self, state: Tensor | None, base: Tensor, before: Tensor | None = None, reading: Tensor | None = None, position: int = 0, real: Tensor | None = None
+    ) -> Tensor:
+        """Counts (b n) so far: see `Homology.feed`; `position` and `real` are not looked at."""
+        counts = self.count(base, before, reading)
+        return counts if state is None else state + counts
 
     def _count_framed(self, code: Tensor, other: Tensor, known: Tensor, reading: Tensor) -> Tensor:
         # In whole numbers, whose sums do not depend on the order in which a GPU adds them.

@@ -226,7 +226,7 @@ def train_species(
         )
         if model.gene_order and not resume:
             note(f"A hidden Markov model of each species' genes (order {model.gene_order}) is fitted first")
-        result = species.train(settings, dataset, run_dir, init=checkpoint, resume=resume)
+        result = species.train(settings, dataset, run_dir, init=checkpoint, resume=resume, say=note)
     if not is_main_process():
         return
     note_training_result(result, run_dir, species.NAME, species.SpeciesTask.metric)
