@@ -454,15 +454,16 @@ def train(
 
 
 def calibration_windows(lengths: Sequence[int], longest: int, trained: int, classes: int) -> dict[int, int]:
-    """Length -> windows of each class to calibrate on: 32 to 200 at the lengths of training, and at each longer one as many as a
-    twentieth of the tokens that were `trained` allows, if that is 4 or more (each window is read on both strands)."""
+    """Length -> windows of each class to calibrate on: 32 to 500 at the lengths of training, and at each longer one as many as an
+    eighth of the tokens that were `trained` allows, if that is 2 or more (each window is read on both strands, once, where training
+    reads, remembers and goes back)."""
     within = [length for length in lengths if length <= longest]
     longer = []
     while within and (longer or within)[-1] * 4 <= longest:
         longer.append((longer or within)[-1] * 4)
-    each = trained // 20 // (2 * classes)  # tokens of a class at a length
-    chosen = {length: min(200, max(32, each // length)) for length in within}
-    return chosen | {length: min(200, each // length) for length in longer if each // length >= 4}
+    each = trained // 8 // (2 * classes)  # tokens of a class at a length
+    chosen = {length: min(500, max(32, each // length)) for length in within}
+    return chosen | {length: min(500, each // length) for length in longer if each // length >= 2}
 
 
 FIT_SHARE, MOST_FIT = 1, 64_000_000
@@ -562,7 +563,7 @@ def calibrate(
 
 
 def _beside(model: SequenceClassifier) -> list[tuple[Tensor, Callable]]:
-    """What counts beside the network: the buffer of its scales and exponents, and what makes these (m 2 or 3) of free numbers. The
+    """What counts beside the network: the buffer of its scales and exponents, and what makes these (m 2) of free numbers. The
     exponent of repeats lies between 0 and 1, where independent witnesses are: where all answers are right, nothing else would hold it
     back."""
     found = []

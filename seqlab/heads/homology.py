@@ -17,7 +17,7 @@ from seqlab import homology
 
 WIDTH, DROPOUT = 64, 0.2  # of the network's hidden layers
 STRETCH = 512  # bases of which likeness is judged together
-LONGEST = 8192  # bases; how log-odds grow with the length is fitted up to here, and beyond
+LONGEST = 8192  # bases; composition is fitted to windows up to here
 SHORTEST = 64
 UNITS = 1 << 16  # to a k-mer that is counted by reading frame
 
@@ -43,7 +43,7 @@ class Homology(nn.Module):
         self.start_anew()
         self.requires_grad_(False)  # training leaves it alone
         # what its log-odds and the nearest genome count at 1,024 bases, and the exponents with which that changes with the length
-        self.register_buffer("scale", torch.zeros(2, 3))
+        self.register_buffer("scale", torch.zeros(2, 2))
         self._indices: tuple[homology.Index, ...] | None = None
 
     @torch.no_grad()
@@ -189,7 +189,7 @@ class Composition(nn.Module):
             self.register_buffer("column", torch.from_numpy(np.append(column, self.n)), persistent=False)  # the last: not known
         self.register_buffer("weight", torch.zeros(n_species, self.n))
         self.register_buffer("centre", torch.zeros(self.n))
-        self.register_buffer("scale", torch.zeros(1, 3))
+        self.register_buffer("scale", torch.zeros(1, 2))
 
     @torch.no_grad()
     def count(self, base: Tensor, before: Tensor | None = None, reading: Tensor | None = None) -> Tensor:
@@ -254,15 +254,14 @@ def _map(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def scaled(log_odds: Tensor, scale: Tensor, length: Tensor) -> Tensor:
-    """(b n): log-odds (b m n), less their means, times what each counts, summed. scale (m 2 or 3): at 1,024 bases, and the exponents by which
-    that changes with the length (b): up to LONGEST, and beyond, where log-odds are those of a mean stretch (without: the same)."""
+    """(b n): log-odds (b m n), less their means, times what each counts, summed. scale (m 2): at 1,024 bases, and the exponent with
+    which that changes with the length (b)."""
     logs = (length.clamp(min=SHORTEST) / 1024.0).log().to(log_odds.dtype)[:, None]
-    beyond = (length.clamp(min=LONGEST) / LONGEST).log().to(log_odds.dtype)[:, None]
-    by_length = scale[:, 0] * torch.exp((logs - beyond) * scale[:, 1] + beyond * scale[:, -1])
+    by_length = scale[:, 0] * torch.exp(logs * scale[:, 1])
     return (by_length[..., None] * (log_odds - log_odds.mean(-1, keepdim=True))).sum(1)
 
 
 def scale_of(found: Tensor) -> Tensor:
-    """Free numbers (m 3) -> scales above 0, exponents between -1 and 1, and beyond LONGEST between -1 and 0: what is wrong in a mean
-    stretch is wrong in all of them and must not add up. Where all answers are right nothing else would hold them back."""
-    return torch.stack([found[:, 0].exp(), found[:, 1].tanh(), -found[:, 2].sigmoid()], 1)
+    """Free numbers (m 2) -> scales above 0, exponents between -1 and 1, which independent witnesses have. Where all answers are right
+    nothing else would hold them back."""
+    return torch.stack([found[:, 0].exp(), found[:, 1].tanh()], 1)

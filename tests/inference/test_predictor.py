@@ -25,7 +25,7 @@ def classifier(**options):
             model.head.repeat_scale.copy_(torch.tensor([5.0, 0.5]))
         for part in (model.homology, model.composition):
             if part is not None:
-                part.scale.copy_(torch.tensor([[1.5, 0.3, 0.5], [2.0, -0.4, 1.0]])[: len(part.scale)])
+                part.scale.copy_(torch.tensor([[1.5, 0.3], [2.0, -0.4]])[: len(part.scale)])
         if model.homology is not None:  # the last class holds nothing
             model.homology.keep(homology.keep([[s - nucleotide.A] for s in sequences([1000, 300])] + [[]], 2000))
             for weight in model.homology.parameters():

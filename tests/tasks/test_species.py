@@ -205,9 +205,9 @@ def test_calibration_costs_a_small_share_of_training():
     lengths = [256, 512, 1024, 2048]
     assert species.calibration_windows(lengths, 131_072, 30_000, 7) == dict.fromkeys(lengths, 32)
     chosen = species.calibration_windows(lengths, 131_072, 176_000_000, 7)
-    assert chosen[256] == 200 and list(chosen) == [*lengths, 8192, 32_768, 131_072] and chosen[131_072] == 4
-    assert all(2 * 7 * chosen[length] * length < 176_000_000 / 20 for length in (8192, 32_768, 131_072))
-    assert 8192 not in species.calibration_windows(lengths, 131_072, 3_000_000, 7)
+    assert chosen[256] == 500 and list(chosen) == [*lengths, 8192, 32_768, 131_072] and chosen[131_072] == 11
+    assert all(2 * 7 * chosen[length] * length <= 176_000_000 / 8 for length in (8192, 32_768, 131_072))
+    assert 8192 not in species.calibration_windows(lengths, 131_072, 1_000_000, 7)
     assert list(species.calibration_windows(lengths, 1000, 176_000_000, 7)) == [256, 512]
     assert 131_072 in species.calibration_windows(lengths, 131_072, 10**10, 7)
 
