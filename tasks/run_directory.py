@@ -77,3 +77,15 @@ def fresh_directory(run_dir: Path, overwrite: bool, in_use: list[Path]):
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def no_empty_folder(folder: Path | None):
+    """While results are written into `folder`: one that was not there is gone again if an error has left it without a file."""
+    is_new = folder is not None and not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and folder.is_dir() and not any(path.is_file() for path in folder.rglob("*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -8,7 +8,7 @@ import typer
 from seqlab.errors import UserError
 from tasks.commands.options import Json, Overwrite
 from tasks.commands.terminal import emit, note, program, quoted
-from tasks.run_directory import fresh_directory
+from tasks.run_directory import fresh_directory, no_empty_folder
 
 
 def import_(
@@ -17,7 +17,7 @@ def import_(
     overwrite: Overwrite = False,
     json_out: Json = None,
 ) -> None:
-    """Make a run of a published DNA model, for score, embed, and --init of train classify and species.
+    """Make a run of a published DNA model, for score, embed, eval --data, and --init of train.
 
     Example:  seqlab import caduceus-ph_seqlen-131k_d_model-256_n_layer-16 --out runs/caduceus_ph
     """
@@ -94,13 +94,14 @@ def export(
     if taken and not overwrite:
         raise UserError(f"{out / taken[0]}: exists; choose another --out, or add --overwrite")
     loaded = runs.load_run(run, task="dna")
-    if layout == "mamba_ssm":
-        save_mamba_ssm(language_model(loaded.model), out)
-        written = "mamba_ssm's MambaLMHeadModel"
-    elif loaded.config.model.direction == "causal":
-        save_transformers_mamba(language_model(loaded.model), out)
-        written = "transformers' MambaForCausalLM"
-    else:
-        save_caduceus(loaded.model, out)
-        written = "Caduceus"
+    with no_empty_folder(out):
+        if layout == "mamba_ssm":
+            save_mamba_ssm(language_model(loaded.model), out)
+            written = "mamba_ssm's MambaLMHeadModel"
+        elif loaded.config.model.direction == "causal":
+            save_transformers_mamba(language_model(loaded.model), out)
+            written = "transformers' MambaForCausalLM"
+        else:
+            save_caduceus(loaded.model, out)
+            written = "Caduceus"
     emit(json_out, {"folder": str(out), "layout": written}, human=lambda: note(f"{out}: config.json and model.safetensors, as {written} has them"))

@@ -11,6 +11,7 @@ from tasks.commands.options import Fasta, Json, parse_context, resolve_device
 from tasks.commands.prep import prepare_dna
 from tasks.commands.settings import lay_over
 from tasks.commands.terminal import check_output_file, emit, note, print_table, progress_bar
+from tasks.run_directory import no_empty_folder
 
 
 def eval_(
@@ -40,19 +41,30 @@ def eval_(
     if out is None and not os.access(loaded.directory, os.W_OK):
         raise UserError(f"{loaded.directory}: is not writable; give --out DIR for the report")
     loaded = dataclasses.replace(loaded, config=lay_over(type(loaded.config), to_dict(loaded.config), {}, set_ or [], "--set"))
-    if "imported" in loaded.facts:
-        raise UserError(f"{run}: was imported, so there is no training split that baselines could be fitted on; use it with score or embed")
-    if "dataset" not in loaded.facts:
+    imported = "imported" in loaded.facts
+    if imported and data is None:
+        raise UserError(
+            f"{run}: was imported, so there is no training split that baselines could be fitted on; give a dataset that has one: --data DIR, "
+            "from `seqlab prep dna`"
+        )
+    if "dataset" not in loaded.facts and not imported:
         raise UserError(f"{run}: no run.json beside the checkpoint, so its training split is unknown; give the run directory")
     contexts = tuple(parse_context(c, "--context") for c in context or [])
+    with no_empty_folder(out):
+        _eval_task(loaded, run, data, fasta, split, contexts, device, out, json_out)
+
+
+def _eval_task(loaded, run: Path, data, fasta, split, contexts, device: str, out, json_out) -> None:
+    from tasks import runs
+
     if loaded.task == "synthetic":
         if fasta or data or split:
             raise UserError("--fasta, --data and --split: a run of `train synthetic` makes its own sequences; leave them out")
         _eval_synthetic(loaded, run, contexts, device, out, json_out)
         return
-    training = runs.training_data(loaded.directory, loaded.facts, data)
+    training = data if "imported" in loaded.facts else runs.training_data(loaded.directory, loaded.facts, data)
     if data == training:
-        data = None  # its own, in another place than it was
+        data = None  # its own, in another place than it was; or the only one that an imported run is ever told of
     prepared_by = {"audio": "audio", "classify": "labelled", "species": "species"}.get(loaded.task)
     if prepared_by is None:
         _eval_dna(loaded, run, data, fasta, training, split, contexts, device, out, json_out)
@@ -66,6 +78,7 @@ def eval_(
 
 
 def _eval_dna(loaded, run: Path, data, fasta, training: Path, split, contexts, device: str, out, json_out) -> None:
+    import dataclasses
     import tempfile
 
     from seqlab import report
@@ -74,12 +87,16 @@ def _eval_dna(loaded, run: Path, data, fasta, training: Path, split, contexts, d
     with tempfile.TemporaryDirectory(prefix="seqlab-") as temporary:
         dataset, other = training, bool(fasta or data)
         if fasta:
+            if data:
+                raise UserError("--data and --fasta: give one of them, what is to be scored")
             if split is not None:
                 raise UserError("--split: with --fasta every base is scored; leave one of them out")
             dataset = prepare_dna(fasta, Path(temporary) / "data", whole="test")
         elif data:
             dataset = data
         evaluation = evaluate(loaded, dataset, training, split or "test", contexts, device)
+    if "imported" in loaded.facts:  # on what length it was trained its files do not say
+        evaluation = dataclasses.replace(evaluation, trained_context=0)
     report_path = dna.write_report(loaded.directory, evaluation, _name(other, evaluation.split), out)
 
     def human() -> None:

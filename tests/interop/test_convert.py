@@ -137,7 +137,15 @@ def test_a_run_exported_and_imported_is_the_same_model(kind, data, tmp_path):
     one, other = load_run(tmp_path / "run"), load_run(tmp_path / "again")
     assert torch.equal(logits(one.model.eval()), logits(other.model.eval()))
     assert json.loads((tmp_path / "i.json").read_text())["parameters"] == one.facts["parameters"]
-    assert "was imported" in call("eval", tmp_path / "again", code=1).stderr
+    assert "was imported" in (line := call("eval", tmp_path / "again", code=1).stderr) and "--data DIR" in line
+    how = ["--context", 32, "--set", "eval.max_order=1", "--set", "eval.max_bases=320"]
+    call("eval", tmp_path / "again", "--data", data, *how, "--json", tmp_path / "e.json")
+    call("eval", tmp_path / "run", *how, "--json", tmp_path / "own.json")
+    theirs, own = (json.loads((tmp_path / name).read_text()) for name in ("e.json", "own.json"))
+    assert theirs["trained_context"] == 0 and theirs["markov"] == own["markov"]
+    if kind != ["--set", "model.direction=causal"]:  # of a causal model strands are not said, nor averaged
+        assert theirs["contexts"] == own["contexts"]
+    assert (tmp_path / "again" / "report.md").is_file()
     assert "was imported; start from it with --init" in call("train", "dna", "--resume", "--out", tmp_path / "again", code=1).stderr
     call("train", "dna", "--data", data, "--context", 64, "--max-steps", 1, *TOY, "--init", tmp_path / "again", "--out", tmp_path / "further")
     assert load_run(tmp_path / "further").config.model.d_model == 16
@@ -213,3 +221,14 @@ def test_wrong_input_is_one_line_and_leaves_nothing(data, tmp_path):
     assert "is a file" in call("export", tmp_path / "none", "--out", tmp_path / "file", code=1).stderr
     assert "no such run" in call("export", tmp_path / "none", "--out", tmp_path / "x", code=1).stderr
     assert {p.name for p in tmp_path.iterdir()} == before
+
+
+def test_an_export_that_fails_leaves_no_folder(data, tmp_path, monkeypatch):
+    call("train", "dna", "--data", data, "--context", 64, "--max-steps", 1, *TOY, *SMALL, "--out", tmp_path / "run")
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("seqlab.interop.weights.save_file", full)
+    assert "No space left" in call("export", tmp_path / "run", "--out", tmp_path / "theirs", code=1).stderr
+    assert not (tmp_path / "theirs").exists()
