@@ -6,6 +6,7 @@ model and scores a batch, and a batch of that shape with made-up contents.
 
 import dataclasses
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -49,11 +50,17 @@ class Step:
         return -(-self.windows // self.rows)
 
 
+def plannable(name: str) -> ModuleType:
+    """The module of a task. Raises UserError for one that says nothing about its steps without data."""
+    module = task_module(name)
+    if not hasattr(module, "example"):
+        raise UserError(f"task: {name}: cannot be planned without data; `seqlab train {name}` plans as it starts")
+    return module
+
+
 def step_of(config: Any) -> Step:
-    """Raises UserError for a task that says nothing about its steps without data, and for windows of no fixed length."""
-    example = getattr(task_module(config.task), "example", None)
-    if example is None:
-        raise UserError(f"task: {config.task}: cannot be planned without data; `seqlab train {config.task}` plans as it starts")
+    """Raises UserError for a task that cannot be planned, and for windows of no fixed length."""
+    example = plannable(config.task).example
     train, context = config.train, config.data.context
     if not isinstance(context, int):
         raise UserError(f"data.context: {context}: give the length to plan for, --context N")

@@ -150,10 +150,10 @@ def bench_train(
 
     from seqlab.bench import train
     from seqlab.config import load_yaml
-    from tasks import planning, runs
+    from tasks import planning
 
     device = resolve_device(device)
-    module = runs.task_module(str(load_yaml(find_config(config)).get("task", "dna")))
+    module = planning.plannable(str(load_yaml(find_config(config)).get("task", "dna")))
     run = load_config(module.Config, config, set_ or [], train_options(context=context, precision=precision, seed=seed))
     half = run.train.precision == "bfloat16" or (run.train.precision == "auto" and device == "cuda")
     step = planning.step_of(run)

@@ -28,9 +28,9 @@ def plan(
 
     from seqlab.config import load_yaml
     from seqlab.training import planner
-    from tasks import planning, runs
+    from tasks import planning
 
-    module = runs.task_module(str(load_yaml(find_config(config)).get("task", "dna")))
+    module = planning.plannable(str(load_yaml(find_config(config)).get("task", "dna")))
     options = train_options(context=context, devices=devices, context_parallel=context_parallel, seed=seed)
     settings = load_config(module.Config, config, set_ or [], options)
     with progress_bar("measuring", "")[0]:

@@ -288,5 +288,5 @@ def test_plan_command(tmp_path):
     sound = run_plan("audio_fsdd", "--context", "2000", "--set", "model.pool=[4, 4]", "--json", "-")
     assert json.loads(sound.stdout)["plan"]["modes"][-1]["memory"]["mode"] == "chunked", sound.output
     for preset in ("species", "classify"):
-        refused = run_plan(preset)
+        refused = run_plan(preset, "--context", "512")  # which classify has not
         assert refused.exit_code == 1 and "cannot be planned without data" in " ".join(refused.output.split()), refused.output
