@@ -27,9 +27,9 @@ from seqlab.tokenizers import nucleotide
 KNOWN_SHARE, STRAIN_SHARE, MOST_SUBSTITUTIONS = 0.2, 0.5, 0.06
 PARALLEL_SHARE = 0.5  # of the windows whose place is left out: in all genomes side by side
 STEPS, BATCH, RATE, DECAY, CLIP = 1500, 512, 3e-3, 0.1, 1.0  # of fitting the network of likeness
-PENALTY = 3e-3  # on the squares of the k-mer regression's weights, of shares in standard deviations
+PENALTY = 0.1  # on the squares of the k-mer regression's weights, of shares in standard deviations
 SHORTEST_COMPOSITION = 1024  # bases; shares of k-mers of shorter windows are noise, or the longest ones if none are so long
-MOST_WINDOWS = 16_000  # of a length
+MOST_WINDOWS = 48_000  # of a length
 FORWARD = 1 << 18  # bases at a time
 
 
