@@ -47,6 +47,7 @@ from seqlab.training.facts import FitResult, read_run_facts, write_run_facts
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Batch
 from tasks import runs
+from tasks.run_directory import held
 
 NAME = "classify"
 
@@ -347,11 +348,18 @@ def train(
         "seeds": seeds,
         "parameters": sum(p.numel() for p in tasks[seeds[0]].build_model().parameters()),
     }
-    if not resume:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "config.yaml", dump_yaml(config))
-        write_text(run_dir / "manifest.json", (Path(dataset) / "manifest.json").read_text())
-    write_run_facts(run_dir, {**facts, "ended": "running"})
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with held(run_dir):
+        if not resume:
+            write_text(run_dir / "config.yaml", dump_yaml(config))
+            write_text(run_dir / "manifest.json", (Path(dataset) / "manifest.json").read_text())
+        write_run_facts(run_dir, {**facts, "ended": "running"})
+        return _train_seeds(config, tasks, facts, dataset, store.hash, run_dir, init, resume, each_seed)
+
+
+def _train_seeds(config: Config, tasks: dict, facts: dict, dataset: Path, dataset_hash: str, run_dir: Path, init, resume: bool, each_seed):
+    """Every seed whose task is in `tasks`, and what is known of all in the end."""
+    seeds = list(tasks)
     results: dict[int, FitResult] = {}
     for seed in seeds:
         directory = seed_directory(run_dir, seed)
@@ -360,7 +368,7 @@ def train(
             goes_on = resume and (directory / "checkpoints" / "last" / "trainer.pt").is_file()
             if goes_on:
                 tasks[seed].init = None
-            done = runs.train(tasks[seed], directory, dataset, store.hash, pretrained=init, resume=goes_on, whole=run_dir)
+            done = runs.train(tasks[seed], directory, dataset, dataset_hash, pretrained=init, resume=goes_on, whole=run_dir)
         results[seed] = done
         if each_seed is not None:
             each_seed(seed, done)

@@ -51,6 +51,41 @@ def new_run_directory(name: str, out: Path | None) -> Path:
 
 
 @contextlib.contextmanager
+def held(run_dir: Path):
+    """While this process trains in `run_dir`, no other can: two would write each other's checkpoints over. The system keeps the
+    lock, so it ends with the process, however that ends. Of a run on several devices the main process holds it. Raises UserError
+    where another one does."""
+    if not is_main_process():
+        yield
+        return
+    try:
+        import fcntl
+
+        descriptor = os.open(run_dir, os.O_RDONLY)
+    except (ImportError, OSError):  # not Linux or macOS; no such directory
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: another process is training this run; wait for its end, or stop it first") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_held(run_dir: Path) -> bool:
+    try:
+        with held(run_dir):
+            return False
+    except UserError:
+        return True
+
+
+@contextlib.contextmanager
 def fresh_directory(run_dir: Path, overwrite: bool, in_use: list[Path]):
     """While a new run begins in `run_dir`: an old run there is set aside (with --overwrite, else refused), and put back if
     the new one fails before it has trained anything; of a run that failed so, nothing is left. `in_use`: what the new run
@@ -63,6 +98,8 @@ def fresh_directory(run_dir: Path, overwrite: bool, in_use: list[Path]):
         for path in in_use:
             if path.resolve().is_relative_to(run_dir.resolve()):
                 raise UserError(f"{path}: lies in {run_dir}, which --overwrite would replace; choose another --out")
+        with held(run_dir):  # or refused
+            pass
         aside = run_dir.with_name(f".{run_dir.name}.replaced")
         shutil.rmtree(aside, ignore_errors=True)
         run_dir.rename(aside)

@@ -26,6 +26,7 @@ from seqlab.processes import is_main_process
 from seqlab.training.checkpoint import load_model, write_text
 from seqlab.training.facts import FitResult, read_run_facts, write_run_facts
 from seqlab.training.task import Task
+from tasks.run_directory import held, is_held
 
 MODULES = {
     "audio": "tasks.audio",
@@ -74,10 +75,15 @@ def train(
     Raises:
         UserError: the dataset is not the one that the run to resume was trained on, or whatever training meets.
     """
-    config = task.resolved_config()
     is_main = is_main_process()  # the others write nothing: the main one may not even have looked yet whether run_dir is free
     if is_main:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with held(run_dir):
+        return _train(task, run_dir, dataset, dataset_hash, init, pretrained, resume, whole)
+
+
+def _train(task: Task, run_dir: Path, dataset: Path | None, dataset_hash: str | None, init, pretrained, resume: bool, whole) -> FitResult:
+    config, is_main = task.resolved_config(), is_main_process()
     if is_main and not resume:
         write_text(run_dir / "config.yaml", dump_yaml(config))
         if dataset is not None:
@@ -194,7 +200,7 @@ def load_run(path: Path, *, task: str | None = None) -> LoadedRun:
 
 def discard_empty(run_dir: Path) -> None:
     """Remove a run directory in which nothing has been trained yet, so that a refused run leaves nothing behind."""
-    if run_dir.is_dir() and not any(run_dir.glob("**/checkpoints/*/*.safetensors")):
+    if run_dir.is_dir() and not any(run_dir.glob("**/checkpoints/*/*.safetensors")) and not is_held(run_dir):
         shutil.rmtree(run_dir, ignore_errors=True)
         if run_dir.parent.name == "runs" and not any(run_dir.parent.iterdir()):
             run_dir.parent.rmdir()

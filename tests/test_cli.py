@@ -179,6 +179,33 @@ def test_a_resumed_run_goes_on_to_the_end_that_it_was_last_given(trained, tmp_pa
     assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["steps"] == 7
 
 
+def test_a_run_is_trained_by_one_process_at_a_time(trained, tmp_path):
+    """`--resume` beside the process that was still at it wrote each other's checkpoints over; --overwrite took them away."""
+    from tasks.run_directory import held
+    from tasks.runs import discard_empty
+
+    shutil.copytree(trained, tmp_path / "run")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from tasks.run_directory import held\n"
+    script += f"with held(Path({str(tmp_path / 'run')!r})): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        for words in (["--resume"], ["--data", trained / "data", "--overwrite", "--max-steps", 1, *TOY]):
+            assert "another process is training this run" in error_of("train", "dna", *words, "--out", tmp_path / "run")
+        assert (tmp_path / "run" / "run.json").read_bytes() == before
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        discard_empty(tmp_path / "run")  # what a run that failed does
+        assert (tmp_path / "run" / "run.json").is_file()
+    finally:
+        other.kill()  # as a run that was killed leaves it
+        other.wait()
+    with held(tmp_path / "run"):
+        pass
+    discard_empty(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("change", ["model.d_model=24", "model.direction=bidirectional", "data.context=32", "train.seed=9"])
 def test_a_resumed_run_stays_what_it_is(trained, change):
     """A model of another size was a RuntimeError, "unexpected"; the others went on as another run."""
