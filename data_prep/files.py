@@ -153,6 +153,7 @@ def output_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         directory.chmod(0o777 & ~umask)  # mkdtemp makes it for its owner alone
+        _check_output(out, overwrite)  # again: it may be there by now, made by somebody else in the hours since
         if out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
             os.rename(out, old)

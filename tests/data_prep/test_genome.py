@@ -724,3 +724,15 @@ def test_the_manifest_is_readable_json(tmp_path):
     text = (tmp_path / "out" / "manifest.json").read_text(encoding="utf-8")
     assert json.loads(text) == store.manifest
     assert len(text.splitlines()) < 60 and store.names == ["a", "\u00fc\u4e2d"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_has_come_to_lie_there_meanwhile_is_not_lost(tmp_path, overwrite):
+    """Of two `prep` at the same time the second one to end replaced the first one's dataset, and any other folder too."""
+    out = tmp_path / "data"
+    with pytest.raises(UserError, match="data: (exists|is not a seqlab dataset)"):
+        with files.output_directory(out, overwrite) as directory:
+            (directory / "tokens.bin").write_bytes(b"x")
+            out.mkdir()
+            (out / "thesis.txt").write_text("years of work")
+    assert (out / "thesis.txt").read_text() == "years of work" and [path.name for path in tmp_path.iterdir()] == ["data"]
