@@ -14,6 +14,7 @@ anything else, so no pair of files has to be consistent.
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +27,29 @@ from torch import nn
 from seqlab.errors import UserError
 
 
+def is_stream(path: Path) -> bool:
+    """Whether `path` is something to write into and no file to replace: a device, a pipe, a name of a descriptor. (As root a
+    rename would take the place of /dev/null.)"""
+    named = os.path.abspath(path)
+    if named in ("/dev/stdout", "/dev/stderr") or named.startswith(("/dev/fd/", "/proc/self/fd/")):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary)`, then fsync and rename to `path`. Nothing is left behind if it fails, with UserError where the
-    file could not be written. The temporary name ends as `path` does."""
+    """Call `write(temporary)`, then fsync and rename to `path`, or to the file that it is a link to. Nothing is left behind if it
+    fails, with UserError where the file could not be written. The temporary name ends as `path` does."""
     path = Path(path)
     temporary = None
     try:
+        if is_stream(path):
+            with tempfile.TemporaryDirectory() as folder:
+                write(beside := Path(folder) / f"file{path.suffix}")
+                with open(beside, "rb") as source, open(path, "ab") as sink:
+                    shutil.copyfileobj(source, sink)
+            return
+        if path.is_symlink():
+            path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
         os.close(handle)

@@ -43,7 +43,7 @@ def generate_audio(
         Optional[float],
         typer.Option("--hold", help="0 to 1: how much the whole past keeps level and spectrum where they were; by default what the run's config says."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
     rank: Annotated[Optional[int], typer.Option("--rank", help="Make so many and keep the --num likeliest.")] = None,
     rank_by: Annotated[
         str, typer.Option("--rank-by", help="likelihood, or class: the model's own belief in the class asked for.")
@@ -153,7 +153,7 @@ def generate_dna(
     temperature: Annotated[float, typer.Option("--temperature", help="1: as learned; 0: always the likeliest.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many likeliest bases; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest bases of this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
     batch: Annotated[int, typer.Option("--batch", help="Sequences made side by side.")] = 256,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[str, typer.Option("--backend", help="Back end of the decoder; auto: the fastest.")] = "auto",

@@ -78,11 +78,19 @@ def predict(
 @contextlib.contextmanager
 def table_out(out: str, overwrite: bool):
     """Standard output, or a file that appears only when it is complete."""
+    from seqlab.training.checkpoint import is_stream
+
     if out == "-":
         yield sys.stdout
         return
     check_output_file(out, "--out", overwrite)
     path = Path(out)
+    if is_stream(path):
+        with open(path, "a", encoding="utf-8") as file:
+            yield file
+        return
+    if path.is_symlink():
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

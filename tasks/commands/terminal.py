@@ -99,7 +99,11 @@ def check_output_file(name: Optional[str], option: str, overwrite: bool = True) 
     over one that is there."""
     if name in (None, "-"):
         return
+    from seqlab.training.checkpoint import is_stream
+
     path = Path(name)
+    if is_stream(path):
+        return
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists; choose another {option} or add --overwrite")
     if path.is_dir():

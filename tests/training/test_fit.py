@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from seqlab.errors import UserError
 from seqlab.training.callbacks import read_history
-from seqlab.training.checkpoint import write_atomic
+from seqlab.training.checkpoint import is_stream, write_atomic, write_text
 from seqlab.training.fit import fit
 from seqlab.training.module import DivergedError, TrainConfig, TrainingModule
 from seqlab.training.optim import OptimConfig, learning_rate, parameter_groups
@@ -277,6 +277,29 @@ def test_a_file_that_does_not_fit_on_the_disk_is_a_user_error_and_leaves_nothing
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert f"{tmp_path / name}: cannot be written (" in done.stdout, done.stderr
     assert {p.name for p in tmp_path.iterdir()} <= {"config.yaml"}
+
+
+def test_what_is_no_file_is_written_into_and_not_replaced(tmp_path):
+    """`--json /dev/null` as root put a file in the place of the device, for everybody; a link was replaced by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    write_text(pipe, "into a pipe")
+    assert reader.communicate(timeout=30)[0] == b"into a pipe" and pipe.is_fifo()
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "link.json"
+    link.symlink_to("there/file.json")
+    for text in ("one", "two"):  # a link to nothing yet, then to a file
+        write_text(link, text)
+        assert link.is_symlink() and (tmp_path / "there" / "file.json").read_text() == text
+    assert is_stream(Path("/dev/null")) and is_stream(Path("/dev/stdout")) and not is_stream(link) and not is_stream(Path("/dev/shm/x"))
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from seqlab.training.checkpoint import write_text; write_text('/dev/stdout', 'b')"
+    with open(tmp_path / "out", "w") as out:
+        out.write("a")
+        out.flush()
+        subprocess.run([sys.executable, "-c", script], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "ab"
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "there", "link.json", "out"}
 
 
 def test_an_error_of_what_is_written_is_no_error_of_the_disk(tmp_path):
