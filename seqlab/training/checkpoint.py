@@ -57,7 +57,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes it for its owner alone
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
         try:

@@ -27,14 +27,13 @@ def embed(
     """
     from data_prep.records import read_records
     from seqlab.inference.embed import embed_records
+    from seqlab.training.checkpoint import is_stream
     from tasks import runs
 
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be 1 or more")
     if out == "-" and json_out == "-":
         raise UserError("--json -: standard output is taken by the table; give --out FILE, or --json FILE")
-    from seqlab.training.checkpoint import is_stream
-
     if out != "-" and Path(out).suffix not in (".npz", ".tsv") and not is_stream(Path(out)):
         raise UserError(f"--out {out}: give a name that ends in .npz or .tsv, or - for TSV on standard output")
     check_output_file(out, "--out", overwrite)

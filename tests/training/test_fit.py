@@ -279,6 +279,17 @@ def test_a_file_that_does_not_fit_on_the_disk_is_a_user_error_and_leaves_nothing
     assert {p.name for p in tmp_path.iterdir()} <= {"config.yaml"}
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_are_for_those_whom_the_user_lets_read(tmp_path, umask, mode):
+    """They were readable by everybody, whatever the umask."""
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "a.txt", "x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+
+
 def test_what_is_no_file_is_written_into_and_not_replaced(tmp_path):
     """`--json /dev/null` as root put a file in the place of the device, for everybody; a link was replaced by a file."""
     pipe = tmp_path / "pipe"
