@@ -140,7 +140,7 @@ def prepare_labelled(
                 data = ids.tobytes()
                 tokens.write(data)
                 digest.update(data)
-                names.append(record.name)
+                names.append(record.name.replace("\n", " "))  # one line each, in names.txt
                 raw_labels.append(record.label)
                 splits.append(record.split)
                 keys.append(sequence_key(ids))

@@ -153,6 +153,32 @@ def test_killed_and_resumed_on_the_command_line_equals_uninterrupted(tmp_path):
         assert all(np.array_equal(one[key].numpy(), other[key].numpy()) for key in one)
 
 
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
+def test_a_lost_terminal_saves_and_stops_unless_it_does_not_matter(trained, tmp_path, ignored):
+    """Closing the terminal, or losing the connection, lost all steps since the last validation."""
+    command = ["train", "dna", "--data", trained / "data", *TOY, "--max-steps", "100000", "--set", "train.validate_every=100000", "--set", "train.log_every=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", *map(str, command), "--out", str(tmp_path / "run")],
+        cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        rows, deadline = tmp_path / "run" / "metrics.csv", time.monotonic() + 90
+        while not (rows.exists() and rows.read_text().count("\n") > 3) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGHUP)
+        if ignored:
+            time.sleep(1)
+            assert process.poll() is None
+        else:
+            process.wait(timeout=60)
+            assert (tmp_path / "run" / "checkpoints" / "last" / "trainer.pt").is_file()
+            assert json.loads((tmp_path / "run" / "run.json").read_text())["ended"] == "interrupted"
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_killed_before_the_first_checkpoint_and_resumed_equals_uninterrupted(trained, tmp_path):
     """Nothing was saved yet, so --resume refused."""
     data = ["--data", trained / "data", "--max-steps", 3, *TOY]

@@ -98,7 +98,7 @@ class LabelledStore:
         return max(1, len(self.classes))
 
     def names(self) -> list[str]:
-        return (self.directory / "names.txt").read_text(encoding="utf-8").splitlines()
+        return (self.directory / "names.txt").read_bytes().decode("utf-8").split("\n")[:-1]
 
     def sequence(self, row: int) -> np.ndarray:
         """Token ids (l) of one sequence."""

@@ -1,4 +1,5 @@
-"""SIGTERM in a run of several processes: from a scheduler whose time is up, or from torchrun, which has lost one of them."""
+"""SIGTERM in a run of several processes: from a scheduler whose time is up, or from torchrun, which has lost one of them. And
+SIGHUP in any run: from a terminal that was closed, or a connection that was lost."""
 
 import contextlib
 import os
@@ -29,14 +30,19 @@ class Termination(Callback):
         self.last_word = last_word  # what a process that ends so says
         self._began, self._longest = 0.0, 0.0  # when this step began, and what the longest one took, in seconds
         self._pipe: tuple[int, int] | None = None
+        self._hangup = None  # what SIGHUP did before
 
     def on_train_start(self, trainer: lightning.Trainer, module: TrainingModule) -> None:  # Lightning's handler is in place
-        if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
             return
 
         def handler(number, frame) -> None:
             module.stop_asked = True
 
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # under nohup it is ignored, and stays so
+            self._hangup = signal.signal(signal.SIGHUP, handler)
+        if trainer.world_size == 1:
+            return
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -68,7 +74,10 @@ class Termination(Callback):
     def teardown(self, trainer, module, stage: str) -> None:
         self._stop()
 
-    def _stop(self) -> None:  # Lightning puts back the handlers from before
+    def _stop(self) -> None:  # Lightning puts back the other handlers from before
+        if self._hangup is not None:
+            signal.signal(signal.SIGHUP, self._hangup)
+            self._hangup = None
         if self._pipe is not None:
             signal.set_wakeup_fd(-1)
             writer, self._pipe = self._pipe[1], None

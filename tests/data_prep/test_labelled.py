@@ -57,6 +57,15 @@ def test_line_ends_of_any_system(tmp_path, monkeypatch, end, block):
     assert [text_of(store, i) for i in range(len(store))] == ["ACGT", "GGCC", "AACC", "TTCC", "GAGA", "CTCA"]
 
 
+def test_any_name_has_its_own_line(tmp_path):
+    """Names with a line end, or one of the many characters that Python takes for one, moved the names of all that followed."""
+    rows = random_rows(6)
+    names = ["plain", "two\nlines", "form\x0cfeed", "next\x85line", "para\u2029graph", "last"]
+    path = write_csv(tmp_path / "a.csv", [(x, y, name) for (x, y), name in zip(rows, names)], ("sequence", "label", "id"))
+    store = prepare(path, tmp_path / "d", reading={"name_column": "id"})
+    assert store.names() == [name.replace("\n", "") for name in names]
+
+
 def test_parquet_columns_are_those_asked_for(tmp_path):
     """Column names were not looked at, and a split column was not seen."""
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
