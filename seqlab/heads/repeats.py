@@ -1,4 +1,4 @@
-"""Which species' genomes hold the word that ends at each position, of those that some genome repeats (seqlab/repeats.py)."""
+"""How often each species' genome holds the word that ends at each position, if it does so more than once (seqlab/repeats.py)."""
 
 import numpy as np
 import torch
@@ -8,9 +8,8 @@ from seqlab import repeats
 
 
 class RepeatCounter(nn.Module):
-    """forward(base (b l), before (b length-1) or None) -> (b l n): 0, 1 or 2, for words that a species' genome does not hold, holds
-    once, or more often; 0 where no word ends that some genome repeats. How much more often says how much of a genome was held out, too.
-    `fit` fills in the words; before, there are none."""
+    """forward(base (b l), before (b length-1) or None) -> log(1 + count) (b l n), 0 where no repeat ends. `fit` fills in the
+    words; before, there are none."""
 
     def __init__(self, n_species: int, length: int):
         super().__init__()
@@ -40,4 +39,4 @@ class RepeatCounter(nn.Module):
         code = torch.minimum(forward, backward)
         at = torch.searchsorted(self.words, code).clamp(max=len(self.words) - 1)
         is_repeat = is_known & (self.words[at] == code)
-        return torch.where(is_repeat[..., None], self.counts[at].clamp(max=2).float(), 0.0)
+        return torch.where(is_repeat[..., None], self.counts[at].float().log1p(), 0.0)
