@@ -2,7 +2,7 @@
 // the last, drawing included. Clusters never meet.
 //
 // A block owns 64 channels of every mixer and 32 numbers of x, of all streams of its cluster. States are what has to move: a warp asks for
-// those of its next DEPTH items (8 channels, 4 streams) by copies in the background, which go on while products are made and blocks wait
+// those of its next DEPTH items (32 channels of a stream) by copies in the background, which go on while products are made and blocks wait
 // for each other. Of a mixer:
 //
 //     in_proj, convolution, gate     own channels, from all of x
@@ -50,6 +50,7 @@ struct Params {
 #define OUT_UNITS (INNER / 16 / SPLITS)
 #define HEAD_SPLITS (D_MODEL < 256 ? D_MODEL / 32 : 8)
 #define HEAD_UNITS (UNITS / HEAD_SPLITS)
+#define PAST (WIDTH > 1 ? WIDTH - 1 : 1)
 #define X_ROWS (RANK + 2 * STATES)
 #define X_GROUPS ((X_ROWS + 15) / 16)
 #define X_UNITS (OWN / 16)
@@ -60,8 +61,10 @@ struct Params {
 #define IN_PITCH (2 * OWN + 4)
 #define OUT_PITCH (SHARE + 4)
 #define S_PITCH (SHARE + 8)  // of x
-#define TOGETHER 4           // streams of an item
-#define ITEM (TOGETHER * INNER * STATES)  // from one item to the next
+#define HALF 32              // channels of an item
+#define OCTETS 4             // times eight channels: a lane has four states of one channel of each
+#define GROUPS (WARPS / 2)   // a warp has one of so many streams
+#define ITEM (GROUPS * INNER * STATES)  // from one item to the next
 #define LARGER(a, b) ((a) > (b) ? (a) : (b))
 #define Y_FLOATS LARGER(CLUSTER * STREAMS * Y_PITCH / 2, LARGER(2 * STREAMS * IN_PITCH, 2 * SLOTS * CLUSTER * HEAD_ROWS))
 #define U_FLOATS LARGER((2 * U_PITCH + X_PITCH + Y_PITCH / 2) * STREAMS + SLOTS * CLUSTER * X_PITCH, LARGER(SPLITS, HEAD_SPLITS) * STREAMS * OUT_PITCH)
@@ -91,15 +94,33 @@ DEVICE int thread() {
     __builtin_assume(i >= 0 && i < THREADS);
     return i;
 }
-// Weights, read once a token: not for the first-level cache, which shared memory leaves little of.
+// A policy as createpolicy makes it: what leaves the second-level cache last. States would push the weights out, token after token.
+#define STAYS 0x14F0000000000000ull
+// Weights, read once a token: not for the first-level cache, which shared memory leaves little of. Not as constants (ld.global.nc): those the
+// compiler loads where they are needed, behind all barriers.
 DEVICE uint4 load_weights(const uint4* p) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "l"(STAYS));
     return v;
 }
+DEVICE float4 load_weights(const float4* p) {
+    float4 v;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p), "l"(STAYS));
+    return v;
+}
+DEVICE float load_weights(const float* p) {
+    float v;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.f32 %0, [%1], %2;" : "=f"(v) : "l"(p), "l"(STAYS));
+    return v;
+}
+// Nothing, and yet the compiler makes these numbers here and not further down, where their loads would be waited for together with others.
+DEVICE void made(float4& v) { asm volatile("" : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)); }
 #else
 DEVICE int thread() { return threadIdx.x; }
 DEVICE uint4 load_weights(const uint4* p) { return *p; }
+DEVICE float4 load_weights(const float4* p) { return *p; }
+DEVICE float load_weights(const float* p) { return *p; }
+DEVICE void made(float4& v) {}
 DEVICE void load_columns(u32 (&v)[4], const elem* at) {
     const elem* row = at;
     for (int i = 0; i < 4; i++) v[i] = emulated::columns(at, i);
@@ -108,6 +129,14 @@ DEVICE void remote_store_if(bool sends, float* at, int rank, float4 v, u64* barr
     if (sends) remote_store(at, rank, v, barrier);
 }
 #endif
+
+template <int N> DEVICE void load_weights(float (&v)[N], const float* at) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        float4 a = load_weights((const float4*)(at + i));
+        v[i] = a.x; v[i + 1] = a.y; v[i + 2] = a.z; v[i + 3] = a.w;
+    }
+}
 
 // Waits until all has come that is counted at a barrier for the turn-th time; it will be as many bytes the next time. A phase of no bytes would
 // end at once and be taken for the one before: SOME tells that there always are some.
@@ -163,7 +192,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
     float* y_room = next; next += Y_FLOATS;
     float* u_room = next; next += U_FLOATS;
     float* pasts = next; next += STREAMS * (WIDTH - 1) * OWN;  // of the convolution that comes next, (stream WIDTH-1 OWN)
-    float4* ring = (float4*)next; next += WARPS * DEPTH * TOGETHER * 32 * 4;
+    float4* ring = (float4*)next; next += WARPS * DEPTH * OCTETS * 32 * 4;  // states of the next items, (warp item octet lane)
     const i64 *conv_at = (const i64*)next, *ssm_at = conv_at + layers;
     elem* y = (elem*)y_room;          // (block stream Y_PITCH)
     float* in_sums = y_room;          // (half stream IN_PITCH)
@@ -206,33 +235,32 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
     __syncthreads();
     cluster_barrier();  // nobody sends to a block that has not begun
 
-    // Recurrence: a warp takes eight channels of half of the streams, a lane four states of one of them; four streams are an item. As many
-    // items in both halves, for the compiler to see that warps stay together.
-    const int middle = (streams + 1) / 2, items = (middle + TOGETHER - 1) / TOGETHER;
-    auto lane_state = [&](int l) {
-        const int tid = thread(), channel = rank * OWN + tid / 4 % OWN, stream = first + (tid / 256 ? middle : 0);
-        return (float*)ssm_at[l] + ((i64)stream * INNER + channel) * STATES + tid % 4 * 4;
+    // Recurrence: a warp has half of the channels of every eighth stream, an item is one of these: 2 KB that lie together.
+    auto warp_items = [&]() { return (streams + GROUPS - 1 - thread() / 64) / GROUPS; };
+    auto warp_state = [&](int l) {
+        const int warp = thread() / 32;
+        return (float*)ssm_at[l] + ((i64)(first + warp / 2) * INNER + rank * OWN + warp % 2 * HALF) * STATES;
     };
-    // Where a lane's next item lies: DEPTH of them are on their way.
-    auto lane_slot = [&](int slot) {
-        const int tid = thread();
-        return ring + (tid / 32 * DEPTH + slot) * (TOGETHER * 32) + tid % 32;
-    };
-    auto fetch = [&](float4* to, const float* from, int left) {
+    int slot = 0;
+    auto fetch = [&](const float* from) {
+        const int tid = thread(), lane = tid % 32;
+        float4* to = ring + (tid / 32 * DEPTH + slot) * (OCTETS * 32) + lane;
 #pragma unroll
-        for (int q = 0; q < TOGETHER; q++)
-            if (q < left) fetch16(to + q * 32, from + q * INNER * STATES);
+        for (int q = 0; q < OCTETS; q++) fetch16(to + q * 32, from + (q * 32 + lane) * 4);
         end_batch();
     };
     auto fetch_pasts = [&](int l) {
         const float* from = (const float*)conv_at[l] + (i64)first * (WIDTH - 1) * INNER + rank * OWN;
         ROLLED for (int i = thread(); i < streams * (WIDTH - 1) * (OWN / 4); i += THREADS)
             fetch16(pasts + 4 * i, from + i / (OWN / 4) * INNER + i % (OWN / 4) * 4);
-    };  // in one batch with the next item
+        end_batch();
+    };
     fetch_pasts(0);
-    end_batch();
-    ROLLED for (int i = 0; i < DEPTH; i++) fetch(lane_slot(i), lane_state(0) + i * ITEM, (thread() / 256 ? streams - middle : middle) - i * TOGETHER);
-    int slot = 0;
+    if (warp_items())
+        ROLLED for (int i = 0; i < DEPTH; i++) {
+            fetch(warp_state(0) + i * ITEM);
+            slot = slot + 1 < DEPTH ? slot + 1 : 0;
+        }
 
     float4 residual = make_float4(0.f, 0.f, 0.f, 0.f);  // four numbers of x of stream tid / 8
     u32 turn = 0;  // mixers so far
@@ -266,7 +294,7 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
     for (i64 step = 0; step < p.count; step++) {
         if (const int tid = thread(), own_stream = tid / 8; own_stream < streams) {
             const int at = rank * SHARE + tid % 8 * 4;
-            residual = __ldg((const float4*)(p.embedding + (i64)((const int*)(tokens + own_stream))[0] * D_MODEL + at));
+            residual = load_weights((const float4*)(p.embedding + (i64)((const int*)(tokens + own_stream))[0] * D_MODEL + at));
             if (p.base) {
                 float4 v = __ldg((const float4*)(p.base + (i64)(first + own_stream) * D_MODEL + at));
                 residual.x += v.x; residual.y += v.y; residual.z += v.z; residual.w += v.w;
@@ -279,13 +307,13 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
             float4 bias, shift = make_float4(0.f, 0.f, 0.f, 0.f);
             {
                 const int tid = thread(), own_stream = tid / 8, at = rank * SHARE + tid % 8 * 4;
-                bias = __ldg((const float4*)(p.b_out + (i64)l * D_MODEL + at));
+                bias = load_weights((const float4*)(p.b_out + (i64)l * D_MODEL + at));
                 if (p.shifts && l + 1 < layers && own_stream < streams)
-                    shift = __ldg((const float4*)(p.shifts + ((i64)(l + 1) * p.batch + first + own_stream) * D_MODEL + at));
+                    shift = load_weights((const float4*)(p.shifts + ((i64)(l + 1) * p.batch + first + own_stream) * D_MODEL + at));
                 const i64 own = (i64)l * INNER + rank * OWN + tid % OWN;
 #pragma unroll
-                for (int k = 0; k < WIDTH; k++) w_conv[k] = __ldg(p.w_conv + own * WIDTH + k);
-                b_conv = __ldg(p.b_conv + own), b_u = __ldg(p.b_in + own + (i64)l * INNER), b_z = __ldg(p.b_in + own + (i64)(l + 1) * INNER);
+                for (int k = 0; k < WIDTH; k++) w_conv[k] = load_weights(p.w_conv + own * WIDTH + k);
+                b_conv = load_weights(p.b_conv + own), b_u = load_weights(p.b_in + own + (i64)l * INNER), b_z = load_weights(p.b_in + own + (i64)(l + 1) * INNER);
                 const uint4* from = (const uint4*)p.w_x + ((i64)(l * CLUSTER + rank) * X_UNITS * X_GROUPS + tid / 32 % X_GROUPS) * 32 + tid % 32;
 #pragma unroll
                 for (int k = 0; k < X_UNITS; k++) w[k] = load_weights(from + k * X_GROUPS * 32);
@@ -298,30 +326,36 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
 #pragma unroll
                 for (int k = 0; k < HALF_UNITS / 2; k++) multiply_tiles<S_PITCH>(sum, in[2 * k], in[2 * k + 1], at + k * STREAMS * S_PITCH);
                 put_tiles<IN_PITCH>(in_sums + half * STREAMS * IN_PITCH + group * 16, sum);
-                if (items > DEPTH) wait_batches<DEPTH>();  // pasts
-                else end_batch(), wait_batches<0>();
+                wait_batches<0>();  // pasts
                 __syncthreads();
                 // x itself is on its way already
                 residual.x += bias.x + shift.x; residual.y += bias.y + shift.y; residual.z += bias.z + shift.z; residual.w += bias.w + shift.w;
+                made(residual);
             }
             {  // convolution and gate of one channel and every eighth stream
-                const int tid = thread(), channel = tid % OWN;
+                const int tid = thread(), channel = tid % OWN, oldest = (int)((u32)step % PAST);
                 float* conv = (float*)conv_at[l] + (i64)first * (WIDTH - 1) * INNER + rank * OWN + channel;
 #pragma unroll
                 for (int t = 0; t < TILES; t++) {
                     const int s = 8 * t + tid / OWN;
+                    if (t == TILES - 1 && s >= streams) break;
                     const float *at = in_sums + s * IN_PITCH + channel, *past = pasts + s * (WIDTH - 1) * OWN + channel;
                     const float norm = scale[s];
                     const float v = norm * (at[0] + at[STREAMS * IN_PITCH]) + b_u, z = norm * (at[OWN] + at[OWN + STREAMS * IN_PITCH]) + b_z;
                     float sum = b_conv + w_conv[WIDTH - 1] * v, seen[WIDTH];
 #pragma unroll
-                    for (int k = 0; k < WIDTH - 1; k++) seen[k] = past[k * OWN], sum += w_conv[k] * seen[k];
+                    for (int k = 0; k < WIDTH - 1; k++) {
+                        const int slot = oldest + k < WIDTH - 1 ? oldest + k : oldest + k - (WIDTH - 1);
+                        seen[k] = past[slot * OWN], sum += w_conv[k] * seen[k];
+                    }
                     seen[WIDTH - 1] = v;
                     sum *= sigmoid(sum);
                     u[s * U_PITCH + channel] = sum;
                     rounded[s * Y_PITCH + channel] = from_float(sum);
                     gate[s * U_PITCH + channel] = z * sigmoid(z);
-                    if (s < streams)
+                    // the newest takes the oldest one's place; the last step of a launch puts them in order
+                    if (WIDTH > 1 && s < streams && step + 1 < p.count) conv[(s * (WIDTH - 1) + oldest) * INNER] = v;
+                    if (s < streams && step + 1 == p.count)
 #pragma unroll
                         for (int k = 0; k < WIDTH - 1; k++) conv[(s * (WIDTH - 1) + k) * INNER] = seen[k + 1];
                 }
@@ -348,20 +382,24 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
                 const int s = i / (X_ROWS / 4), j = i % (X_ROWS / 4) * 4;
                 remote_store(parts + (s / CLUSTER * CLUSTER + rank) * X_PITCH + j, s % CLUSTER, *(const float4*)(projected + s * X_PITCH + j), barriers + PARTS);
             }
-            fetch_pasts(l + 1 < layers ? l + 1 : 0);
             // what the recurrence and out_proj need
             uint4 out[OUT_UNITS];
-            float a[4], w_dt[RANK], D, b_dt;
-            {
+            auto load_out = [&]() {
                 const int tid = thread(), warp = tid / 32, lane = tid % 32;
                 const uint4* w = (const uint4*)p.w_out + ((i64)((l * CLUSTER + rank) * SPLITS + warp / 2) * OUT_UNITS * 2 + warp % 2) * 32 + lane;
 #pragma unroll
                 for (int k = 0; k < OUT_UNITS; k++) if (warp / 2 < SPLITS) out[k] = load_weights(w + k * 2 * 32);
-                const i64 own = (i64)l * INNER + rank * OWN + tid / 4 % OWN;
-                load_floats(a, p.a + own * STATES + tid % 4 * 4);
-                load_floats(w_dt, p.w_dt + own * RANK);
-                D = __ldg(p.d + own), b_dt = __ldg(p.b_dt + own);
+            };
+            float a[OCTETS][4], w_dt[RANK], D, b_dt;
+            {
+                const int tid = thread(), warp = tid / 32, lane = tid % 32;
+                const i64 here = (i64)l * INNER + rank * OWN + warp % 2 * HALF, own = here + lane % 4 * 8 + lane / 4;
+#pragma unroll
+                for (int q = 0; q < OCTETS; q++) load_weights(a[q], p.a + here * STATES + (q * 32 + lane) * 4);
+                load_weights(w_dt, p.w_dt + own * RANK);
+                D = load_weights(p.d + own), b_dt = load_weights(p.b_dt + own);
             }
+            fetch_pasts(l + 1 < layers ? l + 1 : 0);
             meet<PARTS, false>(barriers, turn);
             ROLLED for (int tid = thread(), i = tid / CLUSTER; i - tid % 32 / CLUSTER < own_slots * (X_ROWS / 4); i += THREADS / CLUSTER) {  // whole warps
                 const int r = tid % CLUSTER, at = i / (X_ROWS / 4), j = i % (X_ROWS / 4) * 4;
@@ -375,21 +413,29 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
             meet<PROJECTED>(barriers, turn);
 
             {  // dt_proj, recurrence, gate
-                const int tid = thread(), lane = tid % 32, quarter = tid % 4, c = tid / 4 % OWN;
-                const int side_first = tid / 256 ? middle : 0, side_streams = tid / 256 ? streams - middle : middle;
-                float* state = lane_state(l);
-                const float* following = lane_state(l + 1 < layers ? l + 1 : 0);
-                float delta, push, own_u, z, sums[TOGETHER] = {}, last_u = 0.f, last_z = 0.f;
-                // the delta of stream `quarter`; behind the last stream: of what lies there, for nobody
-                auto prepare = [&](int item) {
-                    const int mine = side_first + item * TOGETHER + quarter;
+                const int tid = thread(), lane = tid % 32, quarter = tid % 4, group = tid / 64, c = tid / 32 % 2 * HALF + quarter * 8 + lane / 4;
+                const int items = warp_items();
+                float* state = warp_state(l);
+                const float* following = warp_state(l + 1 < layers ? l + 1 : 0);
+                const float4* come = ring + tid / 32 * DEPTH * (OCTETS * 32) + lane;
+                float delta, push, own_u, z, sums[OCTETS] = {}, last_u = 0.f, last_z = 0.f;
+                // what the delta of channel c is made of, which is the lane's in octet `quarter`; behind the last stream: what lies there, for nobody
+                float4 rows[RANK / 4];
+                float next_u, next_z;
+                auto look = [&](int item) {
+                    const int mine = group + item * GROUPS;
+#pragma unroll
+                    for (int k = 0; k < RANK / 4; k++) rows[k] = *(const float4*)(projected + mine * X_PITCH + 4 * k);
+                    next_u = u[mine * U_PITCH + c], next_z = gate[mine * U_PITCH + c];
+                };
+                auto prepare = [&]() {
                     float part[RANK / 4];
 #pragma unroll
                     for (int k = 0; k < RANK / 4; k++) {
-                        float4 v = *(const float4*)(projected + mine * X_PITCH + 4 * k);
+                        const float4 v = rows[k];
                         part[k] = w_dt[4 * k] * v.x; part[k] += w_dt[4 * k + 1] * v.y; part[k] += w_dt[4 * k + 2] * v.z; part[k] += w_dt[4 * k + 3] * v.w;
                     }
-                    own_u = u[mine * U_PITCH + c], z = gate[mine * U_PITCH + c];
+                    own_u = next_u, z = next_z;
 #pragma unroll
                     for (int step = 1; step < RANK / 4; step *= 2)
 #pragma unroll
@@ -397,7 +443,8 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
                     delta = softplus(part[0] + b_dt);
                     push = delta * own_u;
                 };
-                prepare(0);
+                look(0);
+                prepare();
                 // y of the item before is added up and sent while the next item's states are computed
                 float even, odd, whole;
                 auto first_sums = [&]() {
@@ -405,59 +452,58 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
                     even += lane_xor(quarter & 1 ? sums[0] : sums[1], 1);
                     odd += lane_xor(quarter & 1 ? sums[2] : sums[3], 1);
                 };
-                auto second_sums = [&]() {  // a lane gets the sum of its stream
+                auto second_sums = [&]() {  // a lane gets the sum of channel c
                     whole = quarter & 2 ? odd : even;
                     whole += lane_xor(quarter & 2 ? even : odd, 2);
                     whole = (whole + D * last_u) * last_z;
                 };
                 float4 eight;
-                auto gather = [&]() {  // and those of all eight channels, to send them
+                auto gather = [&]() {  // and those of its octet, to send them
                     const float other = lane_xor(whole, 4), both = __uint_as_float(lane & 4 ? pack_bf16(other, whole) : pack_bf16(whole, other));
                     eight = make_float4(lane_from(both, quarter), lane_from(both, 8 + quarter), lane_from(both, 16 + quarter), lane_from(both, 24 + quarter));
                 };
                 auto send = [&](int item) {
-                    float* to = (float*)(y + (rank * STREAMS + side_first + item * TOGETHER + quarter) * Y_PITCH + tid / 32 % 8 * 8);
-                    const bool mine = item >= 0 && item * TOGETHER + quarter < side_streams;
+                    float* to = (float*)(y + (rank * STREAMS + group + item * GROUPS) * Y_PITCH + tid / 32 % 2 * HALF + quarter * 8);
 #pragma unroll
-                    for (int r = 0; r < CLUSTER; r += 8) remote_store_if(mine && r + lane / 4 < CLUSTER, to, r + lane / 4, eight, barriers + OUTPUTS);
+                    for (int r = 0; r < CLUSTER; r += 8) remote_store_if(item >= 0 && r + lane / 4 < CLUSTER, to, r + lane / 4, eight, barriers + OUTPUTS);
                 };
                 ROLLED for (int item = 0; item < items; item++) {
-                    const int left = side_streams - item * TOGETHER;
-                    float4* own = lane_slot(slot);
-                    slot = slot + 1 < DEPTH ? slot + 1 : 0;
                     wait_batches<DEPTH - 1>();
-                    float h[TOGETHER][4];
+                    __syncwarp();  // lanes are together, which the compiler cannot see
+                    float h[OCTETS][4];
 #pragma unroll
-                    for (int q = 0; q < TOGETHER; q++) {
-                        float4 v = own[q * 32];
+                    for (int q = 0; q < OCTETS; q++) {
+                        float4 v = come[(slot * OCTETS + q) * 32];
                         h[q][0] = v.x; h[q][1] = v.y; h[q][2] = v.z; h[q][3] = v.w;
                     }
-                    const int further = item + DEPTH, beyond = further - items;  // of this mixer, or of the next
-                    fetch(own, beyond < 0 ? state + DEPTH * ITEM : following + beyond * ITEM, side_streams - (beyond < 0 ? further : beyond) * TOGETHER);
+                    const float* at = projected + (group + item * GROUPS) * X_PITCH + RANK + quarter * 4;
+                    const float4 B = *(const float4*)at, C = *(const float4*)(at + STATES);
+                    const int further = item + DEPTH - items;  // 0 and more: of the next mixer
+                    fetch(further < 0 ? state + DEPTH * ITEM : following + (DEPTH > 1 ? further * ITEM : 0));
+                    slot = slot + 1 < DEPTH ? slot + 1 : 0;
                     first_sums();
-                    float by[TOGETHER], in[TOGETHER];
+                    float by[OCTETS], in[OCTETS];
 #pragma unroll
-                    for (int q = 0; q < TOGETHER; q++) by[q] = lane_from(delta, lane - quarter + q), in[q] = lane_from(push, lane - quarter + q);
+                    for (int q = 0; q < OCTETS; q++) by[q] = lane_from(delta, lane - quarter + q), in[q] = lane_from(push, lane - quarter + q);
                     second_sums();
                     last_u = own_u, last_z = z;
 #pragma unroll
-                    for (int q = 0; q < TOGETHER; q++) {
-                        const float* at = projected + (side_first + item * TOGETHER + q) * X_PITCH + RANK + quarter * 4;
-                        const float4 B = *(const float4*)at, C = *(const float4*)(at + STATES);
-                        h[q][0] = exp2_fast(by[q] * a[0]) * h[q][0] + in[q] * B.x;
-                        h[q][1] = exp2_fast(by[q] * a[1]) * h[q][1] + in[q] * B.y;
-                        h[q][2] = exp2_fast(by[q] * a[2]) * h[q][2] + in[q] * B.z;
-                        h[q][3] = exp2_fast(by[q] * a[3]) * h[q][3] + in[q] * B.w;
+                    for (int q = 0; q < OCTETS; q++) {
+                        h[q][0] = exp2_fast(by[q] * a[q][0]) * h[q][0] + in[q] * B.x;
+                        h[q][1] = exp2_fast(by[q] * a[q][1]) * h[q][1] + in[q] * B.y;
+                        h[q][2] = exp2_fast(by[q] * a[q][2]) * h[q][2] + in[q] * B.z;
+                        h[q][3] = exp2_fast(by[q] * a[q][3]) * h[q][3] + in[q] * B.w;
                         sums[q] = h[q][0] * C.x + h[q][1] * C.y + h[q][2] * C.z + h[q][3] * C.w;
                         if (q == 1) gather();
                     }
-                    prepare(item + 1);
+                    look(item + 1);
+                    prepare();
                     send(item - 1);
 #pragma unroll
-                    for (int q = 0; q < TOGETHER; q++)
-                        if (q < left) *(float4*)(state + q * INNER * STATES) = make_float4(h[q][0], h[q][1], h[q][2], h[q][3]);
+                    for (int q = 0; q < OCTETS; q++) ((float4*)state)[q * 32 + lane] = make_float4(h[q][0], h[q][1], h[q][2], h[q][3]);
                     state += ITEM;
                 }
+                load_out();
                 first_sums();
                 second_sums();
                 gather();
@@ -480,8 +526,10 @@ KERNEL CLUSTERED BOUNDS(THREADS, 1) clustered(const Params p) {
             __syncthreads();
             {  // behind the last stream: what lies there, for nobody
                 const int tid = thread(), own_stream = tid / 8, quad = tid % 8;
-                const float4 v = add_splits<SPLITS>(out_sums + own_stream * OUT_PITCH + 4 * quad);
-                residual.x += v.x; residual.y += v.y; residual.z += v.z; residual.w += v.w;
+                if (own_stream - own_stream % 4 < streams) {  // of the warp's four streams one or more
+                    const float4 v = add_splits<SPLITS>(out_sums + own_stream * OUT_PITCH + 4 * quad);
+                    residual.x += v.x; residual.y += v.y; residual.z += v.z; residual.w += v.w;
+                }
             }
             send_x();
         }

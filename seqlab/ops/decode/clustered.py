@@ -99,14 +99,14 @@ class Sizes(NamedTuple):
                 continue
             for depth in DEPTHS:
                 sizes = cls(*constants, clusters, tiles, depth)
-                if sizes.shared <= limit and depth <= sizes.items(batch):
+                if sizes.shared <= limit and depth <= max(sizes.items(batch), 1):
                     possible.append(sizes)
                     break
         return min(possible, key=lambda sizes: cost(sizes, at_once), default=None)
 
     def items(self, batch: int) -> int:
-        """Items of four streams that a warp of the emptiest cluster has."""
-        return -(-(batch // self.clusters) // 8)
+        """Items, each of one stream, that every warp of the emptiest cluster has at least."""
+        return batch // self.clusters // 8
 
     @property
     def x_rows(self) -> int:
