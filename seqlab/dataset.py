@@ -171,11 +171,14 @@ class TokenStore:
             return np.empty((0, 2), np.int64)
         raise UserError(f"{split!r}: no such split; choose one of {', '.join(self._intervals) or ', '.join(SPLITS)}")
 
-    def has_bases(self, split: str) -> bool:
-        """Whether there is any A, C, G or T in a split of DNA; reads no further than the first."""
+    def has_bases(self, split: str, soft_masked: bool = True) -> bool:
+        """Whether there is any A, C, G or T in a split of DNA (soft_masked False: one that is not soft-masked); reads no further
+        than the first."""
         for start, end in self.intervals(split).tolist():
             for at in range(start, end, 1 << 20):
-                if np.isin(self.tokens[at : min(at + (1 << 20), end)], BASES).any():
+                stop = min(at + (1 << 20), end)
+                found = np.isin(self.tokens[at:stop], BASES)
+                if (found if soft_masked else found & ~self.soft_mask(at, stop)).any():
                     return True
         return False
 

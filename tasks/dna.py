@@ -50,6 +50,13 @@ def train(
     for split in ("train", "valid", "test"):  # known now, not after hours
         if len(store.intervals(split)) and not store.has_bases(split):
             raise UserError(f"{dataset}: the {split} split holds no A, C, G or T; prepare other splits")
+    if config.data.soft_mask_weight == 0:
+        for split in ("train", "valid"):
+            if not store.has_bases(split, soft_masked=False):
+                raise UserError(
+                    f"{dataset}: all bases of the {split} split are lower case (soft-masked), and data.soft_mask_weight 0 counts none of "
+                    "them; set it above 0, or give the genome in upper case"
+                )
     return runs.train(task, run_dir, dataset, store.hash, init=init, resume=resume)
 
 

@@ -153,6 +153,16 @@ def test_killed_and_resumed_on_the_command_line_equals_uninterrupted(tmp_path):
         assert all(np.array_equal(one[key].numpy(), other[key].numpy()) for key in one)
 
 
+def test_a_genome_in_lower_case_that_counts_for_nothing(tmp_path):
+    """Training had no gradient, and the first validation said that there were no bases."""
+    path = genome(tmp_path / "g.fa")
+    path.write_text("\n".join(line if line.startswith(">") else line.lower() for line in path.read_text().splitlines()))
+    words = ["train", "dna", "--fasta", path, *TOY, "--max-steps", 1, "--out", tmp_path / "run"]
+    assert "all bases of the train split are lower case" in error_of(*words, "--set", "data.soft_mask_weight=0")
+    assert not (tmp_path / "run").exists()
+    run(*words, "--set", "data.soft_mask_weight=0.1")
+
+
 @pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
 def test_a_lost_terminal_saves_and_stops_unless_it_does_not_matter(trained, tmp_path, ignored):
     """Closing the terminal, or losing the connection, lost all steps since the last validation."""
