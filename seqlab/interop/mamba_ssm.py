@@ -53,13 +53,7 @@ def load_mamba_ssm(directory: Path) -> LanguageModel:
     """The model in `directory`: token ids (b l) -> (logits (b l vocab), state). Raises UserError."""
     directory = Path(directory)
     model = LanguageModel(read_config(directory / "config.json"))
-    path, pickled = directory / "model.safetensors", directory / "pytorch_model.bin"
-    if not path.exists() and pickled.exists():
-        raise UserError(
-            f"{pickled}: is a pickle, which is not read; make a safetensors file of it: python -c \"import torch, safetensors.torch as s; "
-            f"s.save_file({{k: v.clone() for k, v in torch.load('{pickled}', weights_only=True).items()}}, '{path}')\""
-        )
-    load_weights(model, path, _ours)
+    load_weights(model, directory / "model.safetensors", _ours)
     return model
 
 

@@ -87,6 +87,8 @@ def save_transformers_mamba(model: LanguageModel, directory: Path) -> None:
 
 
 def _ours(name: str) -> str:
+    if name.startswith(("embeddings.", "layers.", "norm_f.")):  # a MambaModel, which has no head and says no `backbone`
+        name = f"backbone.{name}"
     return {"backbone.embeddings.weight": "embedding.weight", "backbone.embedding.weight": "embedding.weight"}.get(name, name)
 
 

@@ -25,6 +25,14 @@ def read_json(path: Path, what: str) -> dict:
 def load_weights(model: nn.Module, path: Path, rename: Callable[[str], str | None]) -> None:
     """The safetensors file into `model`; `rename`: a name there -> ours, None for what is no parameter. What is tied may be
     left out. Raises UserError."""
+    pickled, index = path.with_name("pytorch_model.bin"), path.with_name(f"{path.name}.index.json")
+    if not path.exists() and index.exists():
+        raise UserError(f"{index}: the weights are in several files; save them in one: model.save_pretrained(folder, max_shard_size='100GB')")
+    if not path.exists() and pickled.exists():
+        raise UserError(
+            f"{pickled}: is a pickle, which is not read; make a safetensors file of it: python -c \"import torch, safetensors.torch as s; "
+            f"s.save_file({{k: v.clone() for k, v in torch.load('{pickled}', weights_only=True).items()}}, '{path}')\""
+        )
     try:
         stored = load_file(path)
     except Exception as error:

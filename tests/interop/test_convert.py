@@ -47,6 +47,17 @@ def test_transformers_reads_what_is_exported_and_we_read_what_it_saves(changes, 
     theirs.save_pretrained(tmp_path / "theirs")
     back = load_transformers_mamba(tmp_path / "theirs").eval()
     assert torch.equal(logits(back), logits(ours)) and (back.lm_head.weight is back.embedding.weight) == ours.config.tie_embeddings
+    if ours.config.tie_embeddings:  # a model without a head, whose names lack a word
+        theirs.backbone.save_pretrained(tmp_path / "headless")
+        assert torch.equal(logits(load_transformers_mamba(tmp_path / "headless").eval()), logits(ours))
+    # what the weights may lie in instead
+    (tmp_path / "theirs" / "model.safetensors").rename(tmp_path / "theirs" / "model-00001-of-00002.safetensors")
+    (tmp_path / "theirs" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="pytorch_model.bin: is a pickle, which is not read; make a safetensors file"):
+        load_transformers_mamba(tmp_path / "theirs")
+    (tmp_path / "theirs" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="index.json: the weights are in several files"):
+        load_transformers_mamba(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"bias": True, "conv_bias": False, "dt_rank": 3, "expand": 3, "d_conv": 3}])
