@@ -182,10 +182,35 @@ def test_forward_derivatives_are_right_or_refused(op, masked):
     with torch.autograd.forward_ad.dual_level():
         duals = [torch.autograd.forward_ad.make_dual(*pair) for pair in zip(values, directions)]
         _, got = torch.autograd.forward_ad.unpack_dual(run("auto")(*duals))
-        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        with pytest.raises(RuntimeError, match="knows no forward-mode derivative"):
             run("cpu")(*duals)
         run("cpu")(*values)  # without a tangent nothing is lost
     leaves = [t.detach().requires_grad_() for t in values]
     gradients = torch.autograd.grad(run("auto")(*leaves), leaves)
     expected = sum((g * d).sum() for g, d in zip(gradients, directions))
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
+def test_gradients_by_torch_func(op):
+    """Of each row by itself (vmap of grad) and by jacrev: torch refused them with words of its own."""
+    if op == "selective_scan":
+        function, tensors = functools.partial(selective_scan, delta_softplus=True), scan_arguments(2, 3, 2, 2, torch.float64, softplus=True)
+        rows = ("u", "delta", "B", "C", "z", "initial_state")
+    else:
+        function, tensors = functools.partial(causal_conv1d, activation="silu"), conv_arguments(2, 3, 2, 4, torch.float64)
+        rows = ("x", "initial_state")
+    shared = {k: v for k, v in tensors.items() if k not in rows}
+    own = {k: v for k, v in tensors.items() if k in rows}
+
+    def loss(shared, own):
+        return function(**shared, **{k: v[None] for k, v in own.items()}).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(shared, own)
+    leaves = {k: v.clone().requires_grad_() for k, v in shared.items()}
+    for row in range(2):
+        expected = torch.autograd.grad(loss(leaves, {k: v[row] for k, v in own.items()}), list(leaves.values()))
+        for name, value in zip(leaves, expected):
+            torch.testing.assert_close(each[name][row], value)
+    with pytest.raises(RuntimeError, match="no torch.func"):
+        torch.func.grad(lambda s: function(**s, **own, backend="cpu").sum())(shared)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from seqlab.ops import dispatch
 from seqlab.ops.block import cuda, rows
@@ -36,8 +35,8 @@ def unavailable(x: Tensor, d_inner: int, d_state: int) -> str | None:
         return "torch.compile fuses the separate operators itself"
     if x.numel() == 0:
         return "nothing to compute"
-    if forward_ad._current_level >= 0:
-        return "forward-mode derivatives go through the separate operators"
+    if dispatch.transforming():
+        return "forward-mode derivatives and torch.func go through the separate operators"
     if dispatch.forces_another("cuda"):
         return f"{dispatch.ENVIRONMENT} asks for another back end"
     dtype = compute_dtype(x)

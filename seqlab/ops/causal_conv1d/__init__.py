@@ -10,7 +10,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from seqlab.ops import dispatch
 from seqlab.ops.causal_conv1d import cpu, cuda, mamba_ssm, reference
@@ -62,8 +61,8 @@ def causal_conv1d(
         RuntimeError: the back end asked for cannot run this; lists every back end with its reason.
     """
     given = x, weight, bias, initial_state, mask
-    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-        backend = dispatch.forwards("causal_conv1d", backend, given)
+    if not torch.compiler.is_compiling() and dispatch.transforming():
+        backend = dispatch.differentiable("causal_conv1d", backend, given)
     layout = None if return_final_state else dispatch.layout(backend, given, activation, reverse)
     if layout is not None and (call := _known.get(layout)) is not None:
         return cuda.execute(call, *given)

@@ -10,7 +10,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from seqlab.ops import dispatch
 from seqlab.ops.selective_scan import cpu, cuda, mamba_ssm, reference
@@ -76,8 +75,8 @@ def selective_scan(
     Source: Gu and Dao 2023 (arXiv 2312.00752), sections 3.2-3.3; argument names are the authors'.
     """
     given = u, delta, A, B, C, D, z, delta_bias, initial_state, mask
-    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-        backend = dispatch.forwards("selective_scan", backend, given)
+    if not torch.compiler.is_compiling() and dispatch.transforming():
+        backend = dispatch.differentiable("selective_scan", backend, given)
     options = delta_softplus, reverse, return_final_state
     absent = D is None, z is None, delta_bias is None, initial_state is None, mask is None
     call = _recent.find(backend, given, options, absent)
