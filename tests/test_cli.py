@@ -153,6 +153,18 @@ def test_killed_and_resumed_on_the_command_line_equals_uninterrupted(tmp_path):
         assert all(np.array_equal(one[key].numpy(), other[key].numpy()) for key in one)
 
 
+def test_a_genome_that_is_shorter_than_the_presets_context(tmp_path):
+    """`train dna --fasta phix174.fa` was refused: blocks of a small genome hold no window of 2,048 bases."""
+    small = [word for key in ("d_model=8", "n_layer=1") for word in ("--set", f"model.{key}")]
+    words = ["train", "dna", "--fasta", genome(tmp_path / "g.fa", 1500), *small, "--max-steps", 1, "--set", "eval.max_order=1"]
+    _, stderr = run(*words, "--out", tmp_path / "run")
+    kept = load_yaml(tmp_path / "run" / "config.yaml")["data"]["context"]
+    assert f"context of 2,048 is longer than any stretch of the train split: {kept} instead" in stderr and kept & (kept - 1) == 0
+    run("train", "dna", "--resume", "--out", tmp_path / "run", "--max-steps", 2)
+    assert "does not fit" in error_of(*words, "--out", tmp_path / "x", "--context", 2048)  # what was asked for is not replaced
+    assert "does not fit" in error_of(*words, "--out", tmp_path / "x", "--config", "dna_small")
+
+
 def test_a_genome_in_lower_case_that_counts_for_nothing(tmp_path):
     """Training had no gradient, and the first validation said that there were no bases."""
     path = genome(tmp_path / "g.fa")

@@ -135,12 +135,13 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, check
     if checkpoint is not None:
         options = {**options, **started_from(checkpoint, "dna", config is not None)}
     settings = load_config(DnaConfig, name, set_ or [], options)
+    was_chosen = config is not None or "data" in options or any(text.split("=")[0].strip() == "data.context" for text in set_ or [])
     dataset = None if data is None else known_dataset(data, "seqlab prep dna", ("dna", "species"))
     run_dir = begin_run(name, out, overwrite, undo, data, checkpoint, *(fasta or []))
     if not is_main_process():
         dataset = dataset or run_dir / "data"
         _wait_for(dataset / "manifest.json")
-        return run_dir, dataset, settings
+        return run_dir, dataset, settings if was_chosen else _fitting(settings, dataset)
     if dataset is None:
         dataset = run_dir / "data"
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,23 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, check
             simulate_genome(fasta[0], seed=0)
         prepare_dna(fasta, dataset, splits, valid, test)
         _note_manifest(dataset)
-    return run_dir, dataset, settings
+    return run_dir, dataset, settings if was_chosen else _fitting(settings, dataset)
+
+
+def _fitting(settings, dataset: Path):
+    """The settings with the longest power of two as context that the train split holds a window of, where the preset's, which
+    nobody asked for, is longer: a plasmid or a virus is a genome too."""
+    import dataclasses
+
+    from seqlab.dataset import TokenStore
+
+    sizes = TokenStore.open(dataset).intervals("train")
+    longest = int((sizes[:, 1] - sizes[:, 0]).max(initial=0)) - (settings.model.direction == "causal")
+    if not 2 <= longest < settings.data.context:
+        return settings
+    context = 1 << (longest.bit_length() - 1)
+    note(f"The preset's context of {settings.data.context:,} is longer than any stretch of the train split: {context:,} instead.")
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, context=context))
 
 
 def _wait_for(path: Path, seconds: float = 3600) -> None:
