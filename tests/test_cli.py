@@ -390,6 +390,38 @@ def test_help_is_there_and_shows_an_example(words):
         assert "Example:" in stdout and "--json" in stdout and "--debug" in stdout and "--seed" in stdout
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["to a file", "to the terminal"])
+@pytest.mark.parametrize("command", ["embed", "score"])
+def test_rows_go_to_standard_output_beside_a_progress_bar(trained, tmp_path, command, both):
+    """`seqlab embed RUN reads.fa > reads.tsv` at a terminal wrote an empty file: the bar took standard output for its own."""
+    import pty
+
+    name, letters = "chr1", "ACGT" * 50
+    (tmp_path / "r.fa").write_text(f">{name}\n{letters}\n>r2\n{letters[:90]}\n")
+    (tmp_path / "v.vcf").write_text(f"##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n{name}\t5\t.\tA\tC\t.\t.\t.\n")
+    words = ["embed", trained, tmp_path / "r.fa"] if command == "embed" else ["score", trained, tmp_path / "v.vcf", "--fasta", tmp_path / "r.fa"]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", *map(str, words)], cwd=ROOT, stderr=theirs, stdout=theirs if both else subprocess.PIPE,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    try:
+        while block := os.read(ours, 65536):
+            shown += block
+    except OSError:  # the other side is closed
+        pass
+    rows = shown.replace(b"\r\n", b"\n") if both else process.stdout.read()
+    assert process.wait() == 0, shown
+    lines = [line.split("\t") for line in rows.decode().splitlines()]
+    if command == "embed":
+        assert [line[0] for line in lines if len(line) > 5] == ["name", name, "r2"]
+    else:
+        assert [line[1] for line in lines if line[0] == name and "SEQLAB=" in line[-1]] == ["5"]
+    assert both or (b"embedding" in shown or b"scoring" in shown)
+
+
 def test_wide_tables_are_not_cut(capsys):
     """Where no terminal says how wide it is there are 80 columns, and nine cells of a table were "sh…", "str…"."""
     from tasks.commands.terminal import print_table

@@ -283,6 +283,7 @@ class ProgressBar(Callback):
             TextColumn("{task.fields[line]}"),
             console=self.console,
             expand=True,
+            redirect_stdout=False,
         )
         self.bar = self.progress.add_task("training", total=1000, line="starting")
         self.progress.columns = tuple(c for c in self.progress.columns if not isinstance(c, MofNCompleteColumn))

@@ -45,7 +45,7 @@ def embed(
     records = embed_records(
         loaded.model, read_records(reads), device=device, precision=loaded.config.train.precision, batch_size=batch_size
     )
-    bar, update = progress_bar("embedding", "k bases", 1e3)
+    bar, update = progress_bar("embedding", "k bases", 1e3, out=out)
     with bar:
         if out.endswith(".npz"):
             rows = []

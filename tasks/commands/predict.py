@@ -43,7 +43,7 @@ def predict(
     if not hasattr(module, "interpret"):
         raise UserError(f"{run}: is a run of `train {loaded.task}`, which gives no labels; give one of train species or classify")
     counts, unknown, total, started = Counter(), [], 0, time.monotonic()
-    bar, update = progress_bar("predicting", "k bases", 1e3)
+    bar, update = progress_bar("predicting", "k bases", 1e3, out=out)
     with table_out(out, overwrite) as file, bar:
         names = module.output_names(loaded.config)
         file.write("\t".join(["name", "label", *names, "length"]) + "\n")

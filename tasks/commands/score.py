@@ -64,7 +64,7 @@ def score(
     added = f'##INFO=<ID={KEY},Number=A,Type=Float,Description="log p(ALT) - log p(REF) in nats, windows of {length} bases, seqlab">'
     alleles = scored = done = 0
     started = time.monotonic()
-    bar, update = progress_bar("scoring", "variants")
+    bar, update = progress_bar("scoring", "variants", out=out)
     with table_out(out, overwrite) as file, bar:
         items = read_vcf(vcf)
         while some := list(itertools.islice(items, 1024)):  # a large file is never held

@@ -156,8 +156,9 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def progress_bar(title: str, unit: str, scale: float = 1.0, suffix: str = "/s"):
-    """(context manager, update(done, total)): a bar with rate and remaining time; silent when not on a terminal."""
+def progress_bar(title: str, unit: str, scale: float = 1.0, suffix: str = "/s", out: Optional[str] = None):
+    """(context manager, update(done, total)): a bar with rate and remaining time; silent when not on a terminal, or where rows
+    go to that terminal meanwhile (`out`, the command's --out, is -): they show how far it has come."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
@@ -167,9 +168,10 @@ def progress_bar(title: str, unit: str, scale: float = 1.0, suffix: str = "/s"):
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or (out == "-" and sys.stdout.isatty()),
         transient=True,
         expand=True,
+        redirect_stdout=False,  # to standard error, that is: rows for a file or a pipe would go to the terminal
     )
     task = bar.add_task(title, total=None, rate="")
 
