@@ -1,4 +1,4 @@
-"""Which process this is when a run has several; from the environment alone, so that it costs no import."""
+"""Which process this is when a run has several, and whether it has a terminal; from the environment alone, so that it costs no import."""
 
 import ctypes
 import os
@@ -46,3 +46,9 @@ def end_with_parent() -> None:
     in NCCL would not notice for ten minutes. Linux only; with torchrun and Slurm nothing to do, they watch their processes."""
     if sys.platform == "linux" and launched() is None and not is_main_process():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; no milder signal reaches a process inside a collective
+
+
+def at_terminal() -> bool:
+    """Whether standard error is a terminal, on which a line may be drawn again. (rich says so too where FORCE_COLOR wants
+    colours in the log of a machine.)"""
+    return sys.stderr is not None and sys.stderr.isatty()

@@ -422,6 +422,14 @@ def test_rows_go_to_standard_output_beside_a_progress_bar(trained, tmp_path, com
     assert both or (b"embedding" in shown or b"scoring" in shown)
 
 
+def test_there_is_no_bar_where_there_is_no_terminal(trained, tmp_path):
+    """With FORCE_COLOR, which machines that test set, logs were full of bars."""
+    (tmp_path / "r.fa").write_text(">a\nACGTACGTAC\n")
+    command = [sys.executable, "-m", "cli", "embed", str(trained), str(tmp_path / "r.fa")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "FORCE_COLOR": "1"}, capture_output=True, text=True, check=True)
+    assert "embedding" not in done.stderr and "\x1b[?25l" not in done.stderr and done.stdout.count("\n") == 2
+
+
 def test_wide_tables_are_not_cut(capsys):
     """Where no terminal says how wide it is there are 80 columns, and nine cells of a table were "sh…", "str…"."""
     from tasks.commands.terminal import print_table

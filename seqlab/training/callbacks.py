@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from seqlab.errors import UserError
+from seqlab.processes import at_terminal
 from seqlab.training import memory as modes
 from seqlab.training import planner
 from seqlab.training.checkpoint import save_model, write_text
@@ -274,7 +275,7 @@ class ProgressBar(Callback):
         self._reported = -1
 
     def on_train_start(self, trainer, module) -> None:
-        if not trainer.is_global_zero or not self.console.is_terminal:
+        if not trainer.is_global_zero or not at_terminal():
             return
         self.progress = Progress(
             TextColumn("training"),

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from seqlab.errors import UserError
+from seqlab.processes import at_terminal
 from tasks.commands.options import BenchSeed, Json, Precision, Seed, Set, parse_context, resolve_device
 from tasks.commands.settings import find_config, load_config, train_options
 from tasks.commands.terminal import command, emit, note, print_table
@@ -57,7 +58,7 @@ def bench_scan(
         seed=seed,
     )
     console = Console(stderr=True)
-    with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
+    with console.status("") if at_terminal() else contextlib.nullcontext() as status:
         result = scan.run(settings, (lambda text: status.update(text)) if status else (lambda text: None))
     if plot is not None:
         scan.plot(result, plot)
@@ -117,7 +118,7 @@ def bench_generate(
         seed=seed,
     )
     console = Console(stderr=True)
-    with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
+    with console.status("") if at_terminal() else contextlib.nullcontext() as status:
         result = generate.run(settings, (lambda text: status.update(text)) if status else (lambda text: None))
 
     def human() -> None:
@@ -166,7 +167,7 @@ def bench_train(
         seconds=seconds,
     )
     console = Console(stderr=True)
-    with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
+    with console.status("") if at_terminal() else contextlib.nullcontext() as status:
         show = (lambda text: status.update(text)) if status else (lambda text: None)
         result = train.run(step.task, step.batch, settings, run.train, run.optim, show)
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from seqlab.errors import UserError
-from seqlab.processes import is_main_process
+from seqlab.processes import at_terminal, is_main_process
 
 
 def command(group: typer.Typer, name: str):
@@ -168,7 +168,7 @@ def progress_bar(title: str, unit: str, scale: float = 1.0, suffix: str = "/s", 
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal or (out == "-" and sys.stdout.isatty()),
+        disable=not at_terminal() or (out == "-" and sys.stdout.isatty()),
         transient=True,
         expand=True,
         redirect_stdout=False,  # to standard error, that is: rows for a file or a pipe would go to the terminal
