@@ -1,10 +1,11 @@
 """The loops over bases behind `seqlab.genes`, compiled by numba on first use. Digits: A C G T = 0 1 2 3, 4 for anything else."""
 
 import numpy as np
-from numba import njit
+
+from seqlab.ops.compiled import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def contexts(digits, order):
     """(n,) int32: the context before each digit, see `genes.context_count`."""
     out = np.empty(len(digits), np.int32)
@@ -23,7 +24,7 @@ def contexts(digits, order):
     return out
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@compiled(nogil=True, fastmath=True)
 def expect(digits, context, emissions, transitions, start, first, counts, moves):
     """One stretch's share of an expectation step (Baum-Welch): the forward and the backward algorithm, scaled. Adds to counts
     (contexts from `first` on, s, 4) how often each state is expected to have emitted each base there, and to moves (s s) how

@@ -1,10 +1,11 @@
 """The loops over samples of `predictors.AdaptivePredictor`, compiled."""
 
 import numpy as np
-from numba import njit
+
+from seqlab.ops.compiled import compiled
 
 
-@njit(cache=True)
+@compiled()
 def predict(x, correlations, order, memory, width_memory, refit_every, prior, floor):
     """x (n,) -> (prediction (n,), width (n,)) of each sample from those before it.
 
@@ -41,7 +42,7 @@ def predict(x, correlations, order, memory, width_memory, refit_every, prior, fl
     return prediction, width
 
 
-@njit(cache=True)
+@compiled()
 def solve(R, r, order):
     """w of (R + ridge) w = r by Cholesky; only the lower triangle of R is read."""
     trace = 0.0
@@ -73,7 +74,7 @@ def solve(R, r, order):
     return w
 
 
-@njit(cache=True)
+@compiled()
 def masses(codes, prediction, width, edges, multiples):
     """(n, components): what a logistic distribution around the prediction, as wide as multiples * width, puts into the
     interval of amplitudes that became the code."""
@@ -89,7 +90,7 @@ def masses(codes, prediction, width, edges, multiples):
     return out
 
 
-@njit(cache=True)
+@compiled()
 def logistic(v):
     if v >= 0:
         return 1.0 / (1.0 + np.exp(-v))

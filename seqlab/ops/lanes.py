@@ -22,6 +22,8 @@ from numba.core.datamodel import models
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, register_model
 
+from seqlab.ops.compiled import compiled
+
 WIDTH = 16
 
 # 2^f = 1 + f p(f) on [-1/2, 1/2] and log(1 + w) = w q(w) on [0, 1]: interpolation of p and q at Chebyshev nodes in 40-digit
@@ -57,11 +59,7 @@ def compile_kernel(function):
     be written the kernel is compiled anew in each process.
     """
     function.__qualname__ = f"{function.__name__}_{_TEXT_KEY}"
-    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba: "no locator available"
-        return njit(**options)(function)
+    return compiled(nogil=True, error_model="numpy", boundscheck=False)(function)
 
 
 helper = njit(nogil=True, error_model="numpy", boundscheck=False)

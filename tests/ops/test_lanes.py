@@ -1,5 +1,7 @@
 """The CPU kernels' own exp2, exp, softplus and sigmoid over their whole range, against numpy in float64 (longdouble)."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -107,3 +109,25 @@ def test_bfloat16_rounds_to_nearest_even():
     got = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got[~got.isnan()], want[~want.isnan()])
+
+
+def test_kernels_are_compiled_where_no_cache_can_be_written(monkeypatch):
+    """In a container's read-only file system the loops of gene models and of sound's baselines were refused by numba."""
+    from seqlab.ops import compiled
+
+    real = compiled.njit
+
+    def nowhere(**options):
+        if options.pop("cache", False):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(compiled, "njit", nowhere)
+
+    @compiled.compiled(nogil=True)
+    def double(x):
+        return 2 * x
+
+    assert double(21) == 42
+    sources = {path.name: path.read_text() for path in (Path(compiled.__file__).parents[1]).rglob("*.py")}
+    assert [name for name, text in sources.items() if "cache=True" in text] == ["compiled.py"]

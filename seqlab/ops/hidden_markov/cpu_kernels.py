@@ -1,10 +1,11 @@
 """The loop behind cpu.py, compiled by numba on first use."""
 
 import numpy as np
-from numba import njit
+
+from seqlab.ops.compiled import compiled
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(nogil=True, error_model="numpy")
 def follow(base, context, emissions, transitions, start, log_p, after, first, last):
     """Units [first, last); unit i is row i // models with model i % models."""
     length = base.shape[1]
