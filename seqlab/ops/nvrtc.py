@@ -158,14 +158,18 @@ def compile_source(text: str, flags: list[str], name: str = "kernel.cu") -> byte
         lib.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $SEQLAB_CACHE, else the user's cache folder."""
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: $SEQLAB_CACHE, else the user's cache folder. None for a user without a home, such as a number
+    that a container was told to run as."""
     if os.environ.get(CACHE):
         return Path(os.environ[CACHE]) / "kernels"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        if sys.platform == "win32":
+            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        else:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
     return base / "seqlab" / "kernels"
 
 
@@ -173,7 +177,10 @@ def code(name: str, defines: tuple[tuple[str, int], ...], arch: int) -> bytes:
     """Machine code of a kernel file for a set of macros, from the disk cache where it is there and whole."""
     flags = options(defines, arch)
     key = hashlib.sha256("\0".join([source(name), *flags, str(version())]).encode()).hexdigest()
-    path = cache_folder() / f"{key[:40]}.bin"
+    folder = cache_folder()
+    if folder is None:
+        return compile_source(source(name), flags, name)
+    path = folder / f"{key[:40]}.bin"
     try:
         stored = path.read_bytes()
         if stored[:32] == hashlib.sha256(stored[32:]).digest():

@@ -140,6 +140,20 @@ def test_cache_folder_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatc
     assert nvrtc.code(conv.SOURCE, defines, 90)[:4] == b"\x7fELF"
 
 
+def test_a_user_without_a_home_is_no_obstacle(monkeypatch):
+    """A container told to run as some number has no name for it, and without $HOME no home: every kernel was a RuntimeError."""
+    for name in (nvrtc.CACHE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(nvrtc.Path, "home", unknown)
+    assert nvrtc.cache_folder() is None
+    monkeypatch.setattr(nvrtc, "compile_source", lambda *arguments: b"built")
+    assert nvrtc.code(conv.SOURCE, (("WIDTH", 2),), 90) == b"built"
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("states", (1, 7, 32))
 def test_hidden_markov_compiles(arch, states):
