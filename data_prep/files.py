@@ -18,6 +18,7 @@ from typing import BinaryIO, Self
 
 from seqlab.dataset import FORMAT
 from seqlab.errors import UserError
+from seqlab.processes import usual_mode
 
 READ_SIZE = 1 << 20  # bytes of text handled at once; larger blocks leave the cache and are slower
 
@@ -150,9 +151,7 @@ def output_directory(out: Path, overwrite: bool) -> Iterator[Path]:
             made.append(parent)
         directory = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
         yield directory
-        umask = os.umask(0)
-        os.umask(umask)
-        directory.chmod(0o777 & ~umask)  # mkdtemp makes it for its owner alone
+        directory.chmod(usual_mode(0o777))
         _check_output(out, overwrite)  # again: it may be there by now, made by somebody else in the hours since
         if out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -482,12 +482,7 @@ class Reader:
         delimiter = _delimiter(path, first)
         header = list(columns) or [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
         lines = _chain(first, lines) if columns else lines
-        sequence = _column(path, header, sequence_column, SEQUENCE_NAMES, "--sequence-column", "sequence")
-        label = _column(path, header, label_column, LABEL_NAMES, "--label-column", "label")
-        name = None if name_column is None else _column(path, header, name_column, (), "--name-column", "name")
-        chosen = None if split is not None else _split_column(path, header, split_column)
-        filters = {_column(path, header, key, (), "--where", key): value for key, value in (where or {}).items()}
-        stem = f"{SPLITS[split]}-" if split is not None else ""
+        at = _Columns.of(path, header, sequence_column, label_column, name_column, split_column, split, where)
         reader = csv.reader(lines, delimiter=delimiter)
         start = 1 if columns else 2
         try:
@@ -500,11 +495,11 @@ class Reader:
                         f"{place}: {len(row)} column{'s' * (len(row) != 1)}, the header has {len(header)} "
                         f"({_list(header)}); mend the line"
                     )
-                if any(row[c].strip() != value for c, value in filters.items()):
+                if any(row[c].strip() != value for c, value in at.filters.items()):
                     continue
-                its_split = split if chosen is None else _split_code(place, row[chosen])
-                called = f"{stem}{number}" if name is None else row[name].strip()
-                yield Record(place, called, row[sequence].encode("utf-8"), row[label].strip(), its_split)
+                its_split = split if at.split is None else _split_code(place, row[at.split])
+                called = f"{at.stem}{number}" if at.name is None else row[at.name].strip()
+                yield Record(place, called, row[at.sequence].encode("utf-8"), row[at.label].strip(), its_split)
         except csv.Error as error:
             raise UserError(f"{path}: line {reader.line_num + start - 1}: not a readable table ({error})") from None
 
@@ -522,21 +517,16 @@ class Reader:
         """Rows of a parquet file; needs pyarrow. Arguments as for `table`."""
         table = _read_parquet(path)
         header = list(table.column_names)
-        sequence = _column(path, header, sequence_column, SEQUENCE_NAMES, "--sequence-column", "sequence")
-        label = _column(path, header, label_column, LABEL_NAMES, "--label-column", "label")
-        called = None if name_column is None else _column(path, header, name_column, (), "--name-column", "name")
-        chosen = None if split is not None else _split_column(path, header, split_column)
-        filters = {_column(path, header, key, (), "--where", key): value for key, value in (where or {}).items()}
-        stem = f"{SPLITS[split]}-" if split is not None else ""
+        at = _Columns.of(path, header, sequence_column, label_column, name_column, split_column, split, where)
         columns = [column.to_pylist() for column in table.columns]
         for number in range(table.num_rows):
-            if all(str(columns[c][number]) == value for c, value in filters.items()):
-                text, its_label, name, word = (
-                    "" if c is None or columns[c][number] is None else str(columns[c][number]).strip() for c in (sequence, label, called, chosen)
+            if all(str(columns[c][number]) == value for c, value in at.filters.items()):
+                text, label, name, word = (
+                    "" if c is None or columns[c][number] is None else str(columns[c][number]).strip() for c in (at.sequence, at.label, at.name, at.split)
                 )
                 place = f"{path}: row {number + 1}"
-                its_split = split if chosen is None else _split_code(place, word)
-                yield Record(place, f"{stem}{number + 1}" if called is None else name, text.encode(), its_label, its_split)
+                its_split = split if at.split is None else _split_code(place, word)
+                yield Record(place, f"{at.stem}{number + 1}" if at.name is None else name, text.encode(), label, its_split)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.files.append({"path": str(path), "sha256": digest, "bytes": path.stat().st_size})
@@ -799,6 +789,29 @@ def _split_column(path: Path, header: list[str], asked: str | None) -> int | Non
         return _column(path, header, asked, (), "--split-column", "split")
     lower = [name.lower() for name in header]
     return lower.index("split") if "split" in lower else None
+
+
+class _Columns(NamedTuple):
+    """Where a table has what, by column."""
+
+    sequence: int
+    label: int
+    name: int | None
+    split: int | None  # None: the whole file's, or nobody's yet
+    filters: dict[int, str]  # rows with other values are left out
+    stem: str  # of the names of rows that are numbered
+
+    @classmethod
+    def of(cls, path, header: list[str], sequence, label, name, split_column, split: int | None, where: dict[str, str] | None) -> "_Columns":
+        """By the names asked for, or the usual ones; arguments as for `Reader.table`."""
+        return cls(
+            _column(path, header, sequence, SEQUENCE_NAMES, "--sequence-column", "sequence"),
+            _column(path, header, label, LABEL_NAMES, "--label-column", "label"),
+            None if name is None else _column(path, header, name, (), "--name-column", "name"),
+            None if split is not None else _split_column(path, header, split_column),
+            {_column(path, header, key, (), "--where", key): value for key, value in (where or {}).items()},
+            "" if split is None else f"{SPLITS[split]}-",
+        )
 
 
 def _split_code(where: str, word: str) -> int:

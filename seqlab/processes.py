@@ -1,4 +1,4 @@
-"""Which process this is when a run has several, and whether it has a terminal; from the environment alone, so that it costs no import."""
+"""Which process this is when a run has several, whether it has a terminal, and what its files may be; from the environment alone, so that it costs no import."""
 
 import ctypes
 import os
@@ -52,3 +52,10 @@ def at_terminal() -> bool:
     """Whether standard error is a terminal, on which a line may be drawn again. (rich says so too where FORCE_COLOR wants
     colours in the log of a machine.)"""
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+def usual_mode(mode: int) -> int:
+    """0o666 or 0o777 less the umask: what a new file or folder would get. Those of tempfile are for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask

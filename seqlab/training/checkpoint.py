@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from seqlab.errors import UserError
+from seqlab.processes import usual_mode
 
 
 def is_stream(path: Path) -> bool:
@@ -57,9 +58,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it for its owner alone
+        temporary.chmod(usual_mode(0o666))
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
         try:

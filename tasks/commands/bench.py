@@ -1,18 +1,15 @@
 """`seqlab bench`: this machine's numbers."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.console import Console
 
 from seqlab.errors import UserError
-from seqlab.processes import at_terminal
 from tasks.commands.options import BenchSeed, Json, Precision, Seed, Set, parse_context, resolve_device
 from tasks.commands.settings import find_config, load_config, train_options
-from tasks.commands.terminal import command, emit, note, print_table
+from tasks.commands.terminal import command, emit, note, print_table, status_line
 
 group = typer.Typer(no_args_is_help=True, help="This machine's numbers, beside whatever peers are installed.")
 
@@ -57,9 +54,8 @@ def bench_scan(
         seconds=seconds,
         seed=seed,
     )
-    console = Console(stderr=True)
-    with console.status("") if at_terminal() else contextlib.nullcontext() as status:
-        result = scan.run(settings, (lambda text: status.update(text)) if status else (lambda text: None))
+    with status_line() as show:
+        result = scan.run(settings, show)
     if plot is not None:
         scan.plot(result, plot)
 
@@ -117,9 +113,8 @@ def bench_generate(
         device=device,
         seed=seed,
     )
-    console = Console(stderr=True)
-    with console.status("") if at_terminal() else contextlib.nullcontext() as status:
-        result = generate.run(settings, (lambda text: status.update(text)) if status else (lambda text: None))
+    with status_line() as show:
+        result = generate.run(settings, show)
 
     def human() -> None:
         print_table(f"Generation, {result.machine}", *generate.table(result))
@@ -166,9 +161,7 @@ def bench_train(
         dtype=torch.bfloat16 if half else torch.float32,
         seconds=seconds,
     )
-    console = Console(stderr=True)
-    with console.status("") if at_terminal() else contextlib.nullcontext() as status:
-        show = (lambda text: status.update(text)) if status else (lambda text: None)
+    with status_line() as show:
         result = train.run(step.task, step.batch, settings, run.train, run.optim, show)
 
     def human() -> None:

@@ -1,5 +1,6 @@
 """How commands talk: the error line and exit code, notes, tables, JSON, progress bars."""
 
+import contextlib
 import errno
 import functools
 import inspect
@@ -154,6 +155,16 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     console.width = max(console.width, whole)
     console.print(escape(title), style="bold", soft_wrap=True)  # a title of the table itself would be as narrow as that
     console.print(table)
+
+
+@contextlib.contextmanager
+def status_line():
+    """show(text): what is being done, in a line that is drawn again; silent when not on a terminal."""
+    if not at_terminal():
+        yield lambda text: None
+        return
+    with Console(stderr=True).status("") as status:
+        yield status.update
 
 
 def progress_bar(title: str, unit: str, scale: float = 1.0, suffix: str = "/s", out: Optional[str] = None):

@@ -141,8 +141,7 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, check
     if not is_main_process():
         dataset = dataset or run_dir / "data"
         _wait_for(dataset / "manifest.json")
-        return run_dir, dataset, settings if was_chosen else _fitting(settings, dataset)
-    if dataset is None:
+    elif dataset is None:
         dataset = run_dir / "data"
         run_dir.mkdir(parents=True, exist_ok=True)
         if demo:

@@ -12,7 +12,6 @@ The gradient of the state that entered is exp(A s) g + a of the gradient g of th
 Combining the two numbers of every piece gives the exact states at all cuts without running one piece after the other.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
