@@ -122,13 +122,11 @@ def _shown(names: list[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
-def check_reference(path: Path, record: Record, genome: np.ndarray) -> None:
-    """UserError unless the genome has the record's REF where the record says. Where the genome has an ambiguity code (GRCh38
-    does), a VCF has one of the bases that it stands for."""
+def mismatch(record: Record, genome: np.ndarray) -> str | None:
+    """None if the genome has the record's REF where the record says, else what is there. Where the genome has an ambiguity code
+    (GRCh38 does), a VCF has one of the bases that it stands for."""
     there = genome[record.start : record.start + len(record.ref)]
-    if len(there) != len(record.ref) or ((there != record.ref) & (there != nucleotide.UNK)).any():
-        seen = nucleotide.decode(there[:20]) if len(there) else f"its end ({len(genome):,} bases)"
-        raise UserError(
-            f"{path}: {record.chrom}:{record.start + 1} has REF {record.fields[3][:20]}, the genome has {seen} there; give the genome that "
-            "the variants were called on"
-        )
+    if len(there) == len(record.ref) and not ((there != record.ref) & (there != nucleotide.UNK)).any():
+        return None
+    seen = nucleotide.decode(there[:20]) if len(there) else f"its end ({len(genome):,} bases)"
+    return f"{record.chrom}:{record.start + 1} has REF {record.fields[3][:20]}, the genome has {seen} there"

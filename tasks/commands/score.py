@@ -21,6 +21,9 @@ def score(
     alias: Annotated[
         Optional[list[str]], typer.Option("--alias", help="VCFNAME=FASTANAME of a sequence that has another name there; may be repeated.")
     ] = None,
+    skip_mismatches: Annotated[
+        bool, typer.Option("--skip-mismatches", help="Leave variants whose REF is not the genome's without a score, instead of stopping.")
+    ] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     overwrite: Overwrite = False,
     json_out: Json = None,
@@ -32,7 +35,7 @@ def score(
     import itertools
     from collections import Counter
 
-    from data_prep.variants import KEY, Record, check_reference, read_genome, read_vcf
+    from data_prep.variants import KEY, Record, mismatch, read_genome, read_vcf
     from seqlab.inference.variants import Variant, score_variants
     from tasks import runs
 
@@ -56,11 +59,24 @@ def score(
     if not vcf.is_file():
         raise UserError(f"{vcf}: is read more than once; give a file, not a pipe")
     genome, renamed = read_genome(fasta, set(total), aliases)
+    differ, first = 0, None
     for item in read_vcf(vcf):  # all of it, before anything is written
-        if isinstance(item, Record):
-            check_reference(vcf, item, genome[item.chrom])
+        if isinstance(item, Record) and (difference := mismatch(item, genome[item.chrom])) is not None:
+            differ, first = differ + 1, first or difference
+    if differ:
+        told = f"{vcf}: {differ:,} of {total.total():,} variants have another REF than the genome, the first: {first}"
+        if not skip_mismatches or differ == total.total():
+            or_skip = "" if differ == total.total() else ", or leave these without a score: --skip-mismatches"
+            raise UserError(f"{told}; give the genome that the variants were called on{or_skip}")
+        note(f"{told}; they get no score")
     for name, other in renamed.items():
-        note(f"{name} of the variants is {other} of {fasta}: every REF agrees")
+        note(f"{name} of the variants is {other} of {fasta}" + ("" if differ else ": every REF agrees"))
+
+    def variant(record: Record) -> Variant:
+        there = genome[record.chrom]
+        scored = differ == 0 or mismatch(record, there) is None
+        return Variant(there, record.start, record.ref, record.alts if scored else [None] * len(record.alts))
+
     added = f'##INFO=<ID={KEY},Number=A,Type=Float,Description="log p(ALT) - log p(REF) in nats, windows of {length} bases, seqlab">'
     alleles = scored = done = 0
     started = time.monotonic()
@@ -68,10 +84,7 @@ def score(
     with table_out(out, overwrite) as file, bar:
         items = read_vcf(vcf)
         while some := list(itertools.islice(items, 1024)):  # a large file is never held
-            scores = score_variants(
-                loaded.model, (Variant(genome[r.chrom], r.start, r.ref, r.alts) for r in some if isinstance(r, Record)),
-                context=length, device=device,
-            )  # fmt: skip
+            scores = score_variants(loaded.model, map(variant, filter(lambda item: isinstance(item, Record), some)), context=length, device=device)
             for item in some:
                 if not isinstance(item, Record):
                     file.write(f"{added}\n{item}\n" if item.startswith("#CHROM\t") else f"{item}\n")
@@ -87,6 +100,6 @@ def score(
     )
     if scored < alleles:
         only = "" if loaded.config.model.direction == "causal" else " A bidirectional model scores substitutions of up to 16 bases."
-        note(f"Without a score: {alleles - scored:,} alleles that are no plain sequence of A, C, G, T, or on another symbol.{only}")
-    summary = {"variants": done, "alleles": alleles, "scored": scored, "context": length, "seconds": seconds, "device": device}
+        note(f"Without a score: {alleles - scored:,} alleles that are no plain sequence of A, C, G, T, or on another symbol{' or REF' * bool(differ)}.{only}")
+    summary = {"variants": done, "alleles": alleles, "scored": scored, "mismatches": differ, "context": length, "seconds": seconds, "device": device}
     emit(json_out, summary, human=lambda: None)

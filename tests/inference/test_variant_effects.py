@@ -178,6 +178,26 @@ def test_the_command_adds_a_score_and_changes_nothing_else(folder, tmp_path):
     assert json.loads((tmp_path / "s.json").read_text())["scored"] == 3
 
 
+def test_variants_of_another_reference_can_be_left_without_a_score(folder, tmp_path):
+    """As in public files: a few REF are the other strand's (celegans_1pct.variants has 10 of 8,713)."""
+    lines = (folder / "v.vcf").read_text().splitlines()
+    wrong = str.maketrans("ACGT", "TGCA")[ord(GENOME[49])]
+    lines.insert(3, f"chr\t50\tother\t{chr(wrong)}\t{GENOME[49]},A\t.\t.\t.")
+    (tmp_path / "w.vcf").write_text("\n".join(lines) + "\n")
+    arguments = ("score", folder / "run", tmp_path / "w.vcf", "--fasta", folder / "g.fa")
+    stopped = call(*arguments, code=1)
+    assert f"1 of 4 variants have another REF than the genome, the first: chr:50 has REF {chr(wrong)}, the genome has {GENOME[49]}" in stopped.stderr
+    assert "--skip-mismatches" in stopped.stderr and stopped.stdout == ""
+    found = call(*arguments, "--skip-mismatches", "--json", tmp_path / "w.json")
+    after = found.stdout.splitlines()
+    assert after.pop(4) == lines[3].removesuffix(".") + "SEQLAB=.,."
+    assert after == call("score", folder / "run", folder / "v.vcf", "--fasta", folder / "g.fa").stdout.splitlines()
+    summary = json.loads((tmp_path / "w.json").read_text())
+    assert (summary["variants"], summary["alleles"], summary["scored"], summary["mismatches"]) == (4, 6, 3, 1)
+    (tmp_path / "other.fa").write_text(">chr\n" + "N" * 300 + "\n")  # another genome altogether: nothing to skip
+    assert "of 3 variants have another REF" in call(*arguments[:2], folder / "v.vcf", "--fasta", tmp_path / "other.fa", "--skip-mismatches", code=1).stderr
+
+
 def test_wrong_input_is_one_line_and_leaves_nothing(folder, tmp_path):
     (tmp_path / "other.fa").write_text(">chr\n" + "A" * 300 + "\n")
     (tmp_path / "text").write_text("hello\n")
