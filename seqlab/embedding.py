@@ -34,6 +34,8 @@ class TokenEmbedding(nn.Embedding):
     """nn.Embedding for small vocabularies (symbols, samples, classes): ids (...) of any integer type -> (... d)."""
 
     def forward(self, ids: Tensor) -> Tensor:
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"ids must be integers, got {ids.dtype} of shape {tuple(ids.shape)}; one-hot letters: letters.argmax(-1)")
         ids = ids.long()
         if ids.is_cuda and ids.numel() and torch.is_grad_enabled() and self.weight.requires_grad:
             return _Lookup.apply(self.weight, ids)

@@ -77,8 +77,19 @@ class LanguageModel(nn.Module):
                 nn.init.zeros_(shift.weight)
         tied = self.embedding if config.tie_embeddings else None
         self.lm_head = LanguageHead(config.d_model, config.vocab_size, tied_to=tied)
+        self.register_load_state_dict_post_hook(LanguageModel._tie)  # load_state_dict(assign=True)
         order = config.prediction_order
         self.prediction_head = PredictionHead(config.d_model, config.vocab_size, order, config.prediction_memory) if order else None
+
+    def _apply(self, fn, recurse=True):
+        """What `to`, `to_empty` and the like go through; from the meta device it makes a new parameter for each module."""
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+    def _tie(self, *_) -> None:
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
 
     def forward(
         self,
@@ -100,7 +111,7 @@ class LanguageModel(nn.Module):
         classes: Tensor | None = None,
     ):
         """All but the heads: features (b l d_model), the state, and the linear prediction if there is one."""
-        x, shifts, prediction = self.embedding(ids.long()), None, None
+        x, shifts, prediction = self.embedding(ids), None, None
         if classes is not None:
             if self.class_embedding is None:
                 raise ValueError("classes: this model is not conditional (n_classes: 0); call it without them")
@@ -135,7 +146,7 @@ def build_model(config: ModelConfig, complement: Tensor | None = None) -> nn.Mod
         return model
     if complement is None:
         raise ValueError("strand: equivariant needs the tokenizer's complement table")
-    identity = torch.arange(config.vocab_size)
+    identity = torch.arange(config.vocab_size, device=complement.device)
     identity[: len(complement)] = complement[: config.vocab_size]
     return ReverseComplementEquivariant(model, identity)
 

@@ -18,9 +18,23 @@ class BidirectionalMixer(nn.Module):
         self.config = config
         self.mamba_fwd = MambaMixer(config)
         self.mamba_rev = MambaMixer(config)
-        if config.tie_projections:
-            self.mamba_rev.in_proj = self.mamba_fwd.in_proj
-            self.mamba_rev.out_proj = self.mamba_fwd.out_proj
+        self._tie()
+        self.register_load_state_dict_post_hook(BidirectionalMixer._tie)  # load_state_dict(assign=True)
+
+    def _tie(self, *_) -> None:
+        """Both directions' projections hold the same parameters. Not the same modules: torch.func.functional_call leaves one
+        that is reached under two names with the parameters that it was called with."""
+        if self.config.tie_projections:
+            for name in ("in_proj", "out_proj"):
+                first, second = getattr(self.mamba_fwd, name), getattr(self.mamba_rev, name)
+                if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):  # not an adapter in its place
+                    second.weight, second.bias = first.weight, first.bias
+
+    def _apply(self, fn, recurse=True):
+        """What `to`, `to_empty` and the like go through; from the meta device it makes a new parameter for each module."""
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
 
     def directions(self) -> tuple[MambaMixer, ...]:
         """Both mixers if they share their projections and their outputs add up, so that the block can be fused."""

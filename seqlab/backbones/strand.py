@@ -22,10 +22,18 @@ class ReverseComplementEquivariant(nn.Module):
 
     def __init__(self, model: nn.Module, complement: Tensor):
         super().__init__()
-        if not torch.equal(complement[complement], torch.arange(len(complement))):
-            raise ValueError(f"complement must be an involution over the vocabulary, got {complement.tolist()}")
+        self._complement = complement.tolist()
+        if [self._complement[other] for other in self._complement] != list(range(len(complement))):
+            raise ValueError(f"complement must be an involution over the vocabulary, got {self._complement}")
         self.model = model
         self.register_buffer("complement", complement, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """What `to`, `to_empty` and the like go through; no checkpoint holds the buffer, so what is emptied is filled here."""
+        super()._apply(fn, recurse)
+        if not self.complement.is_meta:
+            self.complement.copy_(torch.tensor(self._complement, device="cpu"))
+        return self
 
     def forward(self, ids: Tensor, state: None = None, mask: Tensor | None = None, return_state: bool = False):
         if state is not None:

@@ -144,11 +144,11 @@ def _arrange(model: LanguageModel, complement: Tensor) -> None:
         mixer = layer.mixer
         mixer.mamba_fwd, mixer.mamba_rev = mixer.mamba_rev, mixer.mamba_fwd
         layer.norm.weight.copy_(layer.norm.weight.flip(0))
-        for in_proj in {mixer.mamba_fwd.in_proj, mixer.mamba_rev.in_proj}:  # tied: one
-            in_proj.weight.copy_(in_proj.weight.flip(1))
-        for out_proj in {mixer.mamba_fwd.out_proj, mixer.mamba_rev.out_proj}:
-            for parameter in out_proj.parameters():
-                parameter.copy_(parameter.flip(0))
+        both = mixer.mamba_fwd, mixer.mamba_rev
+        for weight in {m.in_proj.weight for m in both}:  # tied: one
+            weight.copy_(weight.flip(1))
+        for parameter in {p for m in both for p in m.out_proj.parameters()}:
+            parameter.copy_(parameter.flip(0))
     if len(model.backbone.layers) % 2:
         model.backbone.norm_f.weight.copy_(model.backbone.norm_f.weight.flip(0))
         model.lm_head.weight = nn.Parameter(model.lm_head.weight[complement].flip(1))

@@ -142,7 +142,7 @@ def flipped_reference(mixer, x):
 def test_bidirectional_mixer_equals_flipping(tie, combine):
     model = make(direction="bidirectional", tie_projections=tie, combine=combine)
     mixer = model.backbone.layers[0].mixer
-    assert (mixer.mamba_fwd.in_proj is mixer.mamba_rev.in_proj) == tie
+    assert (mixer.mamba_fwd.in_proj.weight is mixer.mamba_rev.in_proj.weight) == tie
     x = torch.randn(2, 29, 24)
     with torch.no_grad():
         fwd, rev = flipped_reference(mixer, x)
@@ -231,3 +231,41 @@ def test_language_model_is_found_inside_the_equivariant_wrapper():
     inner = make(direction="bidirectional", strand="equivariant")
     assert language_model(inner) is inner.model
     assert language_model(inner.model) is inner.model
+
+
+TIED = [
+    {"direction": "bidirectional"},
+    {"direction": "bidirectional", "combine": "multiply", "bias": True},
+    {"direction": "bidirectional", "strand": "equivariant"},
+]
+
+
+@pytest.mark.parametrize("options", TIED, ids=str)
+def test_a_call_with_other_parameters_leaves_the_model_as_it_was(options):
+    """torch.func.functional_call, which per-sample gradients and ensembles are made with, and projections of two names."""
+    model, other = make(**options), make(seed=1, **options)
+    ids = tokens(2, 9)
+    before = dict(model.named_parameters())
+    with torch.no_grad():
+        found = torch.func.functional_call(model, dict(other.named_parameters()), (ids,))[0]
+        torch.testing.assert_close(found, other(ids)[0])
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items()) and len(after) == len(before)
+
+
+@pytest.mark.parametrize("options", [{}, *TIED], ids=str)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_made_on_the_meta_device_is_filled_by_its_weights(options, assign):
+    model, ids = make(**options), tokens(2, 9)
+    with torch.device("meta"):
+        empty = build_model(model.model.config if hasattr(model, "model") else model.config, COMPLEMENT)
+    if not assign:
+        empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    torch.testing.assert_close(empty.eval()(ids)[0], model(ids)[0])
+    assert dict(empty.named_parameters()).keys() == dict(model.named_parameters()).keys()  # what is tied stays so
+
+
+def test_an_embedding_takes_whole_numbers_alone():
+    with pytest.raises(ValueError, match="ids must be integers, got torch.float32 of shape"):
+        make()(torch.zeros(1, 5, 4))
