@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from seqlab.files import write_atomic
+from seqlab.training.history import read_history
+
 INK, MODEL, BASELINE, FAINT = "#22313f", "#0b6e8f", "#d1791f", "#c9d1d6"
 
 
@@ -100,8 +103,6 @@ def new_figure(width: float = 7.0, height: float = 4.2):
 def save_figure(figure, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    from seqlab.training.checkpoint import write_atomic
-
     write_atomic(path, figure.savefig)
     plt.close(figure)
     return path
@@ -175,6 +176,29 @@ def plot_history(rows: list[dict[str, float]], metric: str, path: Path, baseline
     axes.set_ylabel(metric)
     axes.legend(frameon=False, fontsize=8)
     return save_figure(figure, path)
+
+
+def training_lines(
+    run_dir: Path, facts: dict, metric: str, plots: Path, level: tuple[str, float] | None = None, unit: str = "tokens"
+) -> list[str]:
+    """The end of a run's report: the plot of its training, drawn into `plots` with a baseline's `level` (name, value), what the
+    training took, in tokens called `unit`, and with which versions. `facts` are those of run.json."""
+    lines, metrics = [], Path(run_dir) / "metrics.csv"
+    if metrics.is_file():
+        plot_history(read_history(metrics), metric, plots / "training.png", level)
+        lines += ["![training](plots/training.png)", ""]
+    if result := facts.get("result"):
+        lines += [
+            f"{facts.get('parameters', 0):,} parameters, {result['tokens']:,} {unit} in {result['minutes']:.1f} minutes "
+            f"({result['tokens_per_second']:,.0f} {unit}/s) on {facts.get('machine')}; best at step {result['best_step']:,} "
+            f"of {result['steps']:,}; {versions(facts)}.",
+            "",
+        ]
+    return lines
+
+
+def versions(facts: dict) -> str:
+    return f"seqlab {facts.get('seqlab')} ({facts.get('git')}), torch {facts.get('torch')}"
 
 
 # -- audio ---------------------------------------------------------------------------------------------------------

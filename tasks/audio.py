@@ -32,15 +32,15 @@ from seqlab import report
 from seqlab.audio import change_speed
 from seqlab.dataset import CoveringSampler, TokenStore
 from seqlab.errors import UserError
+from seqlab.files import write_json, write_text
 from seqlab.heads.language import weighted_cross_entropy
 from seqlab.model import ModelConfig
 from seqlab.model import build_model as build_language_model
 from seqlab.predictors import AdaptivePredictor, CodeMarkov, correlations
+from seqlab.report import audio_evaluation_dict as evaluation_dict
 from seqlab.tokenizers.waveform import QUANTIZERS
-from seqlab.training.checkpoint import write_json, write_text
 from seqlab.training.config import TrainConfig, step_seed
 from seqlab.training.facts import FitResult, read_run_facts
-from seqlab.training.history import read_history
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Batch
 from tasks import runs
@@ -598,10 +598,8 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
     target = Path(out or run_dir)
     plots = target / "plots"
     report.plot_audio_evaluation(evaluation, plots / f"{name}.png")
-    write_json(target / f"{name}.json", report.audio_evaluation_dict(evaluation))
+    write_json(target / f"{name}.json", evaluation_dict(evaluation))
     header, rows = report.audio_evaluation_rows(evaluation)
-    facts = read_run_facts(run_dir)
-    result = facts.get("result", {})
     lines = [f"# {Path(run_dir).name}", "", report.audio_verdict(evaluation), "", report.markdown_table(header, rows), ""]
     lines += [
         "Every row scores the same samples. Unigram, Markov and adaptive linear predictors are fitted on the training split.",
@@ -609,17 +607,8 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
         f"![bits per sample by context](plots/{name}.png)",
         "",
     ]
-    metrics = Path(run_dir) / "metrics.csv"
-    if metrics.is_file():
-        best, score = evaluation.best_baseline
-        report.plot_history(read_history(metrics), "bits per sample", plots / "training.png", (f"{best}, test", score.bits))
-        lines += ["![training](plots/training.png)", ""]
-    if result:
-        lines += [
-            f"{facts.get('parameters', 0):,} parameters, {result['tokens']:,} samples in {result['minutes']:.1f} minutes "
-            f"({result['tokens_per_second']:,.0f} samples/s) on {facts.get('machine')}; best at step {result['best_step']:,} "
-            f"of {result['steps']:,}; seqlab {facts.get('seqlab')} ({facts.get('git')}), torch {facts.get('torch')}.",
-            "",
-        ]
+    best, score = evaluation.best_baseline
+    level = (f"{best}, test", score.bits)
+    lines += report.training_lines(run_dir, read_run_facts(run_dir), AudioModeling.metric, plots, level, "samples")
     write_text(path := report.report_path(target, name), "\n".join(lines))
     return path

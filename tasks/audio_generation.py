@@ -32,10 +32,10 @@ import torch
 from seqlab import report
 from seqlab.audio import WavFile, pcm16, read_mono
 from seqlab.errors import UserError
+from seqlab.files import write_atomic, write_json, write_text
 from seqlab.inference.runaway import RunawayDetector
 from seqlab.ops.decode import Decoder, Sampling
 from seqlab.tokenizers.waveform import QUANTIZERS
-from seqlab.training.checkpoint import write_atomic, write_json, write_text
 from tasks import runs
 from tasks.audio import AudioConfig
 

@@ -39,9 +39,10 @@ from seqlab.classification.metrics import (
 from seqlab.classifier import ClassifierConfig, SequenceClassifier, load_pretrained
 from seqlab.config import dump_yaml, from_dict, load_yaml
 from seqlab.errors import UserError
+from seqlab.files import write_atomic, write_json, write_text
 from seqlab.inference.classify import Predictor
 from seqlab.tokenizers import nucleotide
-from seqlab.training.checkpoint import load_model, write_atomic, write_json, write_text
+from seqlab.training.checkpoint import load_model
 from seqlab.training.config import TrainConfig, step_seed
 from seqlab.training.facts import FitResult, read_run_facts, write_run_facts
 from seqlab.training.optim import OptimConfig
@@ -741,8 +742,7 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
         tokens = sum(result["tokens"] for result in results.values())
         lines += [
             f"{facts.get('parameters', 0):,} parameters; {len(results)} seeds, {tokens:,} tokens in {minutes:.1f} minutes on "
-            f"{facts.get('machine')}; started from {facts.get('init') or 'random weights'}; seqlab {facts.get('seqlab')} "
-            f"({facts.get('git')}), torch {facts.get('torch')}.",
+            f"{facts.get('machine')}; started from {facts.get('init') or 'random weights'}; {report.versions(facts)}.",
             "",
         ]
     path = report.report_path(out, name)

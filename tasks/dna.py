@@ -8,10 +8,10 @@ import torch
 from seqlab import report
 from seqlab.dataset import TokenStore
 from seqlab.errors import UserError
+from seqlab.files import write_json, write_text
 from seqlab.markov import MarkovModels, fit
-from seqlab.training.checkpoint import write_json, write_text
+from seqlab.report import evaluation_dict
 from seqlab.training.facts import FitResult, read_run_facts
-from seqlab.training.history import read_history
 from seqlab.training.task import Batch
 from tasks import runs
 from tasks.language_modeling import (
@@ -100,10 +100,8 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
     run_dir, out = Path(run_dir), Path(out or run_dir)
     plots = out / "plots"
     report.plot_evaluation(evaluation, plots / f"{name}.png")
-    write_json(out / f"{name}.json", report.evaluation_dict(evaluation))
+    write_json(out / f"{name}.json", evaluation_dict(evaluation))
     header, rows = report.evaluation_rows(evaluation)
-    facts = read_run_facts(run_dir)
-    result = facts.get("result", {})
     order, markov = evaluation.best_markov
     lines = [f"# {run_dir.name}", "", report.evaluation_verdict(evaluation), "", report.markdown_table(header, rows), ""]
     lines += [
@@ -114,18 +112,7 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
         f"![bits per base by context](plots/{name}.png)",
         "",
     ]
-    metrics = run_dir / "metrics.csv"
-    if metrics.is_file():
-        report.plot_history(
-            read_history(metrics), "bits per base", plots / "training.png", (f"best Markov model (order {order}), test", markov.bits)
-        )
-        lines += ["![training](plots/training.png)", ""]
-    if result:
-        lines += [
-            f"{facts.get('parameters', 0):,} parameters, {result['tokens']:,} tokens in {result['minutes']:.1f} minutes "
-            f"({result['tokens_per_second']:,.0f} tokens/s) on {facts.get('machine')}; best at step {result['best_step']:,} "
-            f"of {result['steps']:,}; seqlab {facts.get('seqlab')} ({facts.get('git')}), torch {facts.get('torch')}.",
-            "",
-        ]
+    level = (f"best Markov model (order {order}), test", markov.bits)
+    lines += report.training_lines(run_dir, read_run_facts(run_dir), LanguageModeling.metric, plots, level)
     write_text(path := report.report_path(out, name), "\n".join(lines))
     return path

@@ -22,8 +22,9 @@ import torch
 from seqlab.config import dump_yaml, from_dict, load_yaml
 from seqlab.dataset import TokenStore, read_manifest
 from seqlab.errors import UserError
+from seqlab.files import write_text
 from seqlab.processes import is_main_process
-from seqlab.training.checkpoint import load_model, write_text
+from seqlab.training.checkpoint import load_model
 from seqlab.training.facts import FitResult, read_run_facts, write_run_facts
 from seqlab.training.task import Task
 from tasks.run_directory import held, is_held

@@ -47,22 +47,15 @@ from seqlab.classifier import ClassifierConfig, SequenceClassifier, load_pretrai
 from seqlab.config import dump_yaml, from_dict, load_yaml
 from seqlab.dataset import TokenStore, nearest
 from seqlab.errors import UserError
+from seqlab.files import write_atomic, write_json, write_text
 from seqlab.heads.classification import ADDITIVE, evenly_spread_ends
 from seqlab.heads.homology import scale_of, scaled
 from seqlab.inference.classify import Predictor
 from seqlab.processes import is_main_process
 from seqlab.tokenizers import nucleotide
-from seqlab.training.checkpoint import (
-    load_model,
-    read_notes,
-    save_model,
-    write_atomic,
-    write_json,
-    write_text,
-)
+from seqlab.training.checkpoint import load_model, read_notes, save_model
 from seqlab.training.config import TrainConfig, step_seed
 from seqlab.training.facts import FitResult, read_run_facts
-from seqlab.training.history import read_history
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Batch
 from tasks import runs
@@ -960,17 +953,7 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
     lines += [f"![calibration](plots/{name}-calibration.png)", ""]
     if evaluation.shared_kmers:
         lines += [_shared_text(evaluation), ""]
-    metrics = run_dir / "metrics.csv"
-    if metrics.is_file():
-        report.plot_history(read_history(metrics), SpeciesTask.metric, plots / "training.png")
-        lines += ["![training](plots/training.png)", ""]
-    if result := facts.get("result"):
-        lines += [
-            f"{facts.get('parameters', 0):,} parameters, {result['tokens']:,} tokens in {result['minutes']:.1f} minutes "
-            f"({result['tokens_per_second']:,.0f} tokens/s) on {facts.get('machine')}; best at step {result['best_step']:,} "
-            f"of {result['steps']:,}; seqlab {facts.get('seqlab')} ({facts.get('git')}), torch {facts.get('torch')}.",
-            "",
-        ]
+    lines += report.training_lines(run_dir, facts, SpeciesTask.metric, plots)
     write_text(path := report.report_path(out, name), "\n".join(lines))
     return path
 

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 
 from seqlab import report
 from seqlab.errors import UserError
+from seqlab.files import write_json, write_text
 from seqlab.heads.language import weighted_cross_entropy
 from seqlab.model import ModelConfig
 from seqlab.model import build_model as build_language_model
-from seqlab.training.checkpoint import write_json, write_text
 from seqlab.training.config import TrainConfig, step_seed
 from seqlab.training.facts import FitResult, read_run_facts
-from seqlab.training.history import read_history
 from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Batch
 from tasks import runs
@@ -280,8 +279,8 @@ def evaluation_dict(evaluation: Evaluation) -> dict:
     return {**found, "lengths": {str(n): score for n, score in found["lengths"].items()}}
 
 
-def write_report(run_dir: Path, evaluation: Evaluation, out: Path | None = None) -> Path:
-    """Plots, evaluation.json and report.md of a run, in the run or in `out`; returns the report's path."""
+def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation", out: Path | None = None) -> Path:
+    """Plots, `{name}.json` and the report of a run, in `out` (default: the run); returns the report's path."""
     target = Path(out or run_dir)
     plots = target / "plots"
     figure, axes = report.new_figure()
@@ -290,20 +289,10 @@ def write_report(run_dir: Path, evaluation: Evaluation, out: Path | None = None)
     axes.axvline(evaluation.trained_context, color=report.FAINT, linewidth=1, zorder=0, label="trained length")
     axes.set(xscale="log", ylim=(0, 1.03), xlabel="length", ylabel="accuracy", title=evaluation.problem)
     axes.legend(frameon=False, fontsize=8)
-    report.save_figure(figure, plots / "evaluation.png")
-    write_json(target / "evaluation.json", evaluation_dict(evaluation))
+    report.save_figure(figure, plots / f"{name}.png")
+    write_json(target / f"{name}.json", evaluation_dict(evaluation))
     lines = [f"# {Path(run_dir).name}", "", evaluation_verdict(evaluation), "", report.markdown_table(*evaluation_rows(evaluation)), ""]
-    lines += ["![accuracy by length](plots/evaluation.png)", ""]
-    metrics, facts = Path(run_dir) / "metrics.csv", read_run_facts(run_dir)
-    if metrics.is_file():
-        report.plot_history(read_history(metrics), Synthetic.metric, plots / "training.png")
-        lines += ["![training](plots/training.png)", ""]
-    if result := facts.get("result"):
-        lines += [
-            f"{facts.get('parameters', 0):,} parameters, {result['tokens']:,} tokens in {result['minutes']:.1f} minutes "
-            f"({result['tokens_per_second']:,.0f} tokens/s) on {facts.get('machine')}; best at step {result['best_step']:,} "
-            f"of {result['steps']:,}; seqlab {facts.get('seqlab')} ({facts.get('git')}), torch {facts.get('torch')}.",
-            "",
-        ]
-    write_text(target / "report.md", "\n".join(lines))
-    return target / "report.md"
+    lines += [f"![accuracy by length](plots/{name}.png)", ""]
+    lines += report.training_lines(run_dir, read_run_facts(run_dir), Synthetic.metric, plots)
+    write_text(path := report.report_path(target, name), "\n".join(lines))
+    return path

@@ -747,6 +747,43 @@ def test_results_that_could_not_be_written_are_refused_before_the_work(trained, 
     assert {p.name for p in tmp_path.iterdir()} == {"file"}
 
 
+def test_a_file_that_was_named_is_replaced_with_overwrite_alone(trained, tmp_path):
+    """--json, --plot and eval's --out took the place of what was there, without a word."""
+    (tmp_path / "r.fa").write_text(">a\nACGTACGTAC\n")
+    scan = ["bench", "scan", "--max-length", "4", "--min-length", "2", "--d-inner", 2, "--d-state", 1, "--no-attention", "--seconds", "0.001"]
+    kept, out = tmp_path / "kept.json", tmp_path / "out"
+    commands = (
+        (["embed", trained, tmp_path / "r.fa"], "--out", "e.tsv"),
+        (["eval", trained, "--context", 64, "--set", "eval.max_order=1"], "--out", "there"),
+        (["generate", "dna", trained, "--length", 5], "--out", "d.fa"),
+        (["export", trained], "--out", "hf"),
+        ([*scan, "--device", "cpu"], "--plot", "p.png"),
+    )
+    for words, option, name in commands:
+        command = [*words, option, out / name]
+        kept.write_text("years of work")
+        assert f"--json {kept}: exists; choose another name, or add --overwrite" in error_of(*command, "--json", kept)
+        assert kept.read_text() == "years of work" and not out.exists()
+        run(*command, "--json", kept, "--overwrite")
+        assert json.loads(kept.read_text())
+        assert "exists; choose another" in error_of(*command)
+        run(*command, "--overwrite")
+        shutil.rmtree(out)
+    assert "is what --out writes" in error_of("embed", trained, tmp_path / "r.fa", "--out", out / "e.tsv", "--json", out / ".." / "out" / "e.tsv")
+    (tmp_path / "link.tsv").symlink_to(kept)  # written through, so what it leads to counts
+    assert "exists; choose another" in error_of("embed", trained, tmp_path / "r.fa", "--out", tmp_path / "link.tsv")
+
+
+def test_overwrite_takes_no_run_that_is_resumed(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "kept.json").write_text("years of work")
+    resume = ["train", "dna", "--resume", "--out", tmp_path / "run", "--max-steps", 7, "--json", tmp_path / "kept.json"]
+    assert "exists; choose another" in error_of(*resume)
+    run(*resume, "--overwrite")
+    for path in ("kept.json", "run/run.json"):
+        assert json.loads((tmp_path / path).read_text())["result"]["steps"] == 7
+
+
 def test_a_run_file_that_is_no_table_and_a_damaged_trainer_state(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     state = tmp_path / "run" / "checkpoints" / "last" / "trainer.pt"

@@ -279,7 +279,7 @@ def test_other_wrong_input(trained, tmp_path):
     assert "nothing is left after" in error_of(
         "generate", "audio", trained / "run", "--prompt", prompt, "--prompt-start", 9, "--out", tmp_path / "x"
     )
-    assert "--data: missing" in error_of("train", "audio", "--out", tmp_path / "x")
+    assert "give the dataset that `seqlab prep audio` wrote" in error_of("train", "audio", "--out", tmp_path / "x")
     assert "which run" in error_of("generate", "audio", "--out", tmp_path / "x")
     assert "give --data" in error_of("eval", trained / "run", "--fasta", prompt)
     assert "--scale loud" in error_of("prep", "audio", prompt, "--scale", "loud", "--out", tmp_path / "x")

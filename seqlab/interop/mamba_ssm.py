@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from seqlab.errors import UserError
+from seqlab.files import write_atomic
 from seqlab.interop.transformers_mamba import check_plain
 from seqlab.interop.weights import load_weights, read_json, save_weights
 from seqlab.model import LanguageModel, ModelConfig
-from seqlab.training.checkpoint import write_atomic
 
 
 def is_config(data: dict) -> bool:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from seqlab.errors import UserError
-from seqlab.training.checkpoint import write_atomic, write_json
+from seqlab.files import write_atomic, write_json
 
 
 def read_json(path: Path, what: str) -> dict:

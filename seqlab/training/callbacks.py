@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from seqlab.errors import UserError
+from seqlab.files import write_text
 from seqlab.processes import at_terminal
 from seqlab.training import memory as modes
 from seqlab.training import planner
-from seqlab.training.checkpoint import save_model, write_text
+from seqlab.training.checkpoint import save_model
 from seqlab.training.config import TrainConfig
 from seqlab.training.history import read_history
 from seqlab.training.memory import Memory

@@ -1,4 +1,4 @@
-"""Run directories and checkpoints: atomic files that a killed process cannot leave half-written.
+"""Run directories and checkpoints.
 
     RUN/config.yaml                     the resolved configuration, and nothing else is needed to load the model
     RUN/manifest.json                   the dataset's manifest (its hash is in run.json)
@@ -8,80 +8,18 @@
     RUN/checkpoints/last/               the same, and trainer.pt: everything `--resume` needs, in one file
     RUN/plots/*.png, RUN/report.md
 
-Every file is replaced by rename, after fsync. Only `trainer.pt` is read for resuming and only `model.safetensors` for
+Every file is replaced by rename (seqlab/files.py). Only `trainer.pt` is read for resuming and only `model.safetensors` for
 anything else, so no pair of files has to be consistent.
 """
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from seqlab.errors import UserError
-from seqlab.processes import usual_mode
-
-
-def is_stream(path: Path) -> bool:
-    """Whether `path` is something to write into and no file to replace: a device, a pipe, a name of a descriptor. (As root a
-    rename would take the place of /dev/null.)"""
-    named = os.path.abspath(path)
-    if named in ("/dev/stdout", "/dev/stderr") or named.startswith(("/dev/fd/", "/proc/self/fd/")):
-        return True
-    return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary)`, then fsync and rename to `path`, or to the file that it is a link to. Nothing is left behind if it
-    fails, with UserError where the file could not be written. The temporary name ends as `path` does."""
-    path = Path(path)
-    temporary = None
-    try:
-        if is_stream(path):
-            with tempfile.TemporaryDirectory() as folder:
-                write(beside := Path(folder) / f"file{path.suffix}")
-                with open(beside, "rb") as source, open(path, "ab") as sink:
-                    shutil.copyfileobj(source, sink)
-            return
-        if path.is_symlink():
-            path = path.resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(usual_mode(0o666))
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # safetensors and torch.save have words of their own for what went wrong with a file
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or ("No space left on device?" if isinstance(error, RuntimeError) else str(error))
-        raise UserError(f"{path}: cannot be written ({reason}); free some space or choose another place") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, data: Any) -> None:
-    write_text(path, json.dumps(data, indent=1) + "\n")
+from seqlab.files import write_atomic, write_text
 
 
 def save_model(model: nn.Module, directory: Path, config_text: str, **notes: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import seqlab
 from seqlab.errors import UserError
-from seqlab.training.checkpoint import write_json
+from seqlab.files import write_json
 
 
 @dataclass(frozen=True)

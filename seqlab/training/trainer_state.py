@@ -7,7 +7,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from seqlab.errors import UserError
-from seqlab.training.checkpoint import write_atomic
+from seqlab.files import write_atomic
 
 
 class AtomicCheckpointIO(CheckpointIO):

@@ -7,9 +7,18 @@ from typing import Annotated, Optional
 import typer
 
 from seqlab.errors import UserError
-from tasks.commands.options import BenchSeed, Json, Precision, Seed, Set, parse_context, resolve_device
+from tasks.commands.options import (
+    BenchSeed,
+    Json,
+    Overwrite,
+    Precision,
+    Seed,
+    Set,
+    parse_context,
+    resolve_device,
+)
 from tasks.commands.settings import find_config, load_config, train_options
-from tasks.commands.terminal import command, emit, note, print_table, status_line
+from tasks.commands.terminal import check_output_file, command, emit, note, print_table, status_line
 
 group = typer.Typer(no_args_is_help=True, help="This machine's numbers, beside whatever peers are installed.")
 
@@ -26,6 +35,7 @@ def bench_scan(
     seconds: Annotated[float, typer.Option("--seconds", help="Most time a contender may take at one length.")] = 10.0,
     attention: Annotated[bool, typer.Option("--attention/--no-attention", help="Causal attention of the same width too.")] = True,
     plot: Annotated[Optional[Path], typer.Option("--plot", help="Write a plot (PNG) here.")] = None,
+    overwrite: Overwrite = False,
     seed: BenchSeed = 0,
     json_out: Json = None,
 ) -> None:
@@ -37,6 +47,8 @@ def bench_scan(
 
     from seqlab.bench import scan
 
+    if plot is not None:
+        check_output_file(str(plot), "--plot", overwrite)
     device = resolve_device(device)
     if precision not in (None, "bf16", "bfloat16", "fp32", "float32"):
         raise UserError(f"--precision {precision}: unknown; use bf16 or fp32")

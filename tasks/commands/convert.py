@@ -26,11 +26,12 @@ def import_(
     import torch
 
     from seqlab.config import dump_yaml
+    from seqlab.files import write_text
     from seqlab.interop import caduceus, mamba_ssm, transformers_mamba
     from seqlab.interop.weights import read_json
     from seqlab.model import language_model
     from seqlab.tokenizers import nucleotide
-    from seqlab.training.checkpoint import save_model, write_text
+    from seqlab.training.checkpoint import save_model
     from seqlab.training.facts import write_run_facts
     from tasks.dna import Config
 

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from seqlab.errors import UserError
+from seqlab.files import is_stream, write_atomic
 from tasks.commands.options import Json, Overwrite, resolve_device
-from tasks.commands.predict import table_out
-from tasks.commands.terminal import check_output_file, emit, note, progress_bar
+from tasks.commands.terminal import check_output_file, emit, note, progress_bar, text_output
 
 
 def embed(
@@ -27,7 +27,6 @@ def embed(
     """
     from data_prep.records import read_records
     from seqlab.inference.embed import embed_records
-    from seqlab.training.checkpoint import is_stream
     from tasks import runs
 
     if batch_size < 1:
@@ -55,7 +54,7 @@ def embed(
                 update(total, None)
             _write_npz(Path(out), rows)
         else:
-            with table_out(out, overwrite) as file:
+            with text_output(out) as file:
                 file.write("\t".join(["name", *(f"e{i}" for i in range(width)), "length"]) + "\n")
                 for name, vector, length in records:
                     file.write("\t".join([name, *(f"{value:.6g}" for value in vector.tolist()), str(length)]) + "\n")
@@ -72,8 +71,6 @@ def embed(
 
 def _write_npz(path: Path, rows: list) -> None:
     import numpy as np
-
-    from seqlab.training.checkpoint import write_atomic
 
     names, vectors, lengths = zip(*rows)
     arrays = {"names": np.array(names), "embeddings": np.stack(vectors), "lengths": np.array(lengths, np.int64)}

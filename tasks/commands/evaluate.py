@@ -1,13 +1,15 @@
 """`seqlab eval`, and the same evaluation after training: every kind of run beside its baselines."""
 
+import contextlib
 import os
+import tempfile
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from seqlab.errors import UserError
-from tasks.commands.options import Fasta, Json, parse_context, resolve_device
+from tasks.commands.options import DATASETS, Fasta, Json, Overwrite, parse_context, resolve_device
 from tasks.commands.prep import prepare_dna
 from tasks.commands.settings import lay_over
 from tasks.commands.terminal import check_output_file, emit, note, print_table, progress_bar
@@ -22,7 +24,10 @@ def eval_(
     context: Annotated[Optional[list[str]], typer.Option("--context", help="Context length; may be repeated.")] = None,
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, for example eval.max_bases=100000.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    out: Annotated[Optional[Path], typer.Option("--out", help="Where to put the report and plots; default: in the run.")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option("--out", help="Where to put the report and plots; default: in the run, in the place of earlier ones.")
+    ] = None,
+    overwrite: Overwrite = False,
     json_out: Json = None,
 ) -> None:
     """Evaluate a run on its test split by context length, beside its baselines on exactly the same bases, samples or sequences.
@@ -32,101 +37,98 @@ def eval_(
     import dataclasses
 
     from seqlab.config import to_dict
+    from seqlab.report import report_path
     from tasks import runs
 
     device = resolve_device(device)
-    if out is not None:
-        check_output_file(str(out / "report.md"), "--out")
     loaded = runs.load_run(run)
     if out is None and not os.access(loaded.directory, os.W_OK):
         raise UserError(f"{loaded.directory}: is not writable; give --out DIR for the report")
     loaded = dataclasses.replace(loaded, config=lay_over(type(loaded.config), to_dict(loaded.config), {}, set_ or [], "--set"))
-    imported = "imported" in loaded.facts
-    if imported and data is None:
+    _check_options(loaded, run, fasta, data, split, context)
+    lengths = tuple(parse_context(c, "--context") for c in context or [])
+    training = None
+    if loaded.task != "synthetic":
+        training = data if "imported" in loaded.facts else runs.training_data(loaded.directory, loaded.facts, data)
+    if data == training:
+        data = None  # its own, in another place than it was; or the only one that an imported run is ever told of
+    # those of the run's own test split keep their places
+    name = "evaluation" + "-other" * bool(fasta or data) + f"-{split}" * (split not in (None, "test"))
+    if out is not None:
+        check_output_file(str(report_path(out, name)), "--out", overwrite)
+    with no_empty_folder(out), contextlib.ExitStack() as undo:
+        dataset = data or training
+        if fasta:
+            temporary = undo.enter_context(tempfile.TemporaryDirectory(prefix="seqlab-"))
+            dataset = prepare_dna(fasta, Path(temporary) / "data", whole="test")
+        evaluation = evaluate(loaded, dataset, training, split or "test", lengths, device)
+        if "imported" in loaded.facts:  # on what length it was trained its files do not say
+            evaluation = dataclasses.replace(evaluation, trained_context=0)
+        show_evaluation(loaded, evaluation, json_out, lambda found: {"run": str(run), **found}, name=name, out=out)
+
+
+def _check_options(loaded, run: Path, fasta, data, split, context) -> None:
+    """UserError for what a run of this task cannot be told."""
+    if loaded.task == "synthetic":
+        if fasta or data or split:
+            raise UserError("--fasta, --data and --split: a run of `train synthetic` makes its own sequences; leave them out")
+        return
+    if "imported" in loaded.facts and data is None:
         raise UserError(
             f"{run}: was imported, so there is no training split that baselines could be fitted on; give a dataset that has one: --data DIR, "
             "from `seqlab prep dna`"
         )
-    if "dataset" not in loaded.facts and not imported:
+    if "dataset" not in loaded.facts and "imported" not in loaded.facts:
         raise UserError(f"{run}: no run.json beside the checkpoint, so its training split is unknown; give the run directory")
-    contexts = tuple(parse_context(c, "--context") for c in context or [])
-    with no_empty_folder(out):
-        _eval_task(loaded, run, data, fasta, split, contexts, device, out, json_out)
+    if fasta and loaded.task != "dna":
+        prepared = DATASETS[loaded.task][0]
+        raise UserError(f"--fasta: a run of `train {loaded.task}` is evaluated on a dataset of `seqlab prep {prepared}`; give --data")
+    if fasta and data:
+        raise UserError("--data and --fasta: give one of them, what is to be scored")
+    if fasta and split is not None:
+        raise UserError("--split: with --fasta every base is scored; leave one of them out")
+    if context and loaded.task == "classify":
+        raise UserError("--context: a run of `train classify` reads whole sequences; leave it out (data.max_length cuts them)")
 
 
-def _eval_task(loaded, run: Path, data, fasta, split, contexts, device: str, out, json_out) -> None:
-    from tasks import runs
+def evaluate(run, dataset: Optional[Path], training: Optional[Path], split: str, lengths: tuple[int, ...], device: str) -> Any:
+    """The evaluation of a loaded run of any task, with a progress bar.
 
-    if loaded.task == "synthetic":
-        if fasta or data or split:
-            raise UserError("--fasta, --data and --split: a run of `train synthetic` makes its own sequences; leave them out")
-        _eval_synthetic(loaded, run, contexts, device, out, json_out)
-        return
-    training = data if "imported" in loaded.facts else runs.training_data(loaded.directory, loaded.facts, data)
-    if data == training:
-        data = None  # its own, in another place than it was; or the only one that an imported run is ever told of
-    prepared_by = {"audio": "audio", "classify": "labelled", "species": "species"}.get(loaded.task)
-    if prepared_by is None:
-        _eval_dna(loaded, run, data, fasta, training, split, contexts, device, out, json_out)
-        return
-    if fasta:
-        raise UserError(
-            f"--fasta: a run of `train {loaded.task}` is evaluated on a dataset of `seqlab prep {prepared_by}`; give --data"
-        )
-    eval_task = {"audio": _eval_audio, "classify": _eval_labelled, "species": _eval_species}[loaded.task]
-    eval_task(loaded, run, data, training, split or "test", contexts, device, out, json_out)
-
-
-def _eval_dna(loaded, run: Path, data, fasta, training: Path, split, contexts, device: str, out, json_out) -> None:
-    import dataclasses
-    import tempfile
-
-    from seqlab import report
-    from tasks import dna
-
-    with tempfile.TemporaryDirectory(prefix="seqlab-") as temporary:
-        dataset, other = training, bool(fasta or data)
-        if fasta:
-            if data:
-                raise UserError("--data and --fasta: give one of them, what is to be scored")
-            if split is not None:
-                raise UserError("--split: with --fasta every base is scored; leave one of them out")
-            dataset = prepare_dna(fasta, Path(temporary) / "data", whole="test")
-        elif data:
-            dataset = data
-        evaluation = evaluate(loaded, dataset, training, split or "test", contexts, device)
-    if "imported" in loaded.facts:  # on what length it was trained its files do not say
-        evaluation = dataclasses.replace(evaluation, trained_context=0)
-    report_path = dna.write_report(loaded.directory, evaluation, _name(other, evaluation.split), out)
-
-    def human() -> None:
-        print_evaluation(evaluation)
-        note(f"Report with plots: {report_path}")
-
-    emit(json_out, {"run": str(run), **report.evaluation_dict(evaluation)}, human=human)
-
-
-def _name(other: bool, split: str) -> str:
-    """Of the files of an evaluation: those of the run's own test split keep their places."""
-    return "evaluation" + "-other" * bool(other) + f"-{split}" * (split != "test")
-
-
-def evaluate(run, dataset: Path, training: Path, split: str, contexts: tuple[int, ...], device: str):
-    """Of a run of `train dna` or `train audio`, whose tasks take the same arguments."""
+    `dataset` is what is scored, `training` what baselines are fitted on (None: the task makes its own data); `lengths`: none for
+    the task's own choice."""
+    from seqlab.classification.dataset import LabelledStore
     from seqlab.dataset import TokenStore
     from tasks import runs
 
-    bar, update = progress_bar("evaluating", "k samples" if run.task == "audio" else "k tokens", 1e3)
+    evaluate_run = runs.task_module(run.task).evaluate_run
+    units = {"audio": ("k samples", 1e3), "dna": ("k tokens", 1e3), "synthetic": ("k tokens", 1e3)}
+    bar, update = progress_bar("evaluating", *units.get(run.task, ("parts",)))
     with bar:
-        return runs.task_module(run.task).evaluate_run(
-            run,
-            TokenStore.open(dataset),
-            TokenStore.open(training),
-            split=split,
-            contexts=contexts,
-            device=device,
-            progress=update,
-        )
+        if run.task == "synthetic":
+            return evaluate_run(run, lengths, device, update)
+        open_, own = TokenStore.open, {"contexts": lengths}
+        if run.task == "classify":
+            open_, own = LabelledStore.open, {}
+        elif run.task == "species":
+            own = {"lengths": lengths, "cache": run.directory / "baselines"}
+        return evaluate_run(run, open_(dataset), open_(training), split=split, device=device, progress=update, **own)
+
+
+def show_evaluation(run, evaluation, json_out: Optional[str], data, *, name: str = "evaluation", out: Optional[Path] = None, hints=()) -> None:
+    """Writes the report of an evaluation and says what is in it: to people, and as JSON `data(evaluation as plain values)`.
+    `hints`: lines about what to do next."""
+    from tasks import runs
+
+    module = runs.task_module(run.task)
+    report = module.write_report(run.directory, evaluation, name, out)
+
+    def human() -> None:
+        PRINTERS[run.task](evaluation)
+        note(f"Report with plots: {report}")
+        for line in hints:
+            note(line)
+
+    emit(json_out, data(module.evaluation_dict(evaluation)), human=human)
 
 
 def held_out_split(dataset: Path) -> str:
@@ -139,7 +141,7 @@ def held_out_split(dataset: Path) -> str:
     return "valid"
 
 
-def print_evaluation(evaluation) -> None:
+def _print_dna(evaluation) -> None:
     from seqlab import report
 
     header, rows = report.evaluation_rows(evaluation)
@@ -151,38 +153,7 @@ def print_evaluation(evaluation) -> None:
     )
 
 
-def _eval_species(loaded, run: Path, data, training: Path, split: str, lengths, device: str, out, json_out) -> None:
-    from tasks import species
-
-    evaluation = evaluate_species(loaded, data or training, training, split, lengths, device)
-    report_path = species.write_report(loaded.directory, evaluation, _name(data, split), out)
-
-    def human() -> None:
-        print_species_evaluation(evaluation)
-        note(f"Report with plots: {report_path}")
-
-    emit(json_out, {"run": str(run), **species.evaluation_dict(evaluation)}, human=human)
-
-
-def evaluate_species(run, dataset: Path, training: Path, split: str, lengths: tuple[int, ...], device: str):
-    from seqlab.dataset import TokenStore
-    from tasks import species
-
-    bar, update = progress_bar("evaluating", "parts")
-    with bar:
-        return species.evaluate_run(
-            run,
-            TokenStore.open(dataset),
-            TokenStore.open(training),
-            split=split,
-            lengths=lengths,
-            device=device,
-            cache=run.directory / "baselines",
-            progress=update,
-        )
-
-
-def print_species_evaluation(evaluation) -> None:
+def _print_species(evaluation) -> None:
     from tasks import species
 
     header, rows = species.evaluation_rows(evaluation)
@@ -195,34 +166,7 @@ def print_species_evaluation(evaluation) -> None:
             note(f"{result.length:,}: " + "; ".join(f"{name} {text}" for name, text in result.details.items()))
 
 
-def _eval_labelled(loaded, run: Path, data, training: Path, split: str, contexts, device: str, out, json_out) -> None:
-    from tasks import classification
-
-    if contexts:
-        raise UserError("--context: a run of `train classify` reads whole sequences; leave it out (data.max_length cuts them)")
-
-    evaluation = evaluate_labelled(loaded, data or training, training, split, device)
-    report_path = classification.write_report(loaded.directory, evaluation, _name(data, split), out)
-
-    def human() -> None:
-        print_labelled_evaluation(evaluation)
-        note(f"Report with plots: {report_path}")
-
-    emit(json_out, {"run": str(run), **classification.evaluation_dict(evaluation)}, human=human)
-
-
-def evaluate_labelled(run, dataset: Path, training: Path, split: str, device: str):
-    from seqlab.classification.dataset import LabelledStore
-    from tasks import classification
-
-    bar, update = progress_bar("evaluating", "parts")
-    with bar:
-        return classification.evaluate_run(
-            run, LabelledStore.open(dataset), LabelledStore.open(training), split=split, device=device, progress=update
-        )
-
-
-def print_labelled_evaluation(evaluation) -> None:
+def _print_labelled(evaluation) -> None:
     from tasks import classification
 
     header, rows = classification.evaluation_rows(evaluation)
@@ -237,21 +181,7 @@ def print_labelled_evaluation(evaluation) -> None:
             note(f"{name}: " + " | ".join(dict.fromkeys(chosen)))
 
 
-def _eval_audio(loaded, run: Path, data, training: Path, split: str, contexts, device: str, out, json_out) -> None:
-    from seqlab import report
-    from tasks import audio
-
-    evaluation = evaluate(loaded, data or training, training, split, contexts, device)
-    report_path = audio.write_report(loaded.directory, evaluation, _name(data, split), out)
-
-    def human() -> None:
-        print_audio_evaluation(evaluation)
-        note(f"Report with plots: {report_path}")
-
-    emit(json_out, {"run": str(run), **report.audio_evaluation_dict(evaluation)}, human=human)
-
-
-def print_audio_evaluation(evaluation) -> None:
+def _print_audio(evaluation) -> None:
     from seqlab import report
 
     header, rows = report.audio_evaluation_rows(evaluation)
@@ -260,29 +190,18 @@ def print_audio_evaluation(evaluation) -> None:
     note(report.audio_verdict(evaluation))
 
 
-def _eval_synthetic(loaded, run: Path, lengths, device: str, out, json_out) -> None:
-    from tasks import synthetic
-
-    evaluation = evaluate_synthetic(loaded, lengths, device)
-    report_path = synthetic.write_report(loaded.directory, evaluation, out)
-
-    def human() -> None:
-        print_synthetic_evaluation(evaluation)
-        note(f"Report with plots: {report_path}")
-
-    emit(json_out, {"run": str(run), **synthetic.evaluation_dict(evaluation)}, human=human)
-
-
-def evaluate_synthetic(run, lengths: tuple[int, ...], device: str):
-    from tasks import synthetic
-
-    bar, update = progress_bar("evaluating", "k tokens", 1e3)
-    with bar:
-        return synthetic.evaluate_run(run, lengths, device, update)
-
-
-def print_synthetic_evaluation(evaluation) -> None:
+def _print_synthetic(evaluation) -> None:
     from tasks import synthetic
 
     print_table(f"{evaluation.problem}, {evaluation.sequences:,} sequences of each length", *synthetic.evaluation_rows(evaluation))
     note(synthetic.evaluation_verdict(evaluation))
+
+
+PRINTERS = {
+    "audio": _print_audio,
+    "classify": _print_labelled,
+    "dna": _print_dna,
+    "species": _print_species,
+    "synthetic": _print_synthetic,
+}
+"""Task -> what prints its evaluation for people."""

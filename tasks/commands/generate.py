@@ -17,6 +17,7 @@ from tasks.commands.terminal import (
     program,
     progress_bar,
     quoted,
+    text_output,
 )
 
 group = typer.Typer(no_args_is_help=True, help="Make sequences with a trained model.")
@@ -73,7 +74,7 @@ def generate_audio(
             "--prompt-seconds": prompt_seconds is not None, "--with-prompt": with_prompt, "--class": bool(class_),
             "--temperature": temperature != 1, "--top-k": top_k != 0, "--top-p": top_p != 1, "--seed": seed != 0,
             "--guidance": guidance != 0, "--rank": rank is not None, "--rank-by": rank_by != "likelihood", "--runaway": runaway != "mark",
-            "--batch": batch != 256, "--overwrite": overwrite, "--hold": hold is not None,
+            "--batch": batch != 256, "--hold": hold is not None,
         }  # fmt: skip
         if any(given.values()):
             names = ", ".join(name for name, is_given in given.items() if is_given)
@@ -182,13 +183,8 @@ def generate_dna(
             loaded, length=length, num=num, prompt=prompt, sampling=sampling, device=device, backend=backend, batch=batch,
             progress=update,
         )  # fmt: skip
-    text = "".join(sequence.fasta() for sequence in sequences)
-    if out == "-":
-        print(text, end="")
-    else:
-        from seqlab.training.checkpoint import write_text
-
-        write_text(Path(out), text)
+    with text_output(out) as file:
+        file.write("".join(sequence.fasta() for sequence in sequences))
     rate = length * num / max(seconds, 1e-9)
     done = f"{num} sequences of {length:,} bases in {seconds:.1f} s: {rate:,.0f} bases/s ({used} decoder on {device})"
     facts = {"seconds": seconds, "bases_per_second": rate, "backend": used, "device": device}

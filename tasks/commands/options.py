@@ -15,6 +15,9 @@ Block = Annotated[Optional[int], typer.Option("--block", help="Bases in a block 
 Json = Annotated[Optional[str], typer.Option("--json", help="Write results as JSON to this file; - for standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 # of every `seqlab train`
+RunOut = Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")]
+Init = Annotated[Optional[Path], typer.Option("--init", help="Start from the weights of this run.")]
+Freeze = Annotated[bool, typer.Option("--freeze", help="Train the head alone; wants --init.")]
 Set = Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")]
 Seed = Annotated[Optional[int], typer.Option("--seed", help="Of weights, data order, masks and dropout.")]
@@ -23,6 +26,9 @@ Precision = Annotated[Optional[str], typer.Option("--precision", help="fp32, bf1
 MaxSteps = Annotated[Optional[int], typer.Option("--max-steps", help="Stop after so many steps.")]
 MaxMinutes = Annotated[Optional[float], typer.Option("--max-minutes", help="Stop after so many minutes of training.")]
 BenchSeed = Annotated[int, typer.Option("--seed", help="Of weights and data.")]
+
+DATASETS = {"dna": ("dna", "species"), "species": ("species",), "classify": ("labelled",), "audio": ("audio",)}
+"""Task -> the kinds of dataset that it reads; `seqlab prep` of the first name writes them."""
 
 
 def show_context(context: int | str) -> str:

@@ -1,7 +1,5 @@
 """`seqlab predict`: sequences -> table of labels."""
 
-import contextlib
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +8,7 @@ import typer
 
 from seqlab.errors import UserError
 from tasks.commands.options import Json, Overwrite, resolve_device
-from tasks.commands.terminal import check_output_file, emit, note, progress_bar
+from tasks.commands.terminal import check_output_file, emit, note, progress_bar, text_output
 
 
 def predict(
@@ -34,6 +32,7 @@ def predict(
         raise UserError(f"--batch-size {batch_size}: must be 1 or more")
     if out == "-" and json_out == "-":
         raise UserError("--json -: standard output is taken by the table; give --out FILE, or --json FILE")
+    check_output_file(out, "--out", overwrite)
     device = resolve_device(device)
     from data_prep.records import read_records
     from tasks import runs
@@ -44,7 +43,7 @@ def predict(
         raise UserError(f"{run}: is a run of `train {loaded.task}`, which gives no labels; give one of train species or classify")
     counts, unknown, total, started = Counter(), [], 0, time.monotonic()
     bar, update = progress_bar("predicting", "k bases", 1e3, out=out)
-    with table_out(out, overwrite) as file, bar:
+    with text_output(out) as file, bar:
         names = module.output_names(loaded.config)
         file.write("\t".join(["name", "label", *names, "length"]) + "\n")
         records = predict_records(
@@ -73,29 +72,3 @@ def predict(
         note(f"{len(unknown):,} without any A, C, G or T have no label (first: {unknown[0]}).")
     summary = {"sequences": n, "bases": total, "seconds": seconds, "labels": dict(counts), "device": device}
     emit(json_out, summary, human=lambda: None)
-
-
-@contextlib.contextmanager
-def table_out(out: str, overwrite: bool):
-    """Standard output, or a file that appears only when it is complete."""
-    from seqlab.training.checkpoint import is_stream
-
-    if out == "-":
-        yield sys.stdout
-        return
-    check_output_file(out, "--out", overwrite)
-    path = Path(out)
-    if is_stream(path):
-        with open(path, "a", encoding="utf-8") as file:
-            yield file
-        return
-    if path.is_symlink():
-        path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -8,8 +8,7 @@ import typer
 
 from seqlab.errors import UserError
 from tasks.commands.options import Json, Overwrite, parse_context, resolve_device
-from tasks.commands.predict import table_out
-from tasks.commands.terminal import emit, note, progress_bar
+from tasks.commands.terminal import check_output_file, emit, note, progress_bar, text_output
 
 
 def score(
@@ -43,6 +42,7 @@ def score(
         raise UserError("--json -: standard output is taken by the VCF; give --out FILE, or --json FILE")
     if out.endswith((".gz", ".bgz", ".bcf")):
         raise UserError(f"--out {out}: is written as text; give a name that ends in .vcf and bgzip it")
+    check_output_file(out, "--out", overwrite)
     aliases = {}
     for pair in alias or []:
         name, equals, other = pair.partition("=")
@@ -81,7 +81,7 @@ def score(
     alleles = scored = done = 0
     started = time.monotonic()
     bar, update = progress_bar("scoring", "variants", out=out)
-    with table_out(out, overwrite) as file, bar:
+    with text_output(out) as file, bar:
         items = read_vcf(vcf)
         while some := list(itertools.islice(items, 1024)):  # a large file is never held
             scores = score_variants(loaded.model, map(variant, filter(lambda item: isinstance(item, Record), some)), context=length, device=device)

@@ -19,60 +19,77 @@ from rich.markup import escape
 from rich.table import Table
 
 from seqlab.errors import UserError
+from seqlab.files import is_stream, open_text, target_of, write_text
 from seqlab.processes import at_terminal, is_main_process
+
+EVERYWHERE = {
+    "seed": (int, 0, typer.Option("--seed", help="Taken by every command; nothing here is drawn.")),
+    "overwrite": (bool, False, typer.Option("--overwrite", help="Replace the file of --json.")),
+    "debug": (bool, False, typer.Option("--debug", help="Show a traceback on errors.")),
+}
+"""Options (type, default, declaration) that a command is given where its function has none of that name: so a script may use
+them with any command."""
 
 
 def command(group: typer.Typer, name: str):
-    """A command that turns UserError into one line and exit code 1, and adds --debug for tracebacks, and --seed where it has
-    none, so that a script may give one to any command."""
+    """A command that turns UserError into one line and exit code 1, with the options of EVERYWHERE. `json_out`, --json, is
+    checked before the function runs."""
 
     def decorate(function):
-        signature = inspect.signature(function)
+        parameters = inspect.signature(function).parameters
 
         @functools.wraps(function)
-        def wrapper(*args, debug: bool = False, **kwargs):
-            if "seed" not in signature.parameters:
-                del kwargs["seed"]
+        def wrapper(**given):
             try:
                 if sys.stdout is None:
                     raise UserError("standard output is closed; leave it open, or send it to /dev/null")
-                check_output_file(kwargs.get("json_out"), "--json")
-                return function(*args, **kwargs)
+                _check_json(given)
+                return function(**{name: value for name, value in given.items() if name in parameters})
             except (typer.Exit, typer.Abort, typer.BadParameter):
                 raise
             except KeyboardInterrupt:
-                if debug:
+                if given["debug"]:
                     raise
-                fail("stopped by Ctrl-C")
+                note("Stopped by Ctrl-C.")
+                raise typer.Exit(130) from None
             except BrokenPipeError:  # `seqlab ... | head`: nothing is wrong
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 raise typer.Exit(0) from None
             except Exception as error:
-                if debug:
+                if given["debug"]:
                     traceback.print_exc()
                     raise typer.Exit(1) from None
-                if isinstance(error, UserError):
-                    fail(str(error))
-                if isinstance(error, OSError) and error.strerror:
-                    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                    advice = "; free some space, or write somewhere else" if full else ""
-                    fail(f"{error.filename or 'input/output'}: {error.strerror}{advice}")
-                first = (str(error).strip().splitlines() or [""])[0][:200]
-                fail(f"{type(error).__name__}: {first} (unexpected; repeat with --debug for the whole story)")
+                fail(in_one_line(error))
 
-        added = {
-            "seed": Annotated[int, typer.Option("--seed", help="Taken by every command; nothing here is drawn.")],
-            "debug": Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")],
-        }
-        options = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=0 if name == "seed" else False, annotation=kind)
-            for name, kind in added.items()
-            if name not in signature.parameters
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+            for name, (kind, default, option) in EVERYWHERE.items()
+            if name not in parameters
         ]
-        wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])
+        wrapper.__signature__ = inspect.Signature([*parameters.values(), *added])
         return group.command(name)(wrapper)
 
     return decorate
+
+
+def in_one_line(error: Exception) -> str:
+    """What the user reads of an error."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; free some space, or write somewhere else" if full else ""
+        return f"{error.filename or 'input/output'}: {error.strerror}{advice}"
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {first} (unexpected; repeat with --debug for the whole story)"
+
+
+def _check_json(given: dict) -> None:
+    name = given["json_out"]
+    check_output_file(name, "--json", given["overwrite"])
+    for option in ("out", "plot"):
+        if name not in (None, "-") and given.get(option) is not None and Path(name).resolve() == Path(given[option]).resolve():
+            raise UserError(f"--json {name}: is what --{option} writes; give another file")
 
 
 def program() -> str:
@@ -95,27 +112,34 @@ def quoted(path) -> str:
     return shlex.quote(str(path))
 
 
-def check_output_file(name: Optional[str], option: str, overwrite: bool = True) -> None:
-    """UserError, before any work is done, unless a file of that name can be written; None and - are none. `overwrite`: also
-    over one that is there."""
-    if name in (None, "-"):
+def check_output_file(name: Optional[str], option: str, overwrite: bool) -> None:
+    """UserError, before any work is done, unless a file of that name can be written; None and - are none. One that is there is
+    replaced with `overwrite` alone."""
+    if name in (None, "-") or is_stream(Path(name)):
         return
-    from seqlab.training.checkpoint import is_stream
-
-    path = Path(name)
-    if is_stream(path):
-        return
-    if path.exists() and not overwrite:
-        raise UserError(f"{path}: exists; choose another {option} or add --overwrite")
+    path = target_of(Path(name))
     if path.is_dir():
         raise UserError(f"{option} {name}: is a directory; give a file in it, or - for standard output")
+    if path.exists() and not overwrite:
+        raise UserError(f"{option} {name}: exists; choose another name, or add --overwrite")
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
         raise UserError(f"{option} {name}: {parent} is not a directory; give another file")
-    if not os.access(path if path.exists() else parent, os.W_OK):
-        raise UserError(f"{option} {name}: {path if path.exists() else parent} is not writable; give another file")
+    if not os.access(parent, os.W_OK | os.X_OK):  # of a file that is there as well: another takes its place
+        raise UserError(f"{option} {name}: {parent} is not writable; give another file")
+
+
+@contextlib.contextmanager
+def text_output(out: str):
+    """--out of a command that writes lines: standard output for -, or a file that appears only when it is complete. (One that may
+    not be written `check_output_file` refuses before the work.)"""
+    if out == "-":
+        yield sys.stdout
+        return
+    with open_text(Path(out)) as file:
+        yield file
 
 
 def fail(message: str) -> None:
@@ -138,8 +162,6 @@ def emit(json_out: Optional[str], data: dict, *, human) -> None:
         return
     human()
     if json_out is not None:
-        from seqlab.training.checkpoint import write_text
-
         write_text(Path(json_out), text + "\n")
 
 

@@ -1,36 +1,35 @@
-"""`seqlab train`: a new run or one gone on with, then its evaluation and report."""
+"""`seqlab train`: a new run or one gone on with, then its evaluation and report.
+
+Every command has four parts: what the run is (`new_run` or `resumed_run`, a Begun), the line that says what is trained
+(`announce`), the task's own `train`, and what comes after it (`finish`).
+"""
 
 import contextlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from types import ModuleType
+from typing import Annotated, Any, NamedTuple, Optional
 
 import typer
 
 from seqlab.errors import UserError
 from seqlab.processes import is_main_process
-from tasks.commands.evaluate import (
-    evaluate,
-    evaluate_labelled,
-    evaluate_species,
-    evaluate_synthetic,
-    held_out_split,
-    print_audio_evaluation,
-    print_evaluation,
-    print_labelled_evaluation,
-    print_species_evaluation,
-    print_synthetic_evaluation,
-)
+from tasks.commands.evaluate import evaluate, held_out_split, show_evaluation
 from tasks.commands.options import (
+    DATASETS,
     Devices,
     Fasta,
+    Freeze,
+    Init,
     Json,
     MaxMinutes,
     MaxSteps,
     Overwrite,
     Precision,
     Resume,
+    RunOut,
     Seed,
     Set,
     Splits,
@@ -40,21 +39,33 @@ from tasks.commands.options import (
 )
 from tasks.commands.prep import prepare_dna
 from tasks.commands.settings import lay_over, load_config, train_options
-from tasks.commands.terminal import command, emit, note, program, quoted
+from tasks.commands.terminal import command, note, program, quoted
 from tasks.run_directory import fresh_directory, new_run_directory, newest_run
 
 group = typer.Typer(no_args_is_help=True, help="Train a model.")
+
+
+class Begun(NamedTuple):
+    """A run that is about to be trained."""
+
+    directory: Path
+    dataset: Optional[Path]  # None: the task makes its own data
+    settings: Any  # the task's Config
+    init: Optional[Path]  # the checkpoint that it starts from
+    resume: bool
 
 
 @command(group, "dna")
 def train_dna(
     fasta: Fasta = None,
     data: Annotated[Optional[Path], typer.Option("--data", help="Dataset directory from `seqlab prep dna`.")] = None,
-    config: Annotated[Optional[str], typer.Option("--config", help="Preset or YAML file.")] = None,
+    config: Annotated[
+        Optional[str], typer.Option("--config", help="Preset or YAML file; default: dna_small, or dna_demo without data.")
+    ] = None,
     set_: Set = None,
-    out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
+    out: RunOut = None,
     resume: Resume = False,
-    init: Annotated[Optional[Path], typer.Option("--init", help="Start from the weights of this run.")] = None,
+    init: Init = None,
     context: Annotated[Optional[str], typer.Option("--context", help="Window length in bases; whole: each sequence.")] = None,
     seed: Seed = None,
     devices: Devices = None,
@@ -76,55 +87,37 @@ def train_dna(
 
     Example:  seqlab train dna --fasta ecoli.fa.gz --max-minutes 10
     """
+    from tasks import dna, runs
+
     options = dict(
         context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes,
         context_parallel=context_parallel,
     )  # fmt: skip
-    from tasks import dna, runs
-
     with contextlib.ExitStack() as undo:
-        checkpoint = None
         if resume:
-            refused = {"--fasta": fasta, "--config": config, "--init": init}
-            run_dir, dataset, settings = resumed_run(dna.Config, dna.NAME, out, data, set_, options, refused)
+            run = resumed_run(dna, out, data, set_, options, {"--fasta": fasta, "--config": config, "--init": init})
         else:
             checkpoint = None if init is None else runs.find_checkpoint(init)
-            run_dir, dataset, settings = _new_run(
-                out, data, fasta, config, set_, train_options(**options), splits, valid, test, checkpoint, overwrite, undo
-            )
-        from seqlab.training.config import resolve_accelerator
+            run = _new_dna_run(out, data, fasta, config, set_, train_options(**options), splits, valid, test, checkpoint, overwrite, undo)
+        model, shown = run.settings.model, show_context(run.settings.data.context)
+        announce(run, f"{model.direction} Mamba, {model.n_layer} layers of d_model {model.d_model}, context {shown}")
+        result = dna.train(run.settings, run.dataset, run.directory, init=run.init, resume=resume)
 
-        accelerator = resolve_accelerator(settings.train)
-        model = settings.model
-        note(
-            f"{run_dir}: {model.direction} Mamba, {model.n_layer} layers of d_model {model.d_model}, context "
-            f"{show_context(settings.data.context)}, on the {accelerator.upper()}; Ctrl-C saves and stops"
-        )
-        result = dna.train(settings, dataset, run_dir, init=checkpoint, resume=resume)
-    if not is_main_process():
-        return
-    note_training_result(result, run_dir, "dna", "bits per base")
-    evaluation = evaluate(runs.load_run(run_dir), dataset, dataset, held_out_split(dataset), (), "auto")
-    report_path = dna.write_report(run_dir, evaluation)
-    from seqlab import report
-
-    def human() -> None:
-        print_evaluation(evaluation)
-        note(f"Report with plots: {report_path}")
-        note("Next:")
-        if fasta is None and data is None and not resume:
-            note(f"  {program()} train dna --fasta YOUR_GENOME.fa.gz     train on your own genome")
+    def hints(evaluation) -> list[str]:
         lengths = " ".join(f"--context {c}" for c in sorted({min(evaluation.contexts), max(evaluation.contexts)}))
-        note(f"  {program()} eval {quoted(run_dir)} {lengths}")
-        note(f"  {program()} train dna --data {quoted(dataset)} --init {quoted(run_dir)}   train further from these weights")
+        lines = [f"eval {quoted(run.directory)} {lengths}"]
+        lines.append(f"train dna --data {quoted(run.dataset)} --init {quoted(run.directory)}   train further from these weights")
+        if fasta is None and data is None and not resume:
+            lines.insert(0, "train dna --fasta YOUR_GENOME.fa.gz     train on your own genome")
+        return lines
 
-    emit(json_out, {"run": str(run_dir), "result": result.__dict__, "evaluation": report.evaluation_dict(evaluation)}, human=human)
+    finish(run, result, dna.LanguageModeling.metric, json_out, hints)
 
 
-def _new_run(out, data, fasta, config, set_, options, splits, valid, test, checkpoint, overwrite, undo):
-    """(run directory, dataset, settings) of a fresh run; simulates and prepares what is needed. `undo` learns how to
-    leave things as they were if the run does not get as far as training."""
-    from tasks.language_modeling import DnaConfig
+def _new_dna_run(out, data, fasta, config, set_, options, splits, valid, test, checkpoint, overwrite, undo) -> Begun:
+    """A fresh run; simulates and prepares what is needed. `undo` learns how to leave things as they were if the run does not
+    get as far as training."""
+    from tasks import dna
 
     if data is not None and fasta:
         raise UserError("--data and --fasta: give one of them; --data is a FASTA already prepared")
@@ -133,10 +126,10 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, check
     demo = data is None and not fasta
     name = config or ("dna_demo" if demo else "dna_small")
     if checkpoint is not None:
-        options = {**options, **started_from(checkpoint, "dna", config is not None)}
-    settings = load_config(DnaConfig, name, set_ or [], options)
+        options = {**options, **started_from(checkpoint, dna.NAME, config is not None)}
+    settings = load_config(dna.Config, name, set_ or [], options)
     was_chosen = config is not None or "data" in options or any(text.split("=")[0].strip() == "data.context" for text in set_ or [])
-    dataset = None if data is None else known_dataset(data, "seqlab prep dna", ("dna", "species"))
+    dataset = None if data is None else known_dataset(data, dna.NAME)
     run_dir = begin_run(name, out, overwrite, undo, data, checkpoint, *(fasta or []))
     if not is_main_process():
         dataset = dataset or run_dir / "data"
@@ -152,7 +145,7 @@ def _new_run(out, data, fasta, config, set_, options, splits, valid, test, check
             simulate_genome(fasta[0], seed=0)
         prepare_dna(fasta, dataset, splits, valid, test)
         _note_manifest(dataset)
-    return run_dir, dataset, settings if was_chosen else _fitting(settings, dataset)
+    return Begun(run_dir, dataset, settings if was_chosen else _fitting(settings, dataset), checkpoint, False)
 
 
 def _fitting(settings, dataset: Path):
@@ -193,12 +186,12 @@ def _note_manifest(dataset: Path) -> None:
 @command(group, "species")
 def train_species(
     data: Annotated[Optional[Path], typer.Option("--data", help="Dataset directory from `seqlab prep species`.")] = None,
-    config: Annotated[Optional[str], typer.Option("--config", help="Preset or YAML file.")] = None,
+    config: Annotated[Optional[str], typer.Option("--config", help="Preset or YAML file; default: species.")] = None,
     set_: Set = None,
-    out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
+    out: RunOut = None,
     resume: Resume = False,
     init: Annotated[Optional[Path], typer.Option("--init", help="Start from this run of train dna or train species.")] = None,
-    freeze: Annotated[bool, typer.Option("--freeze", help="Train the head alone; wants --init.")] = False,
+    freeze: Freeze = False,
     context: Annotated[Optional[str], typer.Option("--context", help="Longest training window in bases.")] = None,
     seed: Seed = None,
     devices: Devices = None,
@@ -212,64 +205,37 @@ def train_species(
 
     Example:  seqlab train species --data data/apes --context 4096 --max-minutes 30
     """
-    from seqlab.training.config import resolve_accelerator
-    from tasks import runs, species
+    from tasks import species
 
-    options = dict(
-        context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes
-    )
+    options = dict(context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
     with contextlib.ExitStack() as undo:
-        checkpoint = None
         if resume:
-            refused = {"--config": config, "--init": init, "--freeze": freeze or None}
-            run_dir, dataset, settings = resumed_run(species.Config, species.NAME, out, data, set_, options, refused)
+            run = resumed_run(species, out, data, set_, options, {"--config": config, "--init": init, "--freeze": freeze or None})
         else:
-            if data is None:
-                raise UserError("--data: give the dataset that `seqlab prep species` wrote")
             checkpoint = backbone_to_start_from(init, freeze)
             given = train_options(**options)
             if freeze:
                 given = {**given, "freeze": "backbone", "loss": {"language_model": 0.0}}
             given |= shape_to_start_from(checkpoint)
-            settings = load_config(species.Config, config or "species", set_ or [], given)
-            dataset = known_dataset(data, "seqlab prep species", ("species",))
-            run_dir = begin_run(config or "species", out, overwrite, undo, data, checkpoint)
-        accelerator = resolve_accelerator(settings.train)
-        model = settings.model
-        note(
-            f"{run_dir}: {model.direction} Mamba, {model.n_layer} layers of d_model {model.d_model}, windows up to "
-            f"{settings.data.context:,}, on the {accelerator.upper()}; Ctrl-C saves and stops"
-        )
+            run = new_run(species, config or "species", set_, given, out, data, checkpoint, overwrite, undo)
+        model = run.settings.model
+        size = f"{model.direction} Mamba, {model.n_layer} layers of d_model {model.d_model}"
+        announce(run, f"{size}, windows up to {run.settings.data.context:,}")
         if model.gene_order and not resume:
             note(f"A hidden Markov model of each species' genes (order {model.gene_order}) is fitted first")
-        result = species.train(settings, dataset, run_dir, init=checkpoint, resume=resume, say=note)
-    if not is_main_process():
-        return
-    note_training_result(result, run_dir, species.NAME, species.SpeciesTask.metric)
-    evaluation = evaluate_species(runs.load_run(run_dir), dataset, dataset, "test", (), "auto")
-    report_path = species.write_report(run_dir, evaluation)
-
-    def human() -> None:
-        print_species_evaluation(evaluation)
-        note(f"Report with plots: {report_path}")
-        note(f"Next:  {program()} predict {quoted(run_dir)} reads.fa.gz > labels.tsv")
-
-    emit(
-        json_out,
-        {"run": str(run_dir), "result": result.__dict__, "evaluation": species.evaluation_dict(evaluation)},
-        human=human,
-    )
+        result = species.train(run.settings, run.dataset, run.directory, init=run.init, resume=resume, say=note)
+    finish(run, result, species.SpeciesTask.metric, json_out, lambda _: [f"predict {quoted(run.directory)} reads.fa.gz > labels.tsv"])
 
 
 @command(group, "classify")
 def train_classify(
     data: Annotated[Optional[Path], typer.Option("--data", help="Dataset directory from `seqlab prep labelled`.")] = None,
-    config: Annotated[Optional[str], typer.Option("--config", help="Preset or YAML file.")] = None,
+    config: Annotated[Optional[str], typer.Option("--config", help="Preset or YAML file; default: classify.")] = None,
     set_: Set = None,
-    out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
+    out: RunOut = None,
     resume: Resume = False,
     init: Annotated[Optional[Path], typer.Option("--init", help="Start from this run of train dna, species or classify.")] = None,
-    freeze: Annotated[bool, typer.Option("--freeze", help="Train the head alone; wants --init.")] = False,
+    freeze: Freeze = False,
     seeds: Annotated[Optional[int], typer.Option("--seeds", help="Runs with different seeds; reports mean and range.")] = None,
     strand: Annotated[Optional[str], typer.Option("--strand", help="none, augment, average or equivariant.")] = None,
     epochs: Annotated[Optional[float], typer.Option("--epochs", help="Times that training reads every sequence.")] = None,
@@ -285,18 +251,14 @@ def train_classify(
 
     Example:  seqlab train classify --data data/promoters --init runs/dna --seeds 5
     """
-    from seqlab.training.config import resolve_accelerator
-    from tasks import classification, runs
+    from tasks import classification
 
     options = dict(seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
     with contextlib.ExitStack() as undo:
-        checkpoint = None
         if resume:
             refused = {"--config": config, "--init": init, "--freeze": freeze or None, "--seeds": seeds, "--strand": strand, "--epochs": epochs}
-            run_dir, dataset, settings = resumed_run(classification.Config, classification.NAME, out, data, set_, options, refused)
+            run = resumed_run(classification, out, data, set_, options, refused)
         else:
-            if data is None:
-                raise UserError("--data: give the dataset that `seqlab prep labelled` wrote")
             checkpoint = backbone_to_start_from(init, freeze)
             given = train_options(**options)
             own = {"seeds": seeds, "epochs": epochs, "freeze": "backbone" if freeze else None}
@@ -304,46 +266,26 @@ def train_classify(
             given |= shape_to_start_from(checkpoint)
             if strand is not None:
                 given["model"] = {**given.get("model", {}), "strand": strand}
-            settings = load_config(classification.Config, config or "classify", set_ or [], given)
-            dataset = known_dataset(data, "seqlab prep labelled", ("labelled",))
-            run_dir = begin_run(config or "classify", out, overwrite, undo, data, checkpoint)
-        accelerator = resolve_accelerator(settings.train)
-        model = settings.model
-        note(
-            f"{run_dir}: {model.direction} Mamba, {model.n_layer} layers of d_model {model.d_model}, strand {model.strand}, "
-            f"{settings.seeds} seed{'s' * (settings.seeds != 1)}, on the {accelerator.upper()}; Ctrl-C saves and stops"
-        )
+            run = new_run(classification, config or "classify", set_, given, out, data, checkpoint, overwrite, undo)
+        model, n = run.settings.model, run.settings.seeds
+        size = f"{model.direction} Mamba, {model.n_layer} layers of d_model {model.d_model}"
+        announce(run, f"{size}, strand {model.strand}, {n} seed{'s' * (n != 1)}")
 
         def each_seed(seed, result) -> None:
             note(f"Seed {seed}: {result.steps:,} steps in {result.minutes:.1f} minutes, {result.ended}; best validation {result.best:.4f}.")
 
-        results = classification.train(settings, dataset, run_dir, init=checkpoint, resume=resume, each_seed=each_seed)
-    if not is_main_process():
-        return
-    if any(result.ended == "interrupted" for result in results.values()):
-        note(f"Stopped; saved. Go on with:  {program()} train classify --resume --out {quoted(run_dir)}")
-        raise typer.Exit(130)
-    evaluation = evaluate_labelled(runs.load_run(run_dir), dataset, dataset, "test", "auto")
-    report_path = classification.write_report(run_dir, evaluation)
-
-    def human() -> None:
-        print_labelled_evaluation(evaluation)
-        note(f"Report with plots: {report_path}")
-        note(f"Next:  {program()} predict {quoted(run_dir)} sequences.fa.gz > labels.tsv")
-
-    found = classification.evaluation_dict(evaluation)
-    plain = {str(seed): result.__dict__ for seed, result in results.items()}
-    emit(json_out, {"run": str(run_dir), "results": plain, "evaluation": found}, human=human)
+        results = classification.train(run.settings, run.dataset, run.directory, init=run.init, resume=resume, each_seed=each_seed)
+    finish(run, results, None, json_out, lambda _: [f"predict {quoted(run.directory)} sequences.fa.gz > labels.tsv"])
 
 
 @command(group, "audio")
 def train_audio(
     data: Annotated[Optional[Path], typer.Option("--data", help="Dataset directory from `seqlab prep audio`.")] = None,
-    config: Annotated[str, typer.Option("--config", help="Preset or YAML file.")] = "audio_fsdd",
+    config: Annotated[Optional[str], typer.Option("--config", help="Preset or YAML file; default: audio_fsdd.")] = None,
     set_: Set = None,
-    out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
+    out: RunOut = None,
     resume: Resume = False,
-    init: Annotated[Optional[Path], typer.Option("--init", help="Start from the weights of this run.")] = None,
+    init: Init = None,
     context: Annotated[Optional[str], typer.Option("--context", help="Window length in samples.")] = None,
     seed: Seed = None,
     devices: Devices = None,
@@ -357,61 +299,33 @@ def train_audio(
 
     Example:  seqlab train audio --data data/speech --max-minutes 10
     """
-    options = dict(
-        context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes
-    )
     from tasks import audio, runs
 
+    options = dict(context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
     with contextlib.ExitStack() as undo:
-        checkpoint = None
         if resume:
-            refused = {"--init": init, "--config": None if config == "audio_fsdd" else config}
-            run_dir, dataset, settings = resumed_run(audio.Config, audio.NAME, out, data, set_, options, refused)
+            run = resumed_run(audio, out, data, set_, options, {"--config": config, "--init": init})
         else:
-            if data is None:
-                raise UserError(f"--data: missing; prepare recordings first: {program()} prep audio DIR --out data/mine")
             checkpoint = None if init is None else runs.find_checkpoint(init)
-            given = train_options(**options)
-            if checkpoint is not None:
-                given |= started_from(checkpoint, audio.NAME, config != "audio_fsdd")
-            settings = load_config(audio.Config, config, set_ or [], given)
-            dataset = known_dataset(data, "seqlab prep audio", ("audio",))
-            run_dir = begin_run(config, out, overwrite, undo, data, checkpoint)
-        from seqlab.training.config import resolve_accelerator
-
-        accelerator, model = resolve_accelerator(settings.train), settings.model
-        kind = f"U-Net with pools of {list(model.pool)}," if model.architecture == "unet" else "Mamba,"
-        note(
-            f"{run_dir}: {kind} {model.n_layer} blocks{' a stage' if model.architecture == 'unet' else ''} of d_model "
-            f"{model.d_model}, context {settings.data.context:,} samples, on the {accelerator.upper()}; Ctrl-C saves and stops"
-        )
-        result = audio.train(settings, dataset, run_dir, init=checkpoint, resume=resume)
-    if not is_main_process():
-        return
-    note_training_result(result, run_dir, "audio", "bits per sample")
-    evaluation = evaluate(runs.load_run(run_dir), dataset, dataset, held_out_split(dataset), (), "auto")
-    report_path = audio.write_report(run_dir, evaluation)
-    from seqlab import report
-
-    def human() -> None:
-        print_audio_evaluation(evaluation)
-        note(f"Report with plots: {report_path}")
-        note(f"Next:  {program()} generate audio {quoted(run_dir)} --seconds 2 --num 8 --out samples/")
-
-    emit(
-        json_out,
-        {"run": str(run_dir), "result": result.__dict__, "evaluation": report.audio_evaluation_dict(evaluation)},
-        human=human,
-    )
+            given = train_options(**options) | started_from(checkpoint, audio.NAME, config is not None)
+            run = new_run(audio, config or "audio_fsdd", set_, given, out, data, checkpoint, overwrite, undo)
+        model, context = run.settings.model, run.settings.data.context
+        kind, stage = (f"U-Net with pools of {list(model.pool)}", " a stage") if model.architecture == "unet" else ("Mamba", "")
+        announce(run, f"{kind}, {model.n_layer} blocks{stage} of d_model {model.d_model}, context {context:,} samples")
+        result = audio.train(run.settings, run.dataset, run.directory, init=run.init, resume=resume)
+    hint = f"generate audio {quoted(run.directory)} --seconds 2 --num 8 --out samples/"
+    finish(run, result, audio.AudioModeling.metric, json_out, lambda _: [hint])
 
 
 @command(group, "synthetic")
 def train_synthetic(
-    config: Annotated[str, typer.Option("--config", help="Preset (selective_copying, induction_heads) or YAML file.")] = "selective_copying",
+    config: Annotated[
+        Optional[str], typer.Option("--config", help="Preset (selective_copying, the default, or induction_heads) or YAML file.")
+    ] = None,
     set_: Set = None,
-    out: Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")] = None,
+    out: RunOut = None,
     resume: Resume = False,
-    init: Annotated[Optional[Path], typer.Option("--init", help="Start from the weights of this run.")] = None,
+    init: Init = None,
     context: Annotated[Optional[str], typer.Option("--context", help="Length of a training sequence.")] = None,
     seed: Seed = None,
     devices: Devices = None,
@@ -429,37 +343,30 @@ def train_synthetic(
 
     options = dict(context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
     with contextlib.ExitStack() as undo:
-        checkpoint = None
         if resume:
-            refused = {"--init": init, "--config": None if config == "selective_copying" else config}
-            run_dir, _, settings = resumed_run(synthetic.Config, synthetic.NAME, out, None, set_, options, refused)
+            run = resumed_run(synthetic, out, None, set_, options, {"--config": config, "--init": init})
         else:
             checkpoint = None if init is None else runs.find_checkpoint(init)
-            given = train_options(**options)
-            if checkpoint is not None:
-                given |= started_from(checkpoint, synthetic.NAME, config != "selective_copying")
-            settings = load_config(synthetic.Config, config, set_ or [], given)
-            run_dir = begin_run(config, out, overwrite, undo, checkpoint)
-        from seqlab.training.config import resolve_accelerator
+            given = train_options(**options) | started_from(checkpoint, synthetic.NAME, config is not None)
+            run = new_run(synthetic, config or "selective_copying", set_, given, out, None, checkpoint, overwrite, undo)
+        model, problem = run.settings.model, run.settings.data
+        announce(run, f"{problem.problem}, {model.n_layer} layers of d_model {model.d_model}, length {problem.context:,}")
+        result = synthetic.train(run.settings, run.directory, init=run.init, resume=resume)
+    hint = f"train synthetic --config {problem.problem} --set model.blocks=[s4d]    the same without selection"
+    finish(run, result, synthetic.Synthetic.metric, json_out, lambda _: [hint])
 
-        accelerator, model, data = resolve_accelerator(settings.train), settings.model, settings.data
-        note(
-            f"{run_dir}: {data.problem}, {model.n_layer} layers of d_model {model.d_model}, length {data.context:,}, on the "
-            f"{accelerator.upper()}; Ctrl-C saves and stops"
-        )
-        result = synthetic.train(settings, run_dir, init=checkpoint, resume=resume)
-    if not is_main_process():
-        return
-    note_training_result(result, run_dir, synthetic.NAME, synthetic.Synthetic.metric)
-    evaluation = evaluate_synthetic(runs.load_run(run_dir), (), "auto")
-    report_path = synthetic.write_report(run_dir, evaluation)
 
-    def human() -> None:
-        print_synthetic_evaluation(evaluation)
-        note(f"Report with plots: {report_path}")
-        note(f"Next:  {program()} train synthetic --config {config} --set model.blocks=[s4d]    the same without selection")
-
-    emit(json_out, {"run": str(run_dir), "result": result.__dict__, "evaluation": synthetic.evaluation_dict(evaluation)}, human=human)
+def new_run(
+    module: ModuleType, name: str, set_, given: dict, out: Optional[Path], data: Optional[Path], init: Optional[Path], overwrite: bool,
+    undo: contextlib.ExitStack,
+) -> Begun:  # fmt: skip
+    """A fresh run of a task (its module) with the preset or YAML file `name` under `given`, the options that were given, and the
+    --set texts. `undo`: as in `begin_run`."""
+    if data is None and module.NAME in DATASETS:
+        raise UserError(f"--data: give the dataset that `seqlab prep {DATASETS[module.NAME][0]}` wrote")
+    settings = load_config(module.Config, name, set_ or [], given)
+    dataset = None if data is None else known_dataset(data, module.NAME)
+    return Begun(begin_run(name, out, overwrite, undo, data, init), dataset, settings, init, False)
 
 
 def begin_run(name: str, out: Optional[Path], overwrite: bool, undo: contextlib.ExitStack, *reads: Optional[Path]) -> Path:
@@ -471,9 +378,9 @@ def begin_run(name: str, out: Optional[Path], overwrite: bool, undo: contextlib.
     return run_dir
 
 
-def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path], set_, given: dict, refused: dict):
-    """(run directory, dataset (None: it has none), settings) of a run to go on with: its own settings, with a longer end if asked. `given`:
-    arguments of train_options; `refused`: option -> value, of options that a resumed run takes from itself."""
+def resumed_run(module: ModuleType, out: Optional[Path], data: Optional[Path], set_, given: dict, refused: dict) -> Begun:
+    """A run to go on with, of a task (its module): its own settings, with a longer end if asked. `given`: arguments of
+    train_options; `refused`: option -> value, of options that a resumed run takes from itself."""
     from seqlab.config import load_yaml
     from seqlab.training.facts import read_run_facts
     from tasks import runs
@@ -483,7 +390,7 @@ def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path],
         raise UserError(f"--resume: goes on with the run's own data and settings; leave out {', '.join(own)}")
     run_dir = out or newest_run()
     facts = read_run_facts(run_dir)
-    if facts.get("task", task) != task:
+    if facts.get("task", module.NAME) != module.NAME:
         raise UserError(f"{run_dir}: is a run of `train {facts['task']}`; resume it with that command")
     if run_dir.resolve().parent.name == "seeds" and (run_dir.resolve().parents[1] / "run.json").is_file():
         raise UserError(f"{run_dir}: is one seed of a run; go on with that: --resume --out {quoted(run_dir.resolve().parents[1])}")
@@ -493,9 +400,9 @@ def resumed_run(cls: type, task: str, out: Optional[Path], data: Optional[Path],
     if not path.is_file():
         path = run_dir / "config.yaml"
     stored = load_yaml(path)
-    settings = lay_over(cls, stored, train_options(**given), set_ or [], str(path))
-    _check_same_run(lay_over(cls, stored, {}, [], str(path)), settings, run_dir)
-    return run_dir, data or (facts["dataset"] and runs.training_data(run_dir, facts)), settings
+    settings = lay_over(module.Config, stored, train_options(**given), set_ or [], str(path))
+    _check_same_run(lay_over(module.Config, stored, {}, [], str(path)), settings, run_dir)
+    return Begun(run_dir, data or (facts["dataset"] and runs.training_data(run_dir, facts)), settings, None, True)
 
 
 def _check_same_run(stored, settings, run_dir: Path) -> None:
@@ -514,22 +421,24 @@ def _check_same_run(stored, settings, run_dir: Path) -> None:
             )
 
 
-def known_dataset(directory: Path, writer: str, kinds: tuple[str, ...]) -> Path:
-    """`directory`, once its manifest has been read: what is no dataset, or one of another kind than those, is refused before
+def known_dataset(directory: Path, task: str) -> Path:
+    """`directory`, once its manifest has been read: what is no dataset, or one that the task does not read, is refused before
     anything is said or written."""
     from seqlab.dataset import read_manifest
 
+    kinds = DATASETS[task]
+    writer = f"seqlab prep {kinds[0]}"
     manifest, _ = read_manifest(directory, writer)
     if (kind := manifest.get("kind")) not in kinds:
         raise UserError(f"{directory}: is a dataset of kind {kind!r}; give one that `{writer}` wrote")
     return directory
 
 
-def started_from(checkpoint: Path, task: str, has_config: bool) -> dict:
+def started_from(checkpoint: Optional[Path], task: str, has_config: bool) -> dict:
     """What `--init` says of the settings: the model is as in that run, unless a --config says what it is."""
     from tasks import runs
 
-    if not checkpoint.with_name("config.yaml").is_file():
+    if checkpoint is None or not checkpoint.with_name("config.yaml").is_file():
         return {}
     model = runs.check_init(checkpoint, (task,))
     return {} if has_config else {"model": {key: value for key, value in model.items() if key != "dropout"}}
@@ -555,13 +464,49 @@ def shape_to_start_from(checkpoint: Optional[Path]) -> dict:
     return {"model": backbone_shape(checkpoint)}
 
 
-def note_training_result(result, run_dir: Path, command_name: str, metric: str) -> None:
-    """What came out of training, for people; leaves with exit code 130 if it was stopped by Ctrl-C."""
-    if result.ended == "interrupted":
-        note(f"Stopped at step {result.steps}; saved. Go on with:  {program()} train {command_name} --resume --out {quoted(run_dir)}")
+def announce(run: Begun, what: str) -> None:
+    """The line before training."""
+    from seqlab.training.config import resolve_accelerator
+
+    note(f"{run.directory}: {what}, on the {resolve_accelerator(run.settings.train).upper()}; Ctrl-C saves and stops")
+
+
+def finish(run: Begun, result, metric: Optional[str], json_out: Optional[str], hints) -> None:
+    """What comes after training: says how it went, evaluates the run and writes its report. Leaves with exit code 130 if it was
+    stopped by Ctrl-C. In the main process alone.
+
+    `result`: a FitResult, or of a run of several seeds one of each, {seed: FitResult}, of which has been told already.
+    `metric`: of its validation, with the unit. `hints(evaluation)`: commands to go on with, without the program's name."""
+    from tasks import runs
+
+    if not is_main_process():
+        return
+    results = result if isinstance(result, dict) else {None: result}
+    *_, last = results.values()
+    task = run.settings.task
+    if last.ended == "interrupted":
+        note(f"Stopped at step {last.steps:,}; saved. Go on with:  {program()} train {task} --resume --out {quoted(run.directory)}")
         raise typer.Exit(130)
-    note(
-        f"Trained {result.steps:,} steps, {result.tokens:,} tokens in {result.minutes:.1f} minutes "
-        f"({result.tokens_per_second:,.0f} tokens/s), {result.ended}; best validation {result.best:.4f} {metric} "
-        f"at step {result.best_step:,}."
-    )
+    if last is result:
+        note(
+            f"Trained {last.steps:,} steps, {last.tokens:,} tokens in {last.minutes:.1f} minutes "
+            f"({last.tokens_per_second:,.0f} tokens/s), {last.ended}; best validation {last.best:.4f} {metric} "
+            f"at step {last.best_step:,}."
+        )
+    split = held_out_split(run.dataset) if task in ("dna", "audio") else "test"
+    loaded = runs.load_run(run.directory)
+    evaluation = evaluate(loaded, run.dataset, run.dataset, split, (), "auto")
+    if last is result:
+        outcome = {"result": last.__dict__}
+    else:
+        outcome = {"results": {str(seed): each.__dict__ for seed, each in results.items()}}
+    show_evaluation(
+        loaded, evaluation, json_out, lambda found: {"run": str(run.directory), **outcome, "evaluation": found}, hints=_next(hints(evaluation))
+    )  # fmt: skip
+
+
+def _next(commands: Sequence[str]) -> list[str]:
+    """Lines that tell what to type next: one line, or one for each."""
+    if len(commands) == 1:
+        return [f"Next:  {program()} {commands[0]}"]
+    return ["Next:", *(f"  {program()} {line}" for line in commands)]

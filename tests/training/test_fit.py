@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from seqlab.errors import UserError
 from seqlab.training.callbacks import read_history
-from seqlab.training.checkpoint import is_stream, write_atomic, write_text
 from seqlab.training.fit import fit
 from seqlab.training.module import DivergedError, TrainConfig, TrainingModule
 from seqlab.training.optim import OptimConfig, learning_rate, parameter_groups
@@ -256,67 +255,3 @@ def test_schedule_warms_up_and_ends_at_the_floor():
     assert learning_rate(config, 0.1) == pytest.approx(1.0)
     assert learning_rate(config, 0.55) == pytest.approx(0.505)
     assert learning_rate(config, 1.0) == learning_rate(config, 1.7) == pytest.approx(0.01)
-
-
-WRITERS = {
-    "trainer.pt": "from seqlab.training.trainer_state import AtomicCheckpointIO as IO; IO().save_checkpoint({'x': torch.zeros(9999)}, path)",
-    "model.safetensors": "from seqlab.training.checkpoint import save_model; save_model(torch.nn.Linear(99, 99), path.parent, '')",
-    "plot.png": "from seqlab import report; report.save_figure(report.new_figure()[0], path)",
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_file_that_does_not_fit_on_the_disk_is_a_user_error_and_leaves_nothing(name, tmp_path):
-    """A limit on file size stands in for a full disk."""
-    pytest.importorskip("resource", reason="needs a Unix system")
-    script = "import pathlib, resource, signal, torch\nfrom seqlab.errors import UserError\n"
-    script += f"path = pathlib.Path({str(tmp_path / name)!r})\n"
-    script += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-    script += f"try:\n    {WRITERS[name]}\nexcept UserError as error:\n    print(error)\n"
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "MPLCONFIGDIR": str(tmp_path.parent)}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert f"{tmp_path / name}: cannot be written (" in done.stdout, done.stderr
-    assert {p.name for p in tmp_path.iterdir()} <= {"config.yaml"}
-
-
-@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_files_are_for_those_whom_the_user_lets_read(tmp_path, umask, mode):
-    """They were readable by everybody, whatever the umask."""
-    before = os.umask(umask)
-    try:
-        write_text(tmp_path / "a.txt", "x")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
-
-
-def test_what_is_no_file_is_written_into_and_not_replaced(tmp_path):
-    """`--json /dev/null` as root put a file in the place of the device, for everybody; a link was replaced by a file."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
-    write_text(pipe, "into a pipe")
-    assert reader.communicate(timeout=30)[0] == b"into a pipe" and pipe.is_fifo()
-    (tmp_path / "there").mkdir()
-    link = tmp_path / "link.json"
-    link.symlink_to("there/file.json")
-    for text in ("one", "two"):  # a link to nothing yet, then to a file
-        write_text(link, text)
-        assert link.is_symlink() and (tmp_path / "there" / "file.json").read_text() == text
-    assert is_stream(Path("/dev/null")) and is_stream(Path("/dev/stdout")) and not is_stream(link) and not is_stream(Path("/dev/shm/x"))
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from seqlab.training.checkpoint import write_text; write_text('/dev/stdout', 'b')"
-    with open(tmp_path / "out", "w") as out:
-        out.write("a")
-        out.flush()
-        subprocess.run([sys.executable, "-c", script], stdout=out, check=True)
-    assert (tmp_path / "out").read_text() == "ab"
-    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "there", "link.json", "out"}
-
-
-def test_an_error_of_what_is_written_is_no_error_of_the_disk(tmp_path):
-    def write(path):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        write_atomic(tmp_path / "file", write)
-    assert not list(tmp_path.iterdir())
