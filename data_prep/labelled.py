@@ -485,6 +485,7 @@ class Reader:
         at = _Columns.of(path, header, sequence_column, label_column, name_column, split_column, split, where)
         reader = csv.reader(lines, delimiter=delimiter)
         start = 1 if columns else 2
+        chosen = _Chosen(path, header, at.filters)
         try:
             for number, row in enumerate(reader, start=start):
                 if not any(cell.strip() for cell in row):
@@ -495,13 +496,14 @@ class Reader:
                         f"{place}: {len(row)} column{'s' * (len(row) != 1)}, the header has {len(header)} "
                         f"({_list(header)}); mend the line"
                     )
-                if any(row[c].strip() != value for c, value in at.filters.items()):
+                if not chosen(row):
                     continue
                 its_split = split if at.split is None else _split_code(place, row[at.split])
                 called = f"{at.stem}{number}" if at.name is None else row[at.name].strip()
                 yield Record(place, called, row[at.sequence].encode("utf-8"), row[at.label].strip(), its_split)
         except csv.Error as error:
             raise UserError(f"{path}: line {reader.line_num + start - 1}: not a readable table ({error})") from None
+        chosen.check()
 
     def parquet(
         self,
@@ -519,14 +521,16 @@ class Reader:
         header = list(table.column_names)
         at = _Columns.of(path, header, sequence_column, label_column, name_column, split_column, split, where)
         columns = [column.to_pylist() for column in table.columns]
+        chosen = _Chosen(path, header, at.filters)
         for number in range(table.num_rows):
-            if all(str(columns[c][number]) == value for c, value in at.filters.items()):
+            if chosen({c: str(columns[c][number]) for c in at.filters}):
                 text, label, name, word = (
                     "" if c is None or columns[c][number] is None else str(columns[c][number]).strip() for c in (at.sequence, at.label, at.name, at.split)
                 )
                 place = f"{path}: row {number + 1}"
                 its_split = split if at.split is None else _split_code(place, word)
                 yield Record(place, f"{at.stem}{number + 1}" if at.name is None else name, text.encode(), label, its_split)
+        chosen.check()
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.files.append({"path": str(path), "sha256": digest, "bytes": path.stat().st_size})
@@ -812,6 +816,36 @@ class _Columns(NamedTuple):
             {_column(path, header, key, (), "--where", key): value for key, value in (where or {}).items()},
             "" if split is None else f"{SPLITS[split]}-",
         )
+
+
+class _Chosen:
+    """Which rows of a table --where keeps, and a clear word where it keeps none."""
+
+    def __init__(self, path: Path, header: list[str], filters: dict[int, str]):
+        self.path, self.header, self.filters = path, header, filters
+        self.seen: dict[int, set[str]] = {column: set() for column in filters}
+        self.none = bool(filters)
+
+    def __call__(self, row: list[str] | dict[int, str]) -> bool:
+        values = {column: row[column].strip() for column in self.filters}
+        if values == self.filters:
+            self.none = False
+            return True
+        if self.none:
+            for column, value in values.items():
+                if len(self.seen[column]) < 10_000:  # enough to name the nearest
+                    self.seen[column].add(value)
+        return False
+
+    def check(self) -> None:
+        """UserError if it kept none, with what is there."""
+        if not self.none:
+            return
+        asked = " ".join(f"--where {self.header[column]}={value}" for column, value in self.filters.items())
+        for column, value in self.filters.items():
+            if value not in self.seen[column] and 0 < len(self.seen[column]) < 10_000:
+                raise UserError(f"{self.path}: no row has {self.header[column]} {value!r} ({asked}); {nearest(value, sorted(self.seen[column]))}")
+        raise UserError(f"{self.path}: no row is chosen by {asked}")
 
 
 def _split_code(where: str, word: str) -> int:

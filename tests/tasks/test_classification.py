@@ -410,6 +410,8 @@ def test_prep_labelled_says_what_it_wants(data, tmp_path):
         ([table, "--test", table], "--valid and --test: belong to --train"),
         ([table, "--where", "x"], "expected COLUMN=VALUE"),
         ([table, "--where", "x=1"], "--where x: .* it has 'sequence', 'label'"),
+        ([table, "--where", "label=rch"], "no row has label 'rch' .--where label=rch.; did you mean 'rich'"),
+        ([table, "--where", "label=rich", "--where", "sequence=A"], "no row has sequence 'A'"),
         ([tmp_path / "none.csv"], "no such file"),
         (["--train", table, "--test", table, "--duplicates", "error"], "120|150 sequences are on both sides"),
     ]:
