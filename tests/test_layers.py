@@ -1,6 +1,8 @@
 """Who may import whom: the library knows nothing of tasks, of raw files or of the command line."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,16 @@ def test_tasks_use_commands_nowhere():
 
 def test_what_the_test_sees():
     assert imported("import a.b\nfrom c.d import e\ndef f():\n    import g\nfrom . import h\n") == {"a", "c", "g"}
+
+
+def test_parts_of_the_library_are_there_when_they_are_named():
+    """In a process of its own: here everything has been imported already."""
+    script = (
+        "import sys, seqlab\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
+        "assert seqlab.ops.selective_scan and seqlab.model.ModelConfig and seqlab.tokenizers.nucleotide.encode\n"
+        "assert not {'numba', 'lightning', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "assert not hasattr(seqlab, 'nothing') and not hasattr(seqlab, '__wrapped__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
