@@ -29,6 +29,7 @@ import numpy as np
 
 from data_prep.files import SourceFile, check_source, output_directory, sync
 from data_prep.genome import WHITESPACE, parse_records
+from data_prep.intervals import Interval, chains, joined, sharing
 from seqlab.classification.dataset import sequence_key, strata, stratified_parts
 from seqlab.classification.metrics import KINDS
 from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
@@ -47,13 +48,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Record:
-    """One labelled sequence as it was read. `where` names it in messages; `split` is None where the file has none."""
+    """One labelled sequence as it was read. `where` names it in messages; `split` is None where the file has none; `place` is
+    where in a genome it lies, if that is known."""
 
     where: str
     name: str
     text: bytes
     label: str
     split: int | None = None
+    place: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def prepare_labelled(
         raise UserError(f"--duplicates {duplicates}: unknown; use drop, keep or error")
     summary = Summary()
     with output_directory(out, overwrite) as directory:
-        names, raw_labels, splits, keys, offsets = [], [], [], [], [0]
+        names, raw_labels, splits, keys, places, offsets = [], [], [], [], [], [0]
         digest = hashlib.sha256()
         seen_names: dict[str, str] = {}
         with open(directory / "tokens.bin", "wb", buffering=1 << 20) as tokens:
@@ -144,6 +147,8 @@ def prepare_labelled(
                 raw_labels.append(record.label)
                 splits.append(record.split)
                 keys.append(sequence_key(ids))
+                if record.place is not None:
+                    places.append(record.place)
                 offsets.append(offsets[-1] + len(ids))
             sync(tokens)
         if not names:
@@ -153,18 +158,23 @@ def prepare_labelled(
         where = list(seen_names.values())
         kind, classes, label_array = _resolve_labels(raw_labels, labels, where)
         key_array = np.array(keys, np.uint64)
-        split, rule = _resolve_splits(splits, label_array, kind, key_array, test_share, seed, where)
+        groups = key_array[joined(key_array, chains(places))] if places else key_array
+        split, rule = _resolve_splits(splits, label_array, kind, key_array, groups, test_share, seed, where)
         kept, report = _leaks(split, key_array, label_array, duplicates, names)
+        if places:
+            report["sharing_bases_with_test"] = _overlapping(places, split, kept)
         _check_classes(kind, classes, label_array[kept], split[kept], int((~kept).sum()), labels.kind == "auto")
         if not kept.all():
             _drop(directory, kept, offsets)
             lengths = np.diff(offsets)[kept]
             offsets = np.concatenate([[0], np.cumsum(lengths)]).tolist()
             names = [name for name, keep in zip(names, kept) if keep]
-            label_array, split, key_array = label_array[kept], split[kept], key_array[kept]
+            label_array, split, key_array, groups = label_array[kept], split[kept], key_array[kept], groups[kept]
             with open(directory / "tokens.bin", "rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
         arrays = {"offsets": np.array(offsets, np.int64), "labels": label_array, "split": split, "keys": key_array}
+        if places:
+            arrays["groups"] = groups
         for name, array in arrays.items():
             with open(directory / f"{name}.npy", "wb") as file:
                 np.save(file, array, allow_pickle=False)
@@ -362,8 +372,9 @@ def _case_trap(summary: Summary, kind: str) -> bool:
 
 
 # -- splits and duplicates -----------------------------------------------------------------------------------------
-def _resolve_splits(splits, labels, kind, keys, test_share, seed, where) -> tuple[np.ndarray, str]:
-    """(n) uint8 codes into SPLITS and the rule, for the manifest."""
+def _resolve_splits(splits, labels, kind, keys, groups, test_share, seed, where) -> tuple[np.ndarray, str]:
+    """(n) uint8 codes into SPLITS and the rule, for the manifest. Rows of one group (n) stay together, if that leaves enough to
+    train and to test on; those of one key (n) always do."""
     given = [code for code in splits if code is not None]
     if given:
         if len(given) < len(splits):
@@ -375,12 +386,32 @@ def _resolve_splits(splits, labels, kind, keys, test_share, seed, where) -> tupl
         if (code == 2).any():
             return code, rule
         raise UserError("the files give a training split but no test split; add one, or leave the split column out")
-    parts = stratified_parts(strata(labels, kind), keys, (test_share,), seed)
+    stratum = strata(labels, kind)
+    parts, together = stratified_parts(stratum, groups, (test_share,), seed), ""
+    if not np.array_equal(groups, keys):
+        together = "intervals that share bases are on one side; "
+        if not _is_enough(stratum, parts == 0, test_share):
+            parts, together = stratified_parts(stratum, keys, (test_share,), seed), "intervals overlap too much to be kept apart; "
     code = np.where(parts == 0, 2, 0).astype(np.uint8)
     return code, (
-        f"{test_share:g} of the sequences test, stratified by label, by a hash of the sequence and seed {seed}; validation "
+        f"{test_share:g} of the sequences test, stratified by label, by a hash of the sequence and seed {seed}; {together}validation "
         "is drawn from the training split, anew for each seed"
     )
+
+
+def _is_enough(stratum: np.ndarray, tests: np.ndarray, share: float) -> bool:
+    """Whether about `share` of the rows test, of each stratum (n) that is not tiny some, and enough are left to train on."""
+    if not 0.5 * share <= tests.mean() <= 2 * share:
+        return False
+    rows = [(tests[stratum == s].sum(), (stratum == s).sum()) for s in np.unique(stratum)]
+    return all((n < 10 or tested > 0 or share == 0) and (n < 3 or n - tested >= 2) for tested, n in rows)
+
+
+def _overlapping(places: list[Interval], split: np.ndarray, kept: np.ndarray) -> int:
+    """How many of the intervals that train or validate share bases with one that tests."""
+    test = [place for place, code, keep in zip(places, split, kept) if keep and code == 2]
+    others = [place for place, code, keep in zip(places, split, kept) if keep and code != 2]
+    return int(sharing(others, test).sum())
 
 
 def _leaks(split, keys, labels, duplicates, names) -> tuple[np.ndarray, dict[str, Any]]:
@@ -630,7 +661,8 @@ class Reader:
         self, path: Path, genome: Path, *, label_column: str | None = None, split_column: str | None = None
     ) -> Iterator[Record]:
         """Intervals of a genome: chrom, start, end, label in the fourth column (0-based half-open); a sixth column of + and
-        - is the strand, a fifth of train, valid and test the split. With a header line, columns by name."""
+        - is the strand, a fifth of train, valid and test the split. With a header line, columns by name. Sequences are named
+        chrom:start-end(strand), and #2, #3, ... where an interval occurs again (annotations repeat exons)."""
         rows = _bed_rows(path, self.lines(path, "BED file: chrom start end label"), label_column, split_column)
         wanted: dict[str, list[_Interval]] = {}
         for row in rows:
@@ -647,14 +679,17 @@ class Reader:
                 letters[row.index] = sequence[row.start : row.end]
 
         self.each_record(genome, cut)
+        met: Counter[str] = Counter()
         for row in rows:
             text = letters[row.index]
             if text is None:
                 raise UserError(f"{row.where}: no sequence {row.chrom[:60]!r} in {genome}; {nearest(row.chrom, lengths)}")
             if row.is_reverse:
                 text = text.translate(_COMPLEMENT_TEXT)[::-1]
-            strand = "-" if row.is_reverse else "+"
-            yield Record(row.where, f"{row.chrom}:{row.start}-{row.end}({strand})", text, row.label, row.split)
+            name = f"{row.chrom}:{row.start}-{row.end}({'-' if row.is_reverse else '+'})"
+            met[name] += 1
+            again = f"#{met[name]}" if met[name] > 1 else ""
+            yield Record(row.where, name + again, text, row.label, row.split, (row.chrom, row.start, row.end))
 
 
 def _read_parquet(path: Path):

@@ -7,11 +7,12 @@ A directory that `data_prep.labelled` writes:
     labels.npy      (n) int64 class indices; (n c) uint8 for multi-label; (n) float64 for regression
     split.npy       (n) uint8, index into SPLITS
     keys.npy        (n) uint64, a hash of the sequence that both strands share: equal keys are duplicates
+    groups.npy      (n) uint64, only of intervals of a genome: those that share bases are a group, named by one of their keys
     names.txt       one line a sequence
     manifest.json   label_kind, classes (sorted), splits, duplicates, counts, sources, vocab, sha256 of the tokens
 
 Splits are functions of what a sequence is (its key) and of a seed, never of its place in the file, and duplicates always
-fall on the same side.
+fall on the same side. So do intervals that share bases, where they leave enough sequences on both.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ class LabelledStore:
     directory, manifest, hash: where it lies, manifest.json as a dictionary, its sha256
     kind: "binary", "multi-class", "multi-label" or "regression"
     classes: names of the classes or labels, in the order of the model's outputs; empty for regression
-    tokens, offsets, lengths, labels, split, keys: arrays as in the module
+    tokens, offsets, lengths, labels, split, keys, groups: arrays as in the module; groups are the keys where there are none
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any], manifest_hash: str):
@@ -80,8 +81,10 @@ class LabelledStore:
             if dtype is not None and array.dtype != dtype:
                 raise self._damaged(f"{name}.npy holds {array.dtype}, expected {np.dtype(dtype)}")
             setattr(self, name, np.asarray(array))
+        path = self.directory / "groups.npy"
+        self.groups = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) if path.exists() else self.keys
         n = int(self.manifest["n"])
-        if len(self.offsets) != n + 1 or any(len(getattr(self, name)) != n for name in ("labels", "split", "keys")):
+        if len(self.offsets) != n + 1 or any(len(getattr(self, name)) != n for name in ("labels", "split", "keys", "groups")):
             raise self._damaged(f"the manifest says {n:,} sequences, the arrays hold another number")
         self.lengths = np.diff(self.offsets)
         path = self.directory / "tokens.bin"
@@ -121,9 +124,10 @@ class LabelledStore:
             rows = np.flatnonzero(self.split == code)
         else:
             training = np.flatnonzero(self.split == SPLITS.index("train"))
-            part = stratified_parts(
-                strata(self.labels[training], self.kind), self.keys[training], (valid_share,), seed + 1
-            )
+            stratum = strata(self.labels[training], self.kind)
+            part = stratified_parts(stratum, self.groups[training], (valid_share,), seed + 1)
+            if len(np.unique(part)) < 2:  # one chain of overlapping intervals
+                part = stratified_parts(stratum, self.keys[training], (valid_share,), seed + 1)
             rows = training[part == (0 if split == "valid" else 1)]
         return rows[np.lexsort((rows, self.keys[rows]))]
 

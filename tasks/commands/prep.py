@@ -218,6 +218,8 @@ def _print_labelled(manifest: dict, dataset: Path) -> None:
             f"label; {found['leaking']:,} were on both sides of a split"
             + (f" ({found['action']})." if found["leaking"] else ".")
         )
+    if n := found.get("sharing_bases_with_test"):
+        note(f"{n:,} intervals that train or validate share bases with one that tests; a split of your own, by chromosome, has none.")
     for why, n in manifest["skipped"].items():
         note(f"{n:,} sequences left out: {why}.")
 
