@@ -1,21 +1,27 @@
 """The command line: `seqlab`, `python -m cli`, `torchrun -m cli`. The commands themselves are in tasks/commands/."""
 
-from typing import Annotated
+import sys
 
-import typer
-from typer.core import TyperGroup
+try:
+    from typing import Annotated
 
-import seqlab
-from tasks.commands import bench, generate, prep, train
-from tasks.commands.convert import export, import_
-from tasks.commands.doctor import doctor
-from tasks.commands.embed import embed
-from tasks.commands.evaluate import eval_
-from tasks.commands.plan import plan
-from tasks.commands.predict import predict
-from tasks.commands.score import score
-from tasks.commands.settings import load_config, presets
-from tasks.commands.terminal import command
+    import typer
+    from typer.core import TyperGroup
+
+    import seqlab
+    from tasks.commands import bench, generate, prep, train
+    from tasks.commands.convert import export, import_
+    from tasks.commands.doctor import doctor
+    from tasks.commands.embed import embed
+    from tasks.commands.evaluate import eval_
+    from tasks.commands.plan import plan
+    from tasks.commands.predict import predict
+    from tasks.commands.score import score
+    from tasks.commands.settings import load_config, presets
+    from tasks.commands.terminal import command
+except KeyboardInterrupt:  # these imports are the first 0.2 s of every command; what follows is caught in `command`
+    print("Stopped by Ctrl-C.", file=sys.stderr)
+    sys.exit(130)
 
 __all__ = ["app", "load_config", "presets"]
 

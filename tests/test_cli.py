@@ -346,6 +346,45 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["steps"] == steps + 3
 
 
+@pytest.mark.parametrize("module", ["typer", "tasks.commands.terminal"])
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(module):
+    script = f"""
+import sys
+class CtrlC:
+    def find_spec(self, name, *rest):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, CtrlC())
+import cli
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "Stopped by Ctrl-C.\n")
+
+
+@pytest.mark.parametrize("is_swallowed", [False, True])
+def test_ctrl_c_in_a_command_is_one_line_whatever_becomes_of_the_exception(is_swallowed):
+    """numpy's import swallowed it, and was then "cannot load module more than once per process (unexpected; ...)"."""
+    import typer
+
+    from tasks.commands.options import Json
+    from tasks.commands.terminal import command
+
+    group = typer.Typer()
+
+    @command(group, "work")
+    def work(json_out: Json = None) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if not is_swallowed:
+                raise
+        raise ImportError("cannot load module more than once per process")
+
+    result = CliRunner().invoke(group, [])
+    assert (result.exit_code, result.stderr) == (130, "Stopped by Ctrl-C.\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_doctor_checks_every_back_end():
     stdout, _ = run("doctor")
     for word in ("selective_scan", "causal_conv1d", "reference", "cpu", "mamba_ssm", "torch + torchaudio"):

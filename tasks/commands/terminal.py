@@ -7,7 +7,9 @@ import inspect
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Annotated, Optional
@@ -40,26 +42,26 @@ def command(group: typer.Typer, name: str):
 
         @functools.wraps(function)
         def wrapper(**given):
-            try:
-                if sys.stdout is None:
-                    raise UserError("standard output is closed; leave it open, or send it to /dev/null")
-                _check_json(given)
-                return function(**{name: value for name, value in given.items() if name in parameters})
-            except (typer.Exit, typer.Abort, typer.BadParameter):
-                raise
-            except KeyboardInterrupt:
-                if given["debug"]:
+            with noticed_interrupts() as interrupts:
+                try:
+                    if sys.stdout is None:
+                        raise UserError("standard output is closed; leave it open, or send it to /dev/null")
+                    _check_json(given)
+                    return function(**{name: value for name, value in given.items() if name in parameters})
+                except (typer.Exit, typer.Abort, typer.BadParameter):
                     raise
-                note("Stopped by Ctrl-C.")
-                raise typer.Exit(130) from None
-            except BrokenPipeError:  # `seqlab ... | head`: nothing is wrong
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                raise typer.Exit(0) from None
-            except Exception as error:
-                if given["debug"]:
-                    traceback.print_exc()
-                    raise typer.Exit(1) from None
-                fail(in_one_line(error))
+                except BrokenPipeError:  # `seqlab ... | head`: nothing is wrong
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                    raise typer.Exit(0) from None
+                except (Exception, KeyboardInterrupt) as error:
+                    if given["debug"]:
+                        traceback.print_exc()
+                    if interrupts or isinstance(error, KeyboardInterrupt):
+                        note("Stopped by Ctrl-C.")
+                        raise typer.Exit(130) from None
+                    if given["debug"]:
+                        raise typer.Exit(1) from None
+                    fail(in_one_line(error))
 
         added = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
@@ -70,6 +72,26 @@ def command(group: typer.Typer, name: str):
         return group.command(name)(wrapper)
 
     return decorate
+
+
+@contextlib.contextmanager
+def noticed_interrupts():
+    """A list that Ctrl-C adds to while this lasts. Some imports (numpy's and torch's among them) swallow the KeyboardInterrupt and
+    fail a moment later, with an error that says nothing of it."""
+    pressed = []
+
+    def press(number, frame) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    usual = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if usual:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def in_one_line(error: Exception) -> str:
