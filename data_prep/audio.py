@@ -10,7 +10,9 @@ The scale is one number for the whole dataset (1: full scale of the files; `peak
 silence has one code everywhere and a prompt is encoded as the training data were. Nothing is trimmed or dropped; what is
 clipped or silent is counted.
 
-Splits are by file, so that no recording is in two; a dataset of few files is split within each file, along time.
+Splits are by file, so that no recording is in two; a dataset of few files is split within each file, along time. Recordings
+that are the same sample for sample, whatever their names and formats, stay together; where patterns put them into two splits,
+they are counted.
 """
 
 import fnmatch
@@ -113,6 +115,7 @@ def prepare_audio(
     q = QUANTIZERS[quantizer]
     with output_directory(out, overwrite) as directory:
         sequences: list[dict[str, Any]] = []
+        contents: list[bytes] = []  # a hash of each one's codes
         used: list[dict[str, Any]] = []
         counts = np.zeros(256, np.int64)
         digest = hashlib.sha256()
@@ -123,9 +126,10 @@ def prepare_audio(
                 start = tokens.tell()
                 try:
                     check_file(path)
-                    file_digest = _sha256(path)
+                    file_digest, content = _sha256(path), hashlib.sha256()
                     for codes in writer.codes(_stream(path, sample_rate, report, writer)):
                         tokens.write(codes)
+                        content.update(codes)
                 except UserError as error:
                     if not skip_bad:
                         raise
@@ -143,6 +147,7 @@ def prepare_audio(
                         **writer.statistics(),
                     }
                 )
+                contents.append(content.digest())
                 used.append({"path": str(path), "sha256": file_digest, "bytes": path.stat().st_size, **writer.source})
                 counts += writer.histogram
                 offset += writer.samples
@@ -153,7 +158,9 @@ def prepare_audio(
         with open(directory / "tokens.bin", "rb") as tokens:
             while data := tokens.read(1 << 22):
                 digest.update(data)
-        table, rule = _splits(sequences, valid, test, share)
+        first_of: dict[bytes, int] = {}
+        first = [first_of.setdefault(content, i) for i, content in enumerate(contents)]
+        table, rule = _splits(sequences, first, valid, test, share)
         if not table["train"]:
             raise UserError("nothing is left to train on; choose --valid and --test so that some file is in neither")
         classes = sorted({s["label"] for s in sequences if s["label"] is not None}, key=natural)
@@ -172,6 +179,7 @@ def prepare_audio(
             "labels": classes,
             "clipped": sum(s["clipped"] for s in sequences),
             "silent": sum(s["silent"] for s in sequences),
+            "repeats": _repeats(sequences, first, table),
             "skipped": bad,
             "split_rule": rule,
             "sources": used,
@@ -306,8 +314,9 @@ Table = dict[str, list[list[int]]]
 
 
 def _splits(
-    sequences: list[dict[str, Any]], valid: list[str], test: list[str], share: float | None
+    sequences: list[dict[str, Any]], first: list[int], valid: list[str], test: list[str], share: float | None
 ) -> tuple[Table, str]:
+    """The manifest's table and the rule. first: of each sequence, the first one that is the same sample for sample."""
     table: Table = {name: [] for name in SPLITS}
     lengths = [s["length"] for s in sequences]
     if valid or test:
@@ -320,7 +329,8 @@ def _splits(
         rule = f"by file: test {' '.join(test) or 'none'}, valid {' '.join(valid) or 'none'}"
         if test and not valid and len(rest) > 1:
             every = min(10, len(rest))
-            chosen["valid"] = set(rest[::every])
+            place = {first[i]: n for n, i in reversed(list(enumerate(rest)))}  # of the first of those that are the same
+            chosen["valid"] = {i for i in rest if place[first[i]] % every == 0}
             rule = f"by file: test {' '.join(test)}; every {every}th other file validates"
         for i, length in enumerate(lengths):
             split = next((name for name, files in chosen.items() if i in files), "train")
@@ -330,7 +340,7 @@ def _splits(
     if len(sequences) >= FEW_FILES:
         every = max(3, round(1 / share))
         for i, length in enumerate(lengths):
-            split = {0: "test", 1: "valid"}.get(i % every, "train")
+            split = {0: "test", 1: "valid"}.get(first[i] % every, "train")
             table[split].append([i, 0, length])
         return table, f"by file, in natural order: of every {every}, the first tests, the second validates"
     for i, length in enumerate(lengths):
@@ -340,6 +350,20 @@ def _splits(
             if end > start:
                 table[split].append([i, start, end])
     return table, f"within each file ({len(sequences)} of them): the last {share:.0%} tests, the {share:.0%} before validates"
+
+
+def _repeats(sequences: list[dict[str, Any]], first: list[int], table: Table) -> dict[str, Any]:
+    """recordings: how many are the same as one before; leaking: how many of a split are in a later one of train, valid, test as
+    well, and `example`, the names of such a pair."""
+    where = [{i for i, _, _ in table[split]} for split in SPLITS]
+    whole = [i for i in range(len(sequences)) if sum(i in split for split in where) == 1]  # not cut along time
+    latest: dict[int, int] = {}
+    for code, split in enumerate(where):
+        latest |= {first[i]: i for i in whole if i in split}
+    code_of = {i: code for code, split in enumerate(where) for i in split}
+    leaking = [i for i in whole if code_of[i] < code_of[latest[first[i]]]]
+    example = [sequences[i]["name"] for i in (leaking[0], latest[first[leaking[0]]])] if leaking else []
+    return {"recordings": sum(f != i for i, f in enumerate(first)), "leaking": len(leaking), "example": example}
 
 
 def _match(option: str, patterns: list[str], names: list[str]) -> set[int]:

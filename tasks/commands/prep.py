@@ -330,7 +330,7 @@ def prep_audio(
         _print_audio_manifest(manifest, dataset)
         note(f"Next:  {program()} train audio --data {quoted(dataset)}")
 
-    keys = ("total", "sample_rate", "scale", "labels", "clipped", "silent", "skipped")
+    keys = ("total", "sample_rate", "scale", "labels", "clipped", "silent", "repeats", "skipped")
     emit(json_out, {"dataset": str(dataset), **{k: manifest[k] for k in keys}}, human=human)
 
 
@@ -345,6 +345,12 @@ def _print_audio_manifest(manifest: dict, dataset: Path) -> None:
     title = f"{dataset}: {len(manifest['sequences']):,} recordings at {rate:,} Hz, {manifest['tokenizer']}"
     print_table(title, ["", "seconds", "samples", "share"], rows)
     note(f"Scale: {manifest['scale']:.4g}. Splits: {manifest['split_rule']}")
+    if repeats := manifest["repeats"]["recordings"]:
+        leaking, example = manifest["repeats"]["leaking"], manifest["repeats"]["example"]
+        note(
+            f"{repeats:,} recordings repeat another, sample for sample; {leaking:,} are also in another split"
+            + (f", for example {' and '.join(example)}: choose --valid and --test so that copies stay together." if leaking else ".")
+        )
     if manifest["labels"]:
         shown = ", ".join(manifest["labels"][:12]) + (" ..." if len(manifest["labels"]) > 12 else "")
         note(f"{len(manifest['labels'])} classes: {shown}")

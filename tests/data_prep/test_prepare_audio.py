@@ -109,6 +109,24 @@ def test_splits_by_file_never_share_a_recording(tmp_path):
             prepare_audio(tmp_path / "in", tmp_path / "bad", sample_rate=8000, **options)
 
 
+def test_copies_of_a_recording_stay_together(tmp_path):
+    """Under other names and in another format: what counts is the sound."""
+    for i in range(24):
+        sound(tmp_path / "in" / f"{i:02d}.wav", 400, seed=0 if i % 8 == 0 else i)
+    samples, rate = soundfile.read(tmp_path / "in" / "01.wav", dtype="int16")
+    soundfile.write(tmp_path / "in" / "99.flac", samples, rate, subtype="PCM_16")
+    m = manifest_of(prepare_audio(tmp_path / "in", tmp_path / "out", sample_rate=8000))
+    split = {m["sequences"][i]["name"]: name for name, rows in m["splits"].items() for i, _, _ in rows}
+    assert split["00.wav"] == split["08.wav"] == split["16.wav"] == "test" and split["01.wav"] == split["99.flac"] == "valid"
+    assert len(split) == 25 and m["repeats"] == {"recordings": 3, "leaking": 0, "example": []}
+    m = manifest_of(prepare_audio(tmp_path / "in", tmp_path / "two", sample_rate=8000, test=["16.wav", "99.flac"]))
+    split = {m["sequences"][i]["name"]: name for name, rows in m["splits"].items() for i, _, _ in rows}
+    assert split["00.wav"] == split["08.wav"] == "valid" and split["01.wav"] == "train"  # with --test alone, the first others validate
+    assert m["repeats"] == {"recordings": 3, "leaking": 3, "example": ["00.wav", "16.wav"]}
+    m = manifest_of(prepare_audio(tmp_path / "in", tmp_path / "few", sample_rate=8000, test=["2?.wav"], valid=["0?.wav"]))
+    assert m["repeats"]["leaking"] == 2 and m["repeats"]["example"] == ["16.wav", "08.wav"]  # training and validation
+
+
 def test_few_recordings_are_split_along_time(tmp_path):
     sound(tmp_path / "in" / "long.wav", 10_000)
     m = manifest_of(prepare_audio(tmp_path / "in", tmp_path / "out", sample_rate=8000, share=0.2))
