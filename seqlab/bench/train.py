@@ -10,7 +10,8 @@ after the other from the same weights:
     mamba_ssm             the same model, its mixers replaced by mamba_ssm's fused module: one, or for a bidirectional block two
                           that share what ours share, the second on the flipped sequence
 
-All but the first two are timed with nothing recomputed, or if that does not fit, with blocks recomputed.
+All but the first two are timed with nothing recomputed, or if that does not fit, with blocks recomputed. A step of a large preset
+takes seconds and a run minutes, so every result is told as soon as it is there.
 """
 
 import contextlib
@@ -69,7 +70,8 @@ class Settings:
 class Row:
     contender: str
     memory: str
-    step_ms: float
+    step_ms: float  # the median
+    steps: int  # that were timed
     tokens_per_second: float
     peak_bytes: int  # of everything on the device: weights, moments, gradients, data, what is at work
 
@@ -165,6 +167,7 @@ class Steps:
     def __init__(self, model: nn.Module, task: Task, batch: Batch, settings: Settings, optim: OptimConfig, memory: Memory, recorded: bool):
         self.model, self.task, self.batch, self.settings, self.memory = model, task, batch, settings, memory
         self.clip, self.optimizer = optim.clip or float("inf"), make_optimizer(model, optim)
+        self.is_recorded = recorded
         self.backward = GradientGraphs().backward if recorded else modes.backward
         weight = task.weight(batch) * settings.micro_batches
         self.scale = torch.tensor(1 / max(weight, 1.0), device=batch["ids"].device)
@@ -182,27 +185,33 @@ def autocast(settings: Settings):
     return torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == torch.bfloat16)
 
 
-def measure(step: Steps, settings: Settings) -> tuple[float, int]:
-    """Median seconds of a step, and the peak of bytes."""
+def measure(step: Steps, settings: Settings) -> tuple[list[float], int]:
+    """Seconds of each timed step, and the peak of bytes.
+
+    Three steps warm up (they compile, allocate and record) and three are timed at least, fewer where they would take long beside
+    `settings.seconds`."""
     if settings.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):  # compiles, allocates, records
+    began = time.perf_counter()
+    for warm in range(3):
+        if warm and not step.is_recorded and time.perf_counter() - began > 2 * settings.seconds:
+            break
         step()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < settings.seconds and len(times) < 1000):
         _wait(settings)
+    times: list[float] = []
+    while sum(times) < settings.seconds * (1 if len(times) >= 3 else 3) and len(times) < 1000:
         began = time.perf_counter()
         step()
         _wait(settings)
         times.append(time.perf_counter() - began)
     if settings.device == "cuda":
-        return statistics.median(times), torch.cuda.max_memory_allocated()
+        return times, torch.cuda.max_memory_allocated()
     known = [*step.model.parameters(), *step.model.buffers(), *step.batch.values()]
     known += [x for state in step.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     with planner.Storages(iter(known)) as storages:
         step()
-    return statistics.median(times), storages.peak + sum(x.numel() * x.element_size() for x in known)
+    return times, storages.peak + sum(x.numel() * x.element_size() for x in known)
 
 
 def _wait(settings: Settings) -> None:
@@ -211,9 +220,16 @@ def _wait(settings: Settings) -> None:
 
 
 def run(
-    task: Task, batch: Batch, settings: Settings, train: TrainConfig, optim: OptimConfig, progress: Callable[[str], None] = lambda text: None
+    task: Task,
+    batch: Batch,
+    settings: Settings,
+    train: TrainConfig,
+    optim: OptimConfig,
+    progress: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Result:
-    """Gate, then time everything. `batch` is any batch of the task, on the CPU. Raises UserError if nothing of ours passes."""
+    """Gate, then time everything. `batch` is any batch of the task, on the CPU. `progress` is told what is being done, `say` what has
+    been found. Raises UserError if nothing of ours passes."""
     machine = torch.cuda.get_device_name() if settings.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     with torch.random.fork_rng():
         torch.manual_seed(train.seed)
@@ -229,10 +245,15 @@ def run(
     else:
         result.absent[PEER] = reason
 
-    progress("parity: the reference operators")
+    micro = f", {settings.micro_batches} times" if settings.micro_batches > 1 else ""
+    say(f"{result.parameters:,} parameters, a step of {settings.rows} x {settings.length:,}{micro} tokens in {dtype} on {machine}")
+    progress("parity: the reference operators, on the CPU")
+    began = time.perf_counter()
     short = planner.resize(batch, min(GATE[0], settings.rows), min(GATE[1], settings.length))
     with _reference_operators():
         exact = gradient(copy.deepcopy(original), task, short)
+    rows, length = short["ids"].shape[:2]
+    say(f"reference: loss and gradients of {rows} x {length} tokens in float32 on the CPU, {time.perf_counter() - began:.1f} s")
     full = planner.resize(batch, settings.rows, settings.length)
     full, short = ({key: value.to(settings.device) for key, value in part.items()} for part in (full, short))
     for name, make in makers.items():
@@ -245,7 +266,10 @@ def run(
             if not result.errors.get(name, 0.0) <= LIMITS[settings.dtype]:
                 result.absent[name] = f"not timed: loss or gradients differ by {result.errors[name]:.2g}"
                 continue
-            result.rows.append(_row(name, model, task, full, settings, train, optim, result))
+            result.rows.append(row := _row(name, model, task, full, settings, train, optim, result))
+            parity = f", parity {result.errors[name]:.1e}" if name in result.errors else ""
+            rate = f"{row.tokens_per_second:,.0f} tokens/s"
+            say(f"{name}: {row.step_ms:,.1f} ms a step ({row.steps} timed), {rate}, {planner.gib(row.peak_bytes)}, memory {row.memory}{parity}")
         except UserError as refusal:  # of the planner: nothing fits
             result.absent[name] = str(refusal)
         except Exception as problem:  # a contender may fail in any way; that is its row
@@ -278,7 +302,7 @@ def _row(name, model, task, batch, settings, train, optim, result) -> Row:
         modes.prepare(memory, model)
         try:
             step = Steps(model, task, batch, settings, optim, memory, name == "recorded")
-            seconds, peak = measure(step, settings)
+            times, peak = measure(step, settings)
         except torch.OutOfMemoryError:
             if i == len(candidates) - 1:
                 raise UserError("out of memory") from None
@@ -286,9 +310,10 @@ def _row(name, model, task, batch, settings, train, optim, result) -> Row:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             continue
-        if name == "recorded" and not step.backward.__self__.recorded:
+        if step.is_recorded and not step.backward.__self__.recorded:
             raise UserError("could not be recorded")
-        return Row(name, str(memory), 1e3 * seconds, settings.tokens / seconds, peak)
+        seconds = statistics.median(times)
+        return Row(name, str(memory), 1e3 * seconds, len(times), settings.tokens / seconds, peak)
 
 
 @contextlib.contextmanager

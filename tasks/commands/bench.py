@@ -174,7 +174,7 @@ def bench_train(
         seconds=seconds,
     )
     with status_line() as show:
-        result = train.run(step.task, step.batch, settings, run.train, run.optim, show)
+        result = train.run(step.task, step.batch, settings, run.train, run.optim, show, note)
 
     def human() -> None:
         batches = f"{settings.rows} x {settings.length:,}" + (f", {settings.micro_batches} times" if settings.micro_batches > 1 else "")

@@ -20,11 +20,23 @@ from tasks.language_modeling import DataConfig, DnaConfig
 SETTINGS = train.Settings(rows=3, length=40, micro_batches=2, device="cpu", dtype=torch.float32, seconds=0.01)
 
 
-def run(settings=SETTINGS, **model):
+def run(settings=SETTINGS, say=lambda text: None, **model):
     config = DnaConfig(model=ModelConfig(**{"d_model": 16, "n_layer": 2, "d_state": 4, "dropout": 0.2, **model}), data=DataConfig(context=40))
     config = replace(config, train=replace(config.train, tokens_per_step=120))
     step = planning.step_of(config)
-    return train.run(step.task, step.batch, settings, config.train, config.optim)
+    return train.run(step.task, step.batch, settings, config.train, config.optim, say=say)
+
+
+def test_what_is_found_is_told_at_once_and_long_steps_are_few(peer, monkeypatch):
+    """`bench train caduceus_ps_131k` said nothing for minutes, and where it was cut short it had said nothing at all."""
+    said, steps = [], []
+    monkeypatch.setattr(train.Steps, "__call__", lambda self: steps.append(len(said)))
+    result = run(replace(SETTINGS, seconds=1e-9), say=said.append)
+    assert [line.partition(":")[0].split(" ")[-1] for line in said[1:]] == ["reference", "seqlab", "mamba_ssm"] and "parameters" in said[0]
+    # a step to warm up, one timed, one whose memory is watched; the first contender's are over when it is told
+    assert steps == [2, 2, 2, 3, 3, 3] and [row.steps for row in result.rows] == [1, 1]
+    steps.clear()
+    assert run(replace(SETTINGS, seconds=0.5)).rows[0].steps >= 3
 
 
 @pytest.fixture
