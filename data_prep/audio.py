@@ -62,8 +62,9 @@ def prepare_audio(
     scale: what samples are multiplied by, or "peak": such that the loudest of the dataset is 1 (reads everything twice).
     label_from: "folder" (the file's parent directory) or "name": what `label_pattern`, a regular expression, captures in
         the file's name; several groups are joined by "_"; default: all up to the first "_".
-    valid, test: patterns such as "*_[0-4].wav", matched with the file's name and with its path below the directory. With
-        `test` alone, every tenth of the other files validates.
+    valid, test: patterns such as "*_[0-4].wav", matched with the file's name and with its path below the directory; or
+        "@list.txt", a file of names, one a line, as public sets have them (zero/0a7c2a8d_nohash_0.wav): the ends of paths. Of
+        a list, what is not here is left out. With `test` alone, every tenth of the other files validates.
     share: of each of the two splits, if no pattern chooses them: every tenth file (0.1) tests, the next one validates; a
         dataset of fewer than 20 files is cut within each file instead: the last tenth tests, the tenth before validates.
     skip_bad: leave out files that cannot be used, listing them in the manifest, instead of stopping at the first.
@@ -81,6 +82,8 @@ def prepare_audio(
         raise UserError(f"--share {share}: of each of the two splits; must lie above 0 and be at most 0.4")
     if share is not None and (valid or test):
         raise UserError("--share: patterns choose the splits; leave one of them out")
+    for option, patterns in (("--valid", valid), ("--test", test)):  # wrong files are told before hours of reading
+        _match(option, [pattern for pattern in patterns if pattern.startswith("@")], [], None)
     find_label = _labeller(label_from, label_pattern)
     files = find_files(sources)
     bad: list[dict[str, str]] = []
@@ -160,7 +163,7 @@ def prepare_audio(
                 digest.update(data)
         first_of: dict[bytes, int] = {}
         first = [first_of.setdefault(content, i) for i, content in enumerate(contents)]
-        table, rule = _splits(sequences, first, valid, test, share)
+        table, rule = _splits(sequences, [file["path"] for file in used], first, valid, test, share)
         if not table["train"]:
             raise UserError("nothing is left to train on; choose --valid and --test so that some file is in neither")
         classes = sorted({s["label"] for s in sequences if s["label"] is not None}, key=natural)
@@ -314,14 +317,15 @@ Table = dict[str, list[list[int]]]
 
 
 def _splits(
-    sequences: list[dict[str, Any]], first: list[int], valid: list[str], test: list[str], share: float | None
+    sequences: list[dict[str, Any]], paths: list[str], first: list[int], valid: list[str], test: list[str], share: float | None
 ) -> tuple[Table, str]:
-    """The manifest's table and the rule. first: of each sequence, the first one that is the same sample for sample."""
+    """The manifest's table and the rule. paths: of the sequences' files. first: of each sequence, the first one that is the same
+    sample for sample."""
     table: Table = {name: [] for name in SPLITS}
     lengths = [s["length"] for s in sequences]
     if valid or test:
         names = [s["name"] for s in sequences]
-        chosen = {"test": _match("--test", test, names), "valid": _match("--valid", valid, names)}
+        chosen = {"test": _match("--test", test, names, paths), "valid": _match("--valid", valid, names, paths)}
         both = chosen["test"] & chosen["valid"]
         if both:
             raise UserError(f"{names[min(both)]}: chosen by --valid and by --test; a file is in one split")
@@ -366,14 +370,29 @@ def _repeats(sequences: list[dict[str, Any]], first: list[int], table: Table) ->
     return {"recordings": sum(f != i for i, f in enumerate(first)), "leaking": len(leaking), "example": example}
 
 
-def _match(option: str, patterns: list[str], names: list[str]) -> set[int]:
+def _match(option: str, patterns: list[str], names: list[str], paths: list[str] | None) -> set[int]:
+    """Which of the sequences the patterns choose. Without `paths`, lists are only read."""
     chosen: set[int] = set()
     for pattern in patterns:
-        matches = {
-            i for i, n in enumerate(names)
-            if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n.rsplit("/", 1)[-1], pattern)
-        }
-        if not matches:
+        if pattern.startswith("@"):
+            matches = _listed(option, Path(pattern[1:]), paths or [])
+        else:
+            matches = {
+                i for i, n in enumerate(names)
+                if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n.rsplit("/", 1)[-1], pattern)
+            }
+        if not matches and paths is not None:
             raise UserError(f"{option} {pattern}: matches no file; {nearest(pattern, names)}")
         chosen |= matches
     return chosen
+
+
+def _listed(option: str, path: Path, paths: list[str]) -> set[int]:
+    """Which of the paths end with a line of the file."""
+    try:
+        lines = {line.strip().removeprefix("./") for line in path.read_text(encoding="utf-8").splitlines()} - {""}
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no text"
+        raise UserError(f"{option} @{path}: cannot be read ({reason}); a list has the name of a file a line") from None
+    depths = {line.count("/") + 1 for line in lines}
+    return {i for i, p in enumerate(paths) if any("/".join(Path(p).parts[-depth:]) in lines for depth in depths)}

@@ -290,8 +290,8 @@ def prep_audio(
     label_pattern: Annotated[
         Optional[str], typer.Option("--label-pattern", help="Regular expression; its groups are the label in a name.")
     ] = None,
-    valid: Annotated[Optional[list[str]], typer.Option("--valid", help="Pattern of files to validate on.")] = None,
-    test: Annotated[Optional[list[str]], typer.Option("--test", help="Pattern of files to test on: '*_[0-4].wav'.")] = None,
+    valid: Annotated[Optional[list[str]], typer.Option("--valid", help="Pattern of files to validate on, or @FILE: their names.")] = None,
+    test: Annotated[Optional[list[str]], typer.Option("--test", help="Pattern of files to test on: '*_[0-4].wav', or @FILE.")] = None,
     share: Annotated[Optional[float], typer.Option("--share", help="Of each of the two default splits; 0.1.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out files that cannot be used, and list them.")] = False,
     overwrite: Overwrite = False,

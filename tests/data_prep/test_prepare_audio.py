@@ -109,6 +109,27 @@ def test_splits_by_file_never_share_a_recording(tmp_path):
             prepare_audio(tmp_path / "in", tmp_path / "bad", sample_rate=8000, **options)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_splits_from_lists_of_names(tmp_path, whole):
+    """As Speech Commands has them: the lists name more words than are used, and names of files repeat in the folders."""
+    for word in ("one", "two"):
+        for i in range(4):
+            sound(tmp_path / "sc" / word / f"a_nohash_{i}.wav", 200, seed=i + 10 * len(word) + ord(word[0]))
+    (tmp_path / "sc" / "testing_list.txt").write_text("one/a_nohash_0.wav\ncat/b_nohash_0.wav\ntwo/a_nohash_2.wav\n\n")
+    (tmp_path / "sc" / "validation_list.txt").write_text("./one/a_nohash_3.wav\r\n")
+    sources = [tmp_path / "sc"] if whole else [tmp_path / "sc" / "one", tmp_path / "sc" / "two"]
+    lists = {"test": [f"@{tmp_path}/sc/testing_list.txt"], "valid": [f"@{tmp_path}/sc/validation_list.txt"]}
+    m = manifest_of(prepare_audio(sources, tmp_path / "out", sample_rate=8000, label_from="folder", **lists))
+    split = {"/".join(m["sources"][i]["path"].split("/")[-2:]): name for name, rows in m["splits"].items() for i, _, _ in rows}
+    assert sorted(split[n] for n in split) == ["test", "test", "train", "train", "train", "train", "train", "valid"]
+    assert split["one/a_nohash_0.wav"] == split["two/a_nohash_2.wav"] == "test" and split["one/a_nohash_3.wav"] == "valid"
+    (tmp_path / "other.txt").write_text("three/a_nohash_0.wav\n")
+    for given, said in (("other.txt", "matches no file"), ("none.txt", "cannot be read .No such file"), ("sc", "cannot be read")):
+        with pytest.raises(UserError, match=f"--test @.*{said}"):
+            prepare_audio(sources, tmp_path / "no", sample_rate=8000, test=[f"@{tmp_path / given}"])
+    assert not (tmp_path / "no").exists()
+
+
 def test_copies_of_a_recording_stay_together(tmp_path):
     """Under other names and in another format: what counts is the sound."""
     for i in range(24):
