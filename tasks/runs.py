@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
+import seqlab
 from seqlab.config import dump_yaml, from_dict, load_yaml
 from seqlab.dataset import TokenStore, read_manifest
 from seqlab.errors import UserError
 from seqlab.files import write_text
 from seqlab.processes import is_main_process
-from seqlab.training.checkpoint import load_model
-from seqlab.training.facts import FitResult, read_run_facts, write_run_facts
+from seqlab.training.checkpoint import OtherModel, load_model
+from seqlab.training.facts import FitResult, git_commit, read_run_facts, write_run_facts
 from seqlab.training.task import Task
 from tasks.run_directory import held, is_held
 
@@ -192,11 +193,39 @@ def load_run(path: Path, *, task: str | None = None) -> LoadedRun:
     if task is not None and name != task:
         raise UserError(f"{path}: is a run of `train {name}`; this command needs one of `train {task}`")
     module = task_module(name)
-    config = from_dict(module.Config, data, str(config_path))
-    model = module.build_model(config)
-    load_model(model, checkpoint)
     facts = read_run_facts(directory) if (directory / "run.json").is_file() else {}
+    config = own_config(module, data, config_path, facts)
+    model = module.build_model(config)
+    try:
+        load_model(model, checkpoint)
+    except OtherModel as error:
+        raise UserError(f"{checkpoint}: {error.what}; {advice}" if (advice := other_version(facts)) else str(error)) from None
     return LoadedRun(directory, name, config, facts, model, checkpoint)
+
+
+def own_config(module: ModuleType, data: dict, path: Path, facts: dict) -> Any:
+    """The config of a run of a task (its module) from `data`, the values of the run's own file at `path`. Raises UserError."""
+    try:
+        return from_dict(module.Config, data, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; {advice}" if (advice := other_version(facts)) else str(error)) from None
+
+
+def other_version(facts: dict) -> str:
+    """What to do about a run that cannot be read and was written by another version than this; "" if it was this one, or none
+    is known. `facts` are those of run.json."""
+    theirs, ours = ((found.get("seqlab"), found.get("git")) for found in (facts, {"seqlab": seqlab.__version__, "git": git_commit()}))
+    if theirs in (ours, (None, None)):
+        return ""
+    shown = [f"seqlab {version}" + (f" ({commit})" if commit else "") for version, commit in (theirs, ours)]
+    return f"the run was written by {shown[0]}, this is {shown[1]}: use that version, or train it again"
+
+
+def check_weights(run_dir: Path) -> None:
+    """UserError if the last weights of a run, or of one of its seeds, are none of this version's model: known before a resumed run
+    has prepared anything."""
+    for path in sorted(Path(run_dir).glob("**/checkpoints/last/model.safetensors"))[:1]:
+        load_run(path)
 
 
 def discard_empty(run_dir: Path) -> None:

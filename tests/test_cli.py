@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import seqlab
@@ -672,6 +672,24 @@ def test_damaged_and_foreign_checkpoints(trained, tmp_path):
     shutil.copytree(trained / "data", damaged)
     (damaged / "tokens.bin").write_bytes(b"\x07" * 10)
     assert "damaged dataset" in error_of("train", "dna", "--data", damaged, *TOY, "--out", tmp_path / "n")
+
+
+def test_a_run_of_another_version_that_cannot_be_read_says_so(trained, tmp_path):
+    """It belonged "to another model", whose config was to be used: its own. --resume was a RuntimeError, "unexpected"."""
+    shutil.copytree(trained, tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "seqlab": "0.0.9", "git": "0123456789ab"}))
+    for weights in (tmp_path / "run").glob("checkpoints/*/model.safetensors"):
+        save_file({**load_file(weights), "head.scale": torch.zeros(2)}, weights)
+    advice = f"the run was written by seqlab 0.0.9 (0123456789ab), this is seqlab {seqlab.__version__}"
+    for words in (["eval", tmp_path / "run"], ["train", "dna", "--resume", "--out", tmp_path / "run"]):
+        message = error_of(*words)
+        assert "head.scale is there and not in this model" in message and advice in message and "use that version, or train it again" in message
+    for config in (tmp_path / "run").glob("**/config.yaml"):
+        config.write_text(config.read_text().replace("d_model:", "width:"))
+    for words in (["eval", tmp_path / "run"], ["train", "dna", "--resume", "--out", tmp_path / "run"]):
+        message = error_of(*words)
+        assert "model.width: unknown" in message and advice in message
 
 
 def test_loss_turning_nan_is_one_line_and_keeps_the_last_good_checkpoint(trained, tmp_path):

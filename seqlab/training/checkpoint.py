@@ -43,8 +43,17 @@ def read_notes(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+class OtherModel(UserError):
+    """A checkpoint's weights are not those of the model at hand; `what` differs."""
+
+    def __init__(self, path: Path, what: str):
+        super().__init__(f"{path}: {what}; it belongs to another model, use the config that it was trained with")
+        self.what = what
+
+
 def load_model(model: nn.Module, path: Path) -> None:
-    """Load `model.safetensors` strictly: every weight present, every shape equal. Raises UserError.
+    """Load `model.safetensors` strictly: every weight present, every shape equal. Raises UserError, OtherModel where the file is
+    whole.
 
     A module may name parts of itself in `may_be_absent`: parts that checkpoints older than them lack, and that change
     nothing as they are made.
@@ -59,12 +68,9 @@ def load_model(model: nn.Module, path: Path) -> None:
     own = model.state_dict()
     for name, tensor in weights.items():
         if name not in own:
-            raise UserError(f"{path}: holds {name}, which this model does not have; it belongs to another model")
+            raise OtherModel(path, f"{name} is there and not in this model")
         if own[name].shape != tensor.shape:
-            raise UserError(
-                f"{path}: {name} is {list(tensor.shape)} there and {list(own[name].shape)} in this model; "
-                "use the config that it was trained with"
-            )
+            raise OtherModel(path, f"{name} is {list(tensor.shape)} there and {list(own[name].shape)} in this model")
     pointers = {own[name].data_ptr() for name in weights}
     absent = [name for name, tensor in own.items() if tensor.data_ptr() not in pointers and tensor.numel()]
     newer = tuple(
@@ -72,5 +78,5 @@ def load_model(model: nn.Module, path: Path) -> None:
     )
     absent = [name for name in absent if not name.startswith(newer)]
     if absent:
-        raise UserError(f"{path}: lacks {absent[0]} (and {len(absent) - 1} more); it belongs to another model")
+        raise OtherModel(path, f"{absent[0]} (and {len(absent) - 1} more) is in this model and not there")
     model.load_state_dict(weights, strict=False)

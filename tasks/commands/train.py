@@ -400,8 +400,10 @@ def resumed_run(module: ModuleType, out: Optional[Path], data: Optional[Path], s
     if not path.is_file():
         path = run_dir / "config.yaml"
     stored = load_yaml(path)
+    before = runs.own_config(module, stored, path, facts)
     settings = lay_over(module.Config, stored, train_options(**given), set_ or [], str(path))
-    _check_same_run(lay_over(module.Config, stored, {}, [], str(path)), settings, run_dir)
+    _check_same_run(before, settings, run_dir)
+    runs.check_weights(run_dir)
     return Begun(run_dir, data or (facts["dataset"] and runs.training_data(run_dir, facts)), settings, None, True)
 
 
