@@ -105,6 +105,8 @@ def prepare_genome(
             table, rule = _splits_by_block(sequences, block)
         if not table["train"] and whole is None:
             raise UserError(f"{splits or _list(paths)}: nothing is left to train on; leave some sequence in train")
+        tokens = np.memmap(directory / "tokens.bin", np.uint8, "r")
+        pairs = find_duplicates(tokens, sequences, table) if whole is None else []
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -118,6 +120,7 @@ def prepare_genome(
             "sample_rate": None,
             "skipped": {"sequences": writer.skipped, "bases": writer.skipped_bases, "min_length": min_length},
             "split_rule": rule,
+            "duplicates": {"pairs": len(pairs), "example": [sequences[i]["name"] for i in pairs[0][:2]] if pairs else []},
             "sources": sources,
             "sequences": sequences,
             "splits": table,
@@ -154,6 +157,50 @@ def write_sequences(
                 facts.append({"path": str(path), "sha256": source.sha256(), "bytes": source.bytes_read})
         writer.finish()
     return writer, facts
+
+
+# -- the same sequence twice ---------------------------------------------------------------------------------------
+def find_duplicates(
+    tokens: np.ndarray, sequences: list[dict[str, Any]], table: dict[str, list[list[int]]], classes: list[int] | None = None
+) -> list[tuple[int, int, str]]:
+    """Pairs of identical sequences (or reverse complements) that lie in two classes or not in the same one split, and which of
+    the two it is. Those shorter than 32 bases say nothing."""
+    classes = classes or [0] * len(sequences)
+    tokens = np.asarray(tokens)  # not a memmap, whose slices take as long as what is done with them
+    where: dict[int, set[str]] = {}
+    for split, rows in table.items():
+        for index, _, _ in rows:
+            where.setdefault(index, set()).add(split)
+    alike: dict[tuple, list[int]] = {}  # by length and letters, which strands share: most need not be read again
+    for i, sequence in enumerate(sequences):
+        a, c, g, t, *others = sequence["counts"].values()
+        if sequence["length"] >= 32:
+            alike.setdefault((min((a, c, g, t), (t, g, c, a)), *others), []).append(i)
+    first: dict[bytes, int] = {}
+    found = []
+    for same in alike.values():
+        for i in same if len(same) > 1 else ():
+            key = _fingerprint(tokens, sequences[i])
+            j = first.setdefault(key, i)
+            if j == i:
+                continue
+            here, there = where.get(i, set()), where.get(j, set())
+            if classes[i] != classes[j]:
+                found.append((j, i, "in two classes"))
+            elif here and there and len(here | there) > 1:
+                found.append((j, i, "on two sides of a split"))
+    return sorted(found)
+
+
+def _fingerprint(tokens: np.ndarray, sequence: dict[str, Any]) -> bytes:
+    """The same for a sequence and its reverse complement."""
+    start, end = sequence["offset"], sequence["offset"] + sequence["length"]
+    there, back = hashlib.sha256(), hashlib.sha256()
+    for at in range(start, end, 1 << 22):
+        there.update(tokens[at : min(at + (1 << 22), end)])
+    for at in range(end, start, -(1 << 22)):
+        back.update(nucleotide.reverse_complement(tokens[max(at - (1 << 22), start) : at]))
+    return min(there.digest(), back.digest())
 
 
 def _list(paths: list[Path]) -> str:

@@ -19,7 +19,6 @@ species' test 32-mers (both strands) that the training split of each species hol
 into the manifest, and identical sequences on the two sides of a split, or in two classes, are refused.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.files import check_source, output_directory, sync
-from data_prep.genome import Progress, manifest_text, write_sequences
+from data_prep.genome import Progress, find_duplicates, manifest_text, write_sequences
 from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
@@ -187,7 +186,7 @@ def prepare_species(
         else:
             table, rule = _by_blocks(classes, sequences, block, test_share, valid_share)
         tokens = np.memmap(directory / "tokens.bin", np.uint8, "r")
-        duplicates = find_duplicates(tokens, sequences, table)
+        duplicates = find_duplicates(tokens, sequences, table, [sequence["class"] for sequence in sequences])
         if duplicates and not allow_duplicates:
             a, b, why = duplicates[0]
             more = f" ({len(duplicates)} such pairs)" if len(duplicates) > 1 else ""
@@ -308,43 +307,6 @@ def _known_bases(tokens: np.ndarray, classes: list[str], sequences: list[dict], 
 
 
 # -- what the two sides of a split share ---------------------------------------------------------------------------
-def find_duplicates(tokens: np.ndarray, sequences: list[dict], table: Table) -> list[tuple[int, int, str]]:
-    """Pairs of identical sequences (or reverse complements) that lie in two classes or not in the same one split."""
-    where: dict[int, set[str]] = {}
-    for split, rows in table.items():
-        for index, _, _ in rows:
-            where.setdefault(index, set()).add(split)
-    by_length: dict[int, list[int]] = {}
-    for i, sequence in enumerate(sequences):
-        by_length.setdefault(sequence["length"], []).append(i)
-    first: dict[bytes, int] = {}
-    found = []
-    for same in by_length.values():
-        if len(same) == 1:
-            continue
-        for i in same:
-            key = _fingerprint(tokens, sequences[i])
-            j = first.setdefault(key, i)
-            if j == i:
-                continue
-            if sequences[i]["class"] != sequences[j]["class"]:
-                found.append((j, i, "in two classes"))
-            elif where.get(i, set()) != where.get(j, set()) or len(where.get(i, set())) > 1:
-                found.append((j, i, "on two sides of a split"))
-    return sorted(found)
-
-
-def _fingerprint(tokens: np.ndarray, sequence: dict) -> bytes:
-    """The same for a sequence and its reverse complement."""
-    start, end = sequence["offset"], sequence["offset"] + sequence["length"]
-    there, back = hashlib.sha256(), hashlib.sha256()
-    for at in range(start, end, 1 << 22):
-        there.update(tokens[at : min(at + (1 << 22), end)])
-    for at in range(end, start, -(1 << 22)):
-        back.update(nucleotide.reverse_complement(tokens[max(at - (1 << 22), start) : at]))
-    return min(there.digest(), back.digest())
-
-
 def shared_kmers(tokens: np.ndarray, classes: list[str], sequences: list[dict], table: Table) -> dict[str, Any]:
     """How much of each species' test split the training split of each species holds: from a sample of 32-mers.
 

@@ -66,6 +66,16 @@ def print_manifest(manifest: dict, dataset: Path) -> None:
         rows.append([f"split {split}", f"{n:,}", f"{100 * n / total:.2f} %"])
     print_table(f"{dataset}: {manifest['total']:,} bases in {len(manifest['sequences'])} sequences", ["", "bases", "share"], rows)
     note(f"Splits: {manifest['split_rule']}")
+    tell_duplicates(manifest)
+
+
+def tell_duplicates(manifest: dict) -> None:
+    """Of a dataset of DNA, where there are any."""
+    if n := manifest.get("duplicates", {}).get("pairs"):
+        note(
+            f"The same sequence is on two sides of a split, {n:,} time{'s' * (n > 1)}: {' and '.join(manifest['duplicates']['example'])} (a reverse "
+            "complement counts). Scores on such bases are memory: take copies out, or choose splits that keep them together."
+        )
 
 
 @command(group, "species")

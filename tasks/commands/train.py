@@ -37,7 +37,7 @@ from tasks.commands.options import (
     Valid,
     show_context,
 )
-from tasks.commands.prep import prepare_dna
+from tasks.commands.prep import prepare_dna, tell_duplicates
 from tasks.commands.settings import lay_over, load_config, train_options
 from tasks.commands.terminal import command, note, program, quoted
 from tasks.run_directory import fresh_directory, new_run_directory, newest_run
@@ -181,6 +181,7 @@ def _note_manifest(dataset: Path) -> None:
         f"{manifest['total']:,} bases in {len(manifest['sequences'])} sequences: {shares}; "
         f"{manifest['counts']['N']:,} N, {manifest['counts']['other']:,} other, {manifest['soft_masked']:,} soft-masked."
     )
+    tell_duplicates(manifest)
 
 
 @command(group, "species")

@@ -346,6 +346,23 @@ def test_large_genomes_have_blocks_of_65536(tmp_path):
     assert store.manifest["splits"]["test"][0] == [0, 0, 65_536]
 
 
+@pytest.mark.parametrize("turn", [str, lambda text: text[::-1].translate(str.maketrans("ACGT", "TGCA"))], ids=["same", "rc"])
+def test_a_sequence_on_both_sides_of_a_split_is_told(tmp_path, turn):
+    same, other = bases(300, seed=1), "".join(sorted(bases(300, seed=1)))  # other: the same letters
+    text = f">x\n{same}\n>y\n{turn(same).lower()}\n>z\n{other}\n>u\n{'ACGT' * 5}\n>v\n{'ACGT' * 5}\n"
+
+    def pairs(name, **options):
+        (tmp_path / name).mkdir()
+        return prepared(tmp_path / name, text, **options).manifest["duplicates"]
+
+    told = {"pairs": 1, "example": ["x", "y"]}
+    assert pairs("names", valid=["z"], test=["y", "v"]) == told  # u and v are too short to say anything
+    assert pairs("blocks", block=50) == told
+    assert pairs("together", valid=["z"], test=["x", "y"]) == pairs("whole", whole="test") == {"pairs": 0, "example": []}
+    bed = write(tmp_path / "s.bed", "x\t0\t300\ttrain\nz\t0\t300\ttest\n")  # y is in no split
+    assert pairs("bed", splits=bed)["pairs"] == 0
+
+
 def test_splits_by_name(tmp_path):
     text = ">chr1\nAAAA\n>chr2\nCCC\n>chr3\nGG\n"
     store = prepared(tmp_path, text, valid=["chr3"], test=["chr1"])
