@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.files import output_directory, sync
+from data_prep.files import Table, output_directory, sync, write_synced
 from seqlab.audio import HIGHEST_RATE, LOWEST_RATE, SUFFIXES, AudioReader, Resampler, check_file
 from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
 from seqlab.errors import UserError
@@ -155,6 +155,7 @@ def prepare_audio(
                 counts += writer.histogram
                 offset += writer.samples
                 done_bytes += path.stat().st_size
+            sync(tokens)
         if not sequences:
             first = f"; the first: {bad[0]['path']}: {bad[0]['reason']}" if bad else ""
             raise UserError(f"none of {len(bad)} files could be used{first}")
@@ -189,9 +190,7 @@ def prepare_audio(
             "sequences": sequences,
             "splits": table,
         }
-        with open(directory / "manifest.json", "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            sync(file)
+        write_synced(directory / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return out
 
 
@@ -313,9 +312,6 @@ class _SequenceWriter:
 
 
 # -- splits --------------------------------------------------------------------------------------------------------
-Table = dict[str, list[list[int]]]
-
-
 def _splits(
     sequences: list[dict[str, Any]], paths: list[str], first: list[int], valid: list[str], test: list[str], share: float | None
 ) -> tuple[Table, str]:

@@ -14,12 +14,14 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import IO, Self
 
 from seqlab.dataset import FORMAT
 from seqlab.errors import UserError
 from seqlab.processes import usual_mode
 
+Table = dict[str, list[list[int]]]
+"""The splits of a manifest: split -> rows [sequence index, start, end], sorted; 0-based half-open, in the sequence."""
 READ_SIZE = 1 << 20  # bytes of text handled at once; larger blocks leave the cache and are slower
 
 
@@ -134,9 +136,16 @@ class SourceFile:
             raise UserError(f"{self.path}: the bgzip file is cut short (its end mark is missing); fetch it again")
 
 
-def sync(file: BinaryIO) -> None:
+def sync(file: IO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def write_synced(path: Path, text: str) -> None:
+    """A small file of a dataset that is being made."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        sync(file)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_prep.files import SourceFile, check_source, output_directory, sync
+from data_prep.files import SourceFile, Table, check_source, output_directory, sync, write_synced
 from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
@@ -125,9 +125,7 @@ def prepare_genome(
             "sequences": sequences,
             "splits": table,
         }
-        with open(directory / "manifest.json", "w", encoding="utf-8") as file:
-            file.write(manifest_text(manifest))
-            sync(file)
+        write_synced(directory / "manifest.json", manifest_text(manifest))
     return out
 
 
@@ -564,9 +562,6 @@ def manifest_text(manifest: dict[str, Any]) -> str:
 
 
 # -- splits --------------------------------------------------------------------------------------------------------
-Table = dict[str, list[list[int]]]  # split -> rows [sequence index, start, end], sorted
-
-
 def _splits_by_block(sequences: list[dict[str, Any]], block: int | None) -> tuple[Table, str]:
     """Blocks counted through all the sequences: every tenth tests, the next one validates, the rest trains."""
     lengths = np.array([s["length"] for s in sequences], np.int64)
@@ -635,7 +630,7 @@ def _read_bed(path: Path) -> list[tuple[int, str, int, int, str]]:
         if len(words) < 4:
             raise UserError(f"{where}: {len(words)} column{'s' * (len(words) != 1)}; a row is: chrom start end train|valid|test")
         name, start, end, split = words[:4]
-        if not (_is_count(start) and _is_count(end)):
+        if not (is_count(start) and is_count(end)):
             raise UserError(f"{where}: {start[:20]!r}, {end[:20]!r}: start and end must be whole numbers, 0-based half-open")
         if split not in SPLITS:
             close = difflib.get_close_matches(split, SPLITS, n=1)
@@ -649,7 +644,8 @@ def _read_bed(path: Path) -> list[tuple[int, str, int, int, str]]:
     return rows
 
 
-def _is_count(word: str) -> bool:
+def is_count(word: str) -> bool:
+    """Whether a column of a table is a whole number that fits into 64 bits."""
     return word.isascii() and word.isdigit() and len(word) <= 18
 
 

@@ -17,6 +17,7 @@ complemented, are counted and, unless told otherwise, dropped from the training 
 
 import csv
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -27,8 +28,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from data_prep.files import SourceFile, check_source, output_directory, sync
-from data_prep.genome import WHITESPACE, parse_records
+from data_prep.files import SourceFile, check_source, output_directory, sync, write_synced
+from data_prep.genome import WHITESPACE, is_count, parse_records
 from data_prep.intervals import Interval, chains, joined, sharing
 from seqlab.classification.dataset import sequence_key, strata, stratified_parts
 from seqlab.classification.metrics import KINDS
@@ -179,9 +180,7 @@ def prepare_labelled(
             with open(directory / f"{name}.npy", "wb") as file:
                 np.save(file, array, allow_pickle=False)
                 sync(file)
-        with open(directory / "names.txt", "w", encoding="utf-8") as file:
-            file.write("".join(f"{name}\n" for name in names))
-            sync(file)
+        write_synced(directory / "names.txt", "".join(f"{name}\n" for name in names))
         lengths = np.diff(offsets)
         manifest = {
             "format": FORMAT,
@@ -206,9 +205,7 @@ def prepare_labelled(
             "sources": sources(),
             **(extra or {}),
         }
-        with open(directory / "manifest.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps(manifest, indent=1) + "\n")
-            sync(file)
+        write_synced(directory / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return out
 
 
@@ -511,8 +508,8 @@ class Reader:
         if first.startswith(">"):
             raise UserError(f"{path}: looks like FASTA; give --label-from header, or --labels FILE")
         delimiter = _delimiter(path, first)
-        header = list(columns) or [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
-        lines = _chain(first, lines) if columns else lines
+        header = list(columns) or _header(first, delimiter)
+        lines = itertools.chain([first], lines) if columns else lines
         at = _Columns.of(path, header, sequence_column, label_column, name_column, split_column, split, where)
         reader = csv.reader(lines, delimiter=delimiter)
         start = 1 if columns else 2
@@ -589,7 +586,7 @@ class Reader:
         lines = self.lines(path, "CSV or TSV file")
         first = next(lines, "")
         delimiter = _delimiter(path, first)
-        header = [cell.strip() for cell in first.split(delimiter)]
+        header = _header(first, delimiter)
         if column not in header:
             return Counter()
         at = header.index(column)
@@ -631,7 +628,7 @@ class Reader:
         lines = self.lines(table, "CSV or TSV file with a name and a label column")
         first = next(lines, "")
         delimiter = _delimiter(table, first)
-        header = [cell.strip() for cell in first.split(delimiter)]
+        header = _header(first, delimiter)
         name = _column(table, header, name_column, ("name", "id", "sequence", "sequence_name"), "--name-column", "name")
         label = _column(table, header, label_column, LABEL_NAMES, "--label-column", "label")
         chosen = _split_column(table, header, split_column)
@@ -729,7 +726,7 @@ def _bed_rows(path: Path, lines: Iterable[str], label_column: str | None, split_
         if not line.strip() or words[0] in ("track", "browser"):
             continue
         is_first = header is None and not rows
-        if is_first and len(words) > 2 and not (words[1].isdigit() and words[2].isdigit()):
+        if is_first and len(words) > 2 and not (is_count(words[1]) and is_count(words[2])):
             header = [word.lstrip("#").strip() for word in words]
             label = _column(path, header, label_column, LABEL_NAMES + ("name",), "--label-column", "label")
             split = _split_column(path, header, split_column)
@@ -749,7 +746,7 @@ def _bed_rows(path: Path, lines: Iterable[str], label_column: str | None, split_
         if len(words) <= max(2, label):
             raise UserError(f"{place}: {len(words)} columns; a row is: chrom start end label [split] [strand], tab-separated")
         chrom, start, end = words[:3]
-        if not (start.isdigit() and end.isdigit() and len(start) < 19 and len(end) < 19):
+        if not (is_count(start) and is_count(end)):
             raise UserError(f"{place}: {start[:20]!r}, {end[:20]!r}: start and end must be whole numbers, 0-based half-open")
         if int(start) >= int(end):
             raise UserError(f"{place}: start {start} is not before end {end}; coordinates are 0-based half-open")
@@ -790,11 +787,6 @@ class _Records:
 
 
 # -- columns -------------------------------------------------------------------------------------------------------
-def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
 def _delimiter(path: Path, line: str) -> str:
     name = path.name.lower().removesuffix(".gz")
     if name.endswith((".tsv", ".tab")):
@@ -803,6 +795,11 @@ def _delimiter(path: Path, line: str) -> str:
         if delimiter in line:
             return delimiter
     return ","
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    """Names of the columns, which may be in quotes."""
+    return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
 
 
 def _column(

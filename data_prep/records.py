@@ -4,6 +4,7 @@ Plain, gzip or bgzip; `-` is standard input. One record is in memory at a time (
 FASTQ is read in its usual form of four lines a record; qualities are not used. For datasets, see `data_prep.genome`.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def read_records(path: Path | str) -> Iterator[tuple[str, np.ndarray]]:
             if first is None:
                 raise UserError(f"{shown}: no sequence, only blanks; a FASTA file holds '>name' and lines of bases")
         first = first.lstrip(WHITESPACE)
-        texts = _chain(first, blocks)
+        texts = itertools.chain([first], blocks)
         if first.startswith(b">"):
             records = _fasta(texts)
         elif first.startswith(b"@"):
@@ -51,11 +52,6 @@ def read_records(path: Path | str) -> Iterator[tuple[str, np.ndarray]]:
                     "RYSWKMBDHVX, gaps -.*); give nucleotide sequences"
                 )
             yield name, tokens
-
-
-def _chain(first: bytes, rest: Iterable[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from rest
 
 
 def _fasta(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.files import check_source, output_directory, sync
+from data_prep.files import Table, check_source, output_directory, write_synced
 from data_prep.genome import Progress, find_duplicates, manifest_text, write_sequences
 from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
 from seqlab.errors import UserError
@@ -217,9 +217,7 @@ def prepare_species(
             "splits": table,
         }
         del tokens
-        with open(directory / "manifest.json", "w", encoding="utf-8") as file:
-            file.write(manifest_text(manifest))
-            sync(file)
+        write_synced(directory / "manifest.json", manifest_text(manifest))
     return out
 
 
@@ -231,9 +229,6 @@ def _check_classes(classes: list[str], sequences: list[dict], sources: list[Sour
             raise UserError(f"species {name}: no sequence in {files} (after --min-length); a FASTA file holds '>name' and bases")
         if not any(s["counts"][base] for s in mine for base in "ACGT"):
             raise UserError(f"species {name}: its sequences in {files} hold no A, C, G or T; leave it out or give another file")
-
-
-Table = dict[str, list[list[int]]]
 
 
 def _by_name(sequences: list[dict], valid: list[str], test: list[str]) -> tuple[Table, str]:

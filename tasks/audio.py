@@ -478,7 +478,7 @@ def evaluate_run(
     *,
     split: str = "test",
     contexts: Iterable[int] = (),
-    device: str = "auto",
+    device: str = "cpu",
     progress=None,
 ) -> Evaluation:
     """Score a run on a split at each context length, and the predictors, fitted on `training`, on the same samples.
@@ -550,9 +550,7 @@ def baseline_bits(store: TokenStore, training: TokenStore, spans: np.ndarray) ->
 class Scorer:
     """Runs a model over spans in windows of one context."""
 
-    def __init__(self, model: nn.Module, config: AudioConfig, store: TokenStore, device: str = "auto"):
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(self, model: nn.Module, config: AudioConfig, store: TokenStore, device: str = "cpu"):
         self.model, self.config, self.store = model.to(device).eval(), config, store
         self.device = torch.device(device)
         precision = config.train.precision

@@ -484,15 +484,13 @@ def evaluate_run(
     training: LabelledStore,
     *,
     split: str = "test",
-    device: str = "auto",
+    device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score every seed of a run on a split of `store`, beside baselines that learn from each seed's own training split of
     `training` and choose on its validation split. Baselines are kept in the training dataset's directory, if that can be
     written, since they are the same for every model. `progress(done, total)` counts fits and predictions."""
     config: Config = run.config
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_same_labels(config, store)
     seeds = [int(seed) for seed in run.facts.get("seeds", [config.train.seed])]
     directories = {seed: seed_directory(run.directory, seed) for seed in seeds}

@@ -73,14 +73,12 @@ def evaluate_run(
     *,
     split: str = "test",
     contexts: tuple[int, ...] = (),
-    device: str = "auto",
+    device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score a run on `store`, beside Markov models fitted on the training split of `training`."""
     for one in (store, training):
         check_kind(one)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     markov: MarkovModels = fit(training, "train", max_order=run.config.eval.max_order, both_strands=True)
     return evaluate(
         run.model,

@@ -218,7 +218,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate_run(
-    run: runs.LoadedRun, lengths: tuple[int, ...] = (), device: str = "auto", progress: Callable[[float, float], None] | None = None
+    run: runs.LoadedRun, lengths: tuple[int, ...] = (), device: str = "cpu", progress: Callable[[float, float], None] | None = None
 ) -> Evaluation:
     """Answers at each length, on sequences that no run of this seed was trained on; long ones are read in pieces."""
     config: SyntheticConfig = resolve(run.config)
@@ -226,8 +226,6 @@ def evaluate_run(
     lengths = lengths or config.eval.lengths or tuple(data.context * 2**i for i in range(7))
     if min(lengths) < shortest(data):
         raise UserError(f"--context {min(lengths)}: {data.problem} needs {shortest(data)} or more")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model = run.model.to(device).eval()
     scores, done, total = {}, 0, count * sum(lengths)
     for length in sorted(set(lengths)):

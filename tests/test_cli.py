@@ -84,6 +84,16 @@ def test_the_commands_that_train_suggests_work(trained):
     run(*words[words.index("eval") :])
 
 
+def test_a_run_is_evaluated_on_the_device_that_trained_it(trained, tmp_path, monkeypatch):
+    """A run with train.accelerator: cpu, where a GPU is full, was evaluated on the GPU."""
+    from tasks.commands import train
+
+    devices, real = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *given: devices.append(given[-1]) or real(*given))
+    run("train", "dna", "--data", trained / "data", "--out", tmp_path / "run", "--max-steps", 1, *TOY)
+    assert devices == ["cpu"]
+
+
 def test_eval_prints_the_model_beside_markov_models(trained):
     stdout, stderr = run("eval", trained, "--context", 32, "--context", "1_00")
     assert "context 32" in stdout and "context 100" in stdout and "Markov order 0" in stdout
@@ -554,6 +564,19 @@ def test_ambiguous_bases_are_counted_and_no_error(tmp_path):
     run("prep", "dna", tmp_path / "g.fa", "--out", tmp_path / "data")
     counts = json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"]
     assert counts["other"] == 4 * 700 and counts["N"] == 700
+
+
+def test_scraps_of_an_assembly_may_be_left_out_of_any_dataset(tmp_path):
+    """`prep dna` had no --min-length, which its own messages named."""
+    for name in "ab":
+        text = genome(tmp_path / f"{name}.fa", seed=ord(name), name=name).read_text()
+        (tmp_path / f"{name}.fa").write_text(text + f">{name}2\n{'ACGTTGCA' * 10}\n")
+    for words in (["dna", tmp_path / "a.fa"], ["species", f"a={tmp_path / 'a.fa'}", f"b={tmp_path / 'b.fa'}"]):
+        out = tmp_path / words[0]
+        _, stderr = run("prep", *words, "--out", out, "--min-length", 100)
+        skipped = json.loads((out / "manifest.json").read_text())["skipped"]
+        n = len(words) - 1
+        assert skipped == {"sequences": n, "bases": 80 * n, "min_length": 100} and f"{n} sequence" in stderr and f"{80 * n} bases in all" in stderr
 
 
 @pytest.mark.parametrize(

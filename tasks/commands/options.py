@@ -12,6 +12,7 @@ Splits = Annotated[Optional[Path], typer.Option("--splits", help="BED: chrom sta
 Valid = Annotated[Optional[list[str]], typer.Option("--valid", help="Sequence to validate on; may be repeated.")]
 Test = Annotated[Optional[list[str]], typer.Option("--test", help="Sequence to test on; may be repeated.")]
 Block = Annotated[Optional[int], typer.Option("--block", help="Bases in a block of the default split.")]
+MinLength = Annotated[int, typer.Option("--min-length", help="Leave out shorter sequences.")]
 Json = Annotated[Optional[str], typer.Option("--json", help="Write results as JSON to this file; - for standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 # of every `seqlab train`

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from seqlab.errors import UserError
-from tasks.commands.options import Block, Json, Overwrite, Splits, Test, Valid
+from tasks.commands.options import Block, Json, MinLength, Overwrite, Splits, Test, Valid
 from tasks.commands.terminal import command, emit, note, print_table, program, progress_bar, quoted
 
 group = typer.Typer(no_args_is_help=True, help="Raw files -> dataset directory.")
@@ -21,6 +21,7 @@ def prep_dna(
     valid: Valid = None,
     test: Test = None,
     block: Block = None,
+    min_length: MinLength = 1,
     overwrite: Overwrite = False,
     json_out: Json = None,
 ) -> None:
@@ -28,7 +29,7 @@ def prep_dna(
 
     Example:  seqlab prep dna ecoli.fa.gz --out data/ecoli
     """
-    dataset = prepare_dna(fasta, out, splits, valid, test, block, overwrite)
+    dataset = prepare_dna(fasta, out, splits, valid, test, block=block, min_length=min_length, overwrite=overwrite)
     manifest = json.loads((dataset / "manifest.json").read_text())
 
     def human() -> None:
@@ -38,7 +39,8 @@ def prep_dna(
     emit(json_out, {"dataset": str(dataset), **{k: manifest[k] for k in ("counts", "soft_masked", "total")}}, human=human)
 
 
-def prepare_dna(fasta, out, splits=None, valid=None, test=None, block=None, overwrite=False, whole=None) -> Path:
+def prepare_dna(fasta, out, splits=None, valid=None, test=None, **options) -> Path:
+    """`prepare_genome` (its options) with a progress bar."""
     from data_prep.genome import prepare_genome
 
     bar, update = progress_bar("preparing", "MB", 1e6)
@@ -49,10 +51,8 @@ def prepare_dna(fasta, out, splits=None, valid=None, test=None, block=None, over
             splits=splits,
             valid=list(valid or []),
             test=list(test or []),
-            block=block,
-            whole=whole,
-            overwrite=overwrite,
             progress=update,
+            **options,
         )
 
 
@@ -66,6 +66,7 @@ def print_manifest(manifest: dict, dataset: Path) -> None:
         rows.append([f"split {split}", f"{n:,}", f"{100 * n / total:.2f} %"])
     print_table(f"{dataset}: {manifest['total']:,} bases in {len(manifest['sequences'])} sequences", ["", "bases", "share"], rows)
     note(f"Splits: {manifest['split_rule']}")
+    _note_skipped(manifest)
     tell_duplicates(manifest)
 
 
@@ -78,6 +79,12 @@ def tell_duplicates(manifest: dict) -> None:
         )
 
 
+def _note_skipped(manifest: dict) -> None:
+    found = manifest["skipped"]
+    if n := found["sequences"]:
+        note(f"Left out: {n:,} sequence{'s' * (n != 1)} shorter than {found['min_length']:,}, {found['bases']:,} bases in all.")
+
+
 @command(group, "species")
 def prep_species(
     sources: Annotated[list[str], typer.Argument(help="NAME=FASTA pairs, or one TSV (species, file, split), or one folder.")],
@@ -87,7 +94,7 @@ def prep_species(
     block: Annotated[Optional[int], typer.Option("--block", help="Bases in a test block; windows are no longer.")] = None,
     test_share: Annotated[float, typer.Option("--test-share", help="Share of each species in test blocks.")] = 0.1,
     valid_share: Annotated[float, typer.Option("--valid-share", help="Share of each species that validates.")] = 0.1,
-    min_length: Annotated[int, typer.Option("--min-length", help="Leave out shorter sequences.")] = 1,
+    min_length: MinLength = 1,
     allow_duplicates: Annotated[bool, typer.Option("--allow-duplicates", help="Keep identical sequences across a split.")] = False,
     overwrite: Overwrite = False,
     json_out: Json = None,
@@ -119,6 +126,7 @@ def prep_species(
         rows = [[name, *(f"{n:,}" for n in known.values())] for name, known in manifest["class_bases"].items()]
         print_table(f"{dataset}: {len(rows)} species, bases A, C, G, T", ["species", "train", "valid", "test"], rows)
         note(f"Splits: {manifest['split_rule']}")
+        _note_skipped(manifest)
         relatives = list(close_relatives(manifest))
         for mine, other, share in relatives[:10]:
             note(f"Relatives: {100 * share:.0f} % of the test 32-mers of {mine} are in the training split of {other}.")

@@ -480,6 +480,7 @@ def finish(run: Begun, result, metric: Optional[str], json_out: Optional[str], h
 
     `result`: a FitResult, or of a run of several seeds one of each, {seed: FitResult}, of which has been told already.
     `metric`: of its validation, with the unit. `hints(evaluation)`: commands to go on with, without the program's name."""
+    from seqlab.training.config import resolve_accelerator
     from tasks import runs
 
     if not is_main_process():
@@ -498,7 +499,8 @@ def finish(run: Begun, result, metric: Optional[str], json_out: Optional[str], h
         )
     split = held_out_split(run.dataset) if task in ("dna", "audio") else "test"
     loaded = runs.load_run(run.directory)
-    evaluation = evaluate(loaded, run.dataset, run.dataset, split, (), "auto")
+    device = "cuda" if resolve_accelerator(run.settings.train) == "gpu" else "cpu"
+    evaluation = evaluate(loaded, run.dataset, run.dataset, split, (), device)
     if last is result:
         outcome = {"result": last.__dict__}
     else:

@@ -107,11 +107,14 @@ def test_layouts_that_mean_the_same(tmp_path):
     (tmp_path / "d.fa").write_text("".join(f">s{i} chr1|{y}\n{x[:20]}\n{x[20:]}\n" for i, (x, y) in enumerate(rows)))
     (tmp_path / "e.fa").write_text("".join(f">s{i} some words\n{x.lower()}\n" for i, (x, _) in enumerate(rows)))
     write_csv(tmp_path / "e.tsv", [(f"s{i}", y) for i, (_, y) in reversed(list(enumerate(rows)))], ("name", "label"), "\t")
+    quoted = [f'"s{i}","{y}"' for i, (_, y) in enumerate(rows)]  # as R's write.csv does, names of columns too; they were not found
+    (tmp_path / "f.csv").write_text("\n".join(['"name","label"', *quoted]))
     others = [
         prepare(zipped, tmp_path / "d2", reading=columns),
         prepare(tmp_path / "c.data", tmp_path / "d3", reading={"columns": ("label", "name", "sequence")}),
         prepare(tmp_path / "d.fa", tmp_path / "d4", reading={"label_from": "header"}),
         prepare(tmp_path / "e.fa", tmp_path / "d5", reading={"labels": tmp_path / "e.tsv"}),
+        prepare(tmp_path / "e.fa", tmp_path / "d6", reading={"labels": tmp_path / "f.csv"}),
     ]
     for other in others:
         for name in ("tokens", "offsets", "labels", "split", "keys"):
@@ -323,11 +326,12 @@ def test_label_options_are_checked(kind, separator):
         ("chr1\t4\t4\tp", "start 4 is not before end 4"),
         ("chr1\t0\t4", "3 columns; a row is"),
         ("chr1\t-1\t4\tp", "no column is called 'label'"),
+        ("chr1\t0\t4\tp\nchr1\t²\t4\tq", "line 2: .*must be whole numbers"),  # a digit of another kind
     ],
 )
 def test_bad_bed_rows_are_one_line(tmp_path, row, message):
     (tmp_path / "g.fa").write_text(">chr1\nAACCGGTTAC\n")
-    (tmp_path / "x.bed").write_text(row + "\n")
+    (tmp_path / "x.bed").write_text(row + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=message):
         prepare(tmp_path / "x.bed", tmp_path / "d", reading={"genome": tmp_path / "g.fa"})
 
