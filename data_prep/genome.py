@@ -267,7 +267,12 @@ def _ends_line(piece: bytes, before: bool) -> bool:
 
 
 def _parse_genbank(path: Path, blocks: Iterable[bytes], writer: "_Writer") -> None:
-    """Records from LOCUS to //; of each, the name (VERSION, or else LOCUS) and the lines after ORIGIN.
+    for begins, text in genbank_events(path, blocks):
+        (writer.begin if begins else writer.add)(text)
+
+
+def genbank_events(path: Path | str, blocks: Iterable[bytes]) -> Iterator[tuple[bool, bytes]]:
+    """Records from LOCUS to //; of each, (True, its name: VERSION, or else LOCUS), then (False, bases) for the lines after ORIGIN.
 
     (NCBI GenBank flat file, release notes section 3.4: keywords begin in the first column, a line of the sequence is a
     number and six groups of ten bases.) Features are not read, so this takes a line at a time where Biopython would
@@ -283,11 +288,11 @@ def _parse_genbank(path: Path, blocks: Iterable[bytes], writer: "_Writer") -> No
             if line.startswith(b"//"):
                 is_record = is_sequence = False
             else:
-                writer.add(line.lstrip(b" 0123456789").upper())
+                yield False, line.lstrip(b" 0123456789").upper()
         elif line.startswith(b"VERSION ") and line[8:].strip():
             name = line[8:]
         elif line.startswith(b"ORIGIN") and is_record:
-            writer.begin(name)
+            yield True, name
             is_sequence = True
         elif line.startswith(b"//") and is_record:
             raise UserError(f"{path}: record {_shown(name)} has no sequence (ORIGIN); fetch it in full, or as FASTA")
@@ -301,7 +306,7 @@ def _shown(text: bytes) -> str:
     return repr((text.decode("utf-8", "replace").split(maxsplit=1) or [""])[0][:60])
 
 
-def _lines(path: Path, blocks: Iterable[bytes]) -> Iterator[bytes]:
+def _lines(path: Path | str, blocks: Iterable[bytes]) -> Iterator[bytes]:
     rest = b""
     for block in blocks:
         *lines, rest = (rest + block).split(b"\n")

@@ -1,4 +1,4 @@
-"""FASTA or FASTQ -> one record after another, in order: for commands that use a model on whatever comes down a pipe.
+"""FASTA, FASTQ or GenBank -> one record after another, in order: for commands that use a model on whatever comes down a pipe.
 
 Plain, gzip or bgzip; `-` is standard input. One record is in memory at a time (a byte a base), and one block of text.
 FASTQ is read in its usual form of four lines a record; qualities are not used. For datasets, see `data_prep.genome`.
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.files import SourceFile, check_source
-from data_prep.genome import STRAY_LETTER, STRICT, WHITESPACE
+from data_prep.genome import STRAY_LETTER, STRICT, WHITESPACE, genbank_events
 from seqlab.errors import UserError
 
 
@@ -20,7 +20,7 @@ def read_records(path: Path | str) -> Iterator[tuple[str, np.ndarray]]:
     nucleotide sequence has, for a file without records."""
     path = Path("/dev/stdin") if str(path) == "-" else Path(path)
     shown = "standard input" if str(path) == "/dev/stdin" else str(path)
-    check_source(path, "FASTA or FASTQ file, with or without .gz")
+    check_source(path, "FASTA, FASTQ or GenBank file, with or without .gz")
     number = 0
     with SourceFile(path, lambda read: None) as source:
         blocks = source.blocks()
@@ -30,14 +30,18 @@ def read_records(path: Path | str) -> Iterator[tuple[str, np.ndarray]]:
             if first is None:
                 raise UserError(f"{shown}: no sequence, only blanks; a FASTA file holds '>name' and lines of bases")
         first = first.lstrip(WHITESPACE)
+        while len(first) < len(b"LOCUS ") and (more := next(blocks, None)) is not None:
+            first += more
         texts = itertools.chain([first], blocks)
         if first.startswith(b">"):
             records = _fasta(texts)
         elif first.startswith(b"@"):
             records = _fastq(texts, shown)
+        elif first.startswith(b"LOCUS "):
+            records = _genbank(texts, shown)
         else:
             line = first.splitlines()[0][:40].decode("utf-8", "replace")
-            raise UserError(f"{shown}: starts with {line!r}; a FASTA record starts with '>name', a FASTQ record with '@name'")
+            raise UserError(f"{shown}: starts with {line!r}; a FASTA record starts with '>name', a FASTQ record with '@name', a GenBank record with LOCUS")
         for header, letters in records:
             number += 1
             words = header.decode("utf-8", "replace").split(maxsplit=1)
@@ -106,6 +110,19 @@ def _fastq(blocks: Iterable[bytes], shown: str) -> Iterator[tuple[bytes, bytes]]
                 "it, or turn the reads into FASTA: seqtk seq -a"
             )
         yield header[1:], sequence
+
+
+def _genbank(blocks: Iterable[bytes], shown: str) -> Iterator[tuple[bytes, bytes]]:
+    header, parts = None, []
+    for begins, text in genbank_events(shown, blocks):
+        if not begins:
+            parts.append(text)
+            continue
+        if header is not None:
+            yield header, b"".join(parts)
+        header, parts = text, []
+    if header is not None:
+        yield header, b"".join(parts)
 
 
 def text_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:

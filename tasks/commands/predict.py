@@ -13,7 +13,7 @@ from tasks.commands.terminal import check_output_file, emit, note, progress_bar,
 
 def predict(
     run: Annotated[Path, typer.Argument(help="Run directory or checkpoint of a classifier.")],
-    reads: Annotated[str, typer.Argument(help="FASTA or FASTQ, plain or gzip; - for standard input.")],
+    reads: Annotated[str, typer.Argument(help="FASTA, FASTQ or GenBank, plain or gzip; - for standard input.")],
     out: Annotated[str, typer.Option("--out", help="TSV to write; - for standard output.")] = "-",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences looked at together; changes no answer.")] = 1024,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",

@@ -32,6 +32,16 @@ def test_fastq(tmp_path):
     assert read(path) == [("r1", "ACGT"), ("r2", "NN")]
 
 
+GENBANK = b"LOCUS       ONE 12 bp\nVERSION     ONE.2\nFEATURES\nORIGIN\n        1 acgtacgtac gn\n//\n\nLOCUS       TWO\nORIGIN\n        1 ttt\n//\n"
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_genbank(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(data_prep.files, "READ_SIZE", block)
+    (tmp_path / "x.gb").write_bytes(b"\n" + GENBANK)
+    assert read(tmp_path / "x.gb") == [("ONE.2", "ACGTACGTACGN"), ("TWO", "TTT")]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.text("xyz1", min_size=1, max_size=9), st.text("ACGTN", max_size=40)), min_size=1, max_size=8),
@@ -56,6 +66,8 @@ def test_blocks_of_any_size_give_the_same_records(tmp_path_factory, records, wid
     (b"@r\nACGT\n+\nII\n", "FASTQ record 1"),
     (b"@r\nACGT\n", "FASTQ record 1"),
     (b"BZh91AY", "bzip2"),
+    (b"LOCUS       A\nORIGIN\n   1 acgt\n", "record 'A' is cut short"),
+    (b"LOCUS       A\nORIGIN\n   1 acel\n//\n", "record 'A' has 'E' at base 3"),
 ])
 def test_what_is_neither_is_one_clear_line(tmp_path, text, said):
     path = tmp_path / "x"
