@@ -23,7 +23,7 @@ from seqlab.config import load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ["--set", "model.d_model=16", "--set", "model.n_layer=1", "--set", "model.d_state=4", "--context", "64"]
-TOY += ["--set", "train.tokens_per_step=512", "--set", "train.accelerator=cpu", "--set", "eval.max_order=3"]
+TOY += ["--set", "train.tokens_per_step=512", "--device", "cpu", "--set", "eval.max_order=3"]
 
 
 def run(*arguments, code=0, within=None):
@@ -590,6 +590,7 @@ def test_scraps_of_an_assembly_may_be_left_out_of_any_dataset(tmp_path):
         (["--context", "many"], "--context many: expected a whole number"),
         (["--precision", "fp16"], "float16 is refused"),
         (["--precision", "int3"], "use fp32, bf16 or auto"),
+        (["--device", "gpu"], "--device gpu: unknown; use auto, cpu or cuda"),
         (["--max-minutes", "-1"], "max_minutes: must be above 0"),
         (["--devices", "0"], "devices: must be 1 or more"),
         (["--devices", "3"], "cannot be shared evenly by 3 devices"),
@@ -610,6 +611,7 @@ def test_a_gpu_that_is_not_there(trained, tmp_path):
         pytest.skip("this machine has a GPU; the message is for machines without")
     base = ["train", "dna", "--data", trained / "data", *TOY, "--out", tmp_path / "new"]
     assert "torch sees no GPU here" in error_of(*base, "--set", "train.accelerator=gpu")
+    assert "torch sees no GPU here" in error_of(*base, "--device", "cuda")
     assert "torch sees no GPU here" in error_of("eval", trained, "--device", "cuda")
     assert not list(tmp_path.iterdir())
 

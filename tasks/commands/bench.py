@@ -15,6 +15,7 @@ from tasks.commands.options import (
     Seed,
     Set,
     parse_context,
+    parse_precision,
     resolve_device,
 )
 from tasks.commands.settings import find_config, load_config, train_options
@@ -25,16 +26,16 @@ group = typer.Typer(no_args_is_help=True, help="This machine's numbers, beside w
 
 @command(group, "scan")
 def bench_scan(
-    batch: Annotated[int, typer.Option("--batch")] = 1,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences side by side.")] = 1,
     d_inner: Annotated[int, typer.Option("--d-inner", help="Channels.")] = 512,
     d_state: Annotated[int, typer.Option("--d-state", help="States a channel.")] = 16,
-    min_length: Annotated[str, typer.Option("--min-length")] = "1024",
-    max_length: Annotated[Optional[str], typer.Option("--max-length", help="Default: 1,048,576 on a GPU, 16,384 on a CPU.")] = None,
+    min_length: Annotated[str, typer.Option("--min-length", help="The shortest; others are four times as long, and so on.")] = "1024",
+    max_length: Annotated[Optional[str], typer.Option("--max-length", help="The longest. Default: 1,048,576 on a GPU, 16,384 on a CPU.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[Optional[str], typer.Option("--precision", help="bf16 or fp32; default: bf16 on a GPU.")] = None,
+    precision: Precision = None,
     seconds: Annotated[float, typer.Option("--seconds", help="Most time a contender may take at one length.")] = 10.0,
     attention: Annotated[bool, typer.Option("--attention/--no-attention", help="Causal attention of the same width too.")] = True,
-    plot: Annotated[Optional[Path], typer.Option("--plot", help="Write a plot (PNG) here.")] = None,
+    plot: Annotated[Optional[Path], typer.Option("--plot", help="Plot to write: .png, .pdf or .svg.")] = None,
     overwrite: Overwrite = False,
     seed: BenchSeed = 0,
     json_out: Json = None,
@@ -48,11 +49,12 @@ def bench_scan(
     from seqlab.bench import scan
 
     if plot is not None:
+        if plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--plot {plot}: give a name that ends in .png, .pdf or .svg")
         check_output_file(str(plot), "--plot", overwrite)
     device = resolve_device(device)
-    if precision not in (None, "bf16", "bfloat16", "fp32", "float32"):
-        raise UserError(f"--precision {precision}: unknown; use bf16 or fp32")
-    half = device == "cuda" if precision is None else precision in ("bf16", "bfloat16")
+    precision = parse_precision(precision or "auto")
+    half = device == "cuda" if precision == "auto" else precision == "bfloat16"
     longest = max_length or (2**20 if device == "cuda" else 2**14)
     settings = scan.Settings(
         batch=batch,

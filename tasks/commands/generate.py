@@ -50,7 +50,7 @@ def generate_audio(
         str, typer.Option("--rank-by", help="likelihood, or class: the model's own belief in the class asked for.")
     ] = "likelihood",
     runaway: Annotated[str, typer.Option("--runaway", help="What has run away: mark it, or resample it.")] = "mark",
-    batch: Annotated[int, typer.Option("--batch", help="Samples made side by side.")] = 256,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Samples made side by side.")] = 256,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished generation in --out.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[str, typer.Option("--backend", help="Back end of the decoder; auto: the fastest.")] = "auto",
@@ -155,7 +155,7 @@ def generate_dna(
     top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many likeliest bases; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest bases of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", help="Sequences made side by side.")] = 256,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Sequences made side by side.")] = 256,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[str, typer.Option("--backend", help="Back end of the decoder; auto: the fastest.")] = "auto",
     overwrite: Overwrite = False,

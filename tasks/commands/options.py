@@ -22,8 +22,12 @@ Freeze = Annotated[bool, typer.Option("--freeze", help="Train the head alone; wa
 Set = Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE laid over the config; may be repeated.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out (default: the newest).")]
 Seed = Annotated[Optional[int], typer.Option("--seed", help="Of weights, data order, masks and dropout.")]
+TrainDevice = Annotated[Optional[str], typer.Option("--device", help="auto, cpu or cuda: train.accelerator of the config.")]
+ContextParallel = Annotated[
+    Optional[int], typer.Option("--context-parallel", help="Devices that share a window, each with a piece of it.")
+]
 Devices = Annotated[Optional[int], typer.Option("--devices", help="GPUs, or processes on a CPU.")]
-Precision = Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto.")]
+Precision = Annotated[Optional[str], typer.Option("--precision", help="fp32, bf16 or auto: bf16 on a GPU.")]
 MaxSteps = Annotated[Optional[int], typer.Option("--max-steps", help="Stop after so many steps.")]
 MaxMinutes = Annotated[Optional[float], typer.Option("--max-minutes", help="Stop after so many minutes of training.")]
 BenchSeed = Annotated[int, typer.Option("--seed", help="Of weights and data.")]
@@ -46,12 +50,29 @@ def parse_context(text: str, option: str) -> int:
     return number
 
 
+def parse_precision(text: str) -> str:
+    """--precision: float32, bfloat16 or auto, of the words for them. Raises UserError."""
+    names = {"float32": "float32", "fp32": "float32", "32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "auto": "auto"}
+    if text in ("fp16", "float16", "16", "half"):
+        raise UserError(
+            f"--precision {text}: float16 is refused, its range is too small for the scan's state and training "
+            "turns to NaN; use bf16 or fp32"
+        )
+    if text not in names:
+        raise UserError(f"--precision {text}: unknown; use fp32, bf16 or auto")
+    return names[text]
+
+
+def check_device(device: str) -> None:
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: unknown; use auto, cpu or cuda")
+
+
 def resolve_device(device: str) -> str:
     """--device: "cpu" or "cuda" for auto, cpu or cuda. Raises UserError where there is no such device."""
     import torch
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device}: unknown; use auto, cpu or cuda")
+    check_device(device)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use cpu, or run `seqlab doctor` for the reason")
     if device == "auto":

@@ -4,7 +4,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from tasks.commands.options import Json, Seed, Set
+from tasks.commands.options import Json, Seed, Set, TrainDevice
 from tasks.commands.settings import find_config, load_config, train_options
 from tasks.commands.terminal import emit, note, print_table, progress_bar
 
@@ -12,6 +12,7 @@ from tasks.commands.terminal import emit, note, print_table, progress_bar
 def plan(
     config: Annotated[str, typer.Argument(help="Preset or YAML file.")],
     context: Annotated[Optional[str], typer.Option("--context", help="Window length; default: the config's.")] = None,
+    device: TrainDevice = None,
     devices: Annotated[int, typer.Option("--devices", min=1, help="GPUs like this machine's that the run would have.")] = 1,
     context_parallel: Annotated[
         Optional[int], typer.Option("--context-parallel", help="How many of them would share a window.")
@@ -31,7 +32,7 @@ def plan(
     from tasks import planning
 
     module = planning.plannable(str(load_yaml(find_config(config)).get("task", "dna")))
-    options = train_options(context=context, devices=devices, context_parallel=context_parallel, seed=seed)
+    options = train_options(context=context, device=device, devices=devices, context_parallel=context_parallel, seed=seed)
     settings = load_config(module.Config, config, set_ or [], options)
     with progress_bar("measuring", "")[0]:
         found = planning.plan_run(settings)

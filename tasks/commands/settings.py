@@ -6,7 +6,7 @@ from typing import Optional
 import configs
 from seqlab.errors import UserError
 from seqlab.processes import launched
-from tasks.commands.options import parse_context
+from tasks.commands.options import check_device, parse_context, parse_precision
 from tasks.commands.terminal import note
 
 CONFIGS = Path(configs.__file__).parent
@@ -52,25 +52,19 @@ def lay_over(cls: type, data: dict, options: dict, overrides: list[str], source:
 
 
 def train_options(
-    *, context=None, seed=None, devices=None, precision=None, max_steps=None, max_minutes=None, context_parallel=None
+    *, context=None, seed=None, device=None, devices=None, precision=None, max_steps=None, max_minutes=None, context_parallel=None
 ) -> dict:
     """The command-line options that every `seqlab train` has, as a nested dictionary of what was given."""
     if (started := launched()) is not None:
         devices = started.world_size
-    names = {"float32": "float32", "fp32": "float32", "32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "auto": "auto"}
-    if precision is not None:
-        if precision in ("fp16", "float16", "16", "half"):
-            raise UserError(
-                f"--precision {precision}: float16 is refused, its range is too small for the scan's state and training "
-                "turns to NaN; use bf16 or fp32"
-            )
-        if precision not in names:
-            raise UserError(f"--precision {precision}: unknown; use fp32, bf16 or auto")
+    if device is not None:
+        check_device(device)
     train = {
         "seed": seed,
         "devices": devices,
         "context_parallel": context_parallel,
-        "precision": None if precision is None else names[precision],
+        "accelerator": "gpu" if device == "cuda" else device,
+        "precision": None if precision is None else parse_precision(precision),
         "max_steps": max_steps,
         "max_minutes": max_minutes,
     }

@@ -19,6 +19,7 @@ from seqlab.processes import is_main_process
 from tasks.commands.evaluate import evaluate, held_out_split, show_evaluation
 from tasks.commands.options import (
     DATASETS,
+    ContextParallel,
     Devices,
     Fasta,
     Freeze,
@@ -34,6 +35,7 @@ from tasks.commands.options import (
     Set,
     Splits,
     Test,
+    TrainDevice,
     Valid,
     show_context,
 )
@@ -68,10 +70,9 @@ def train_dna(
     init: Init = None,
     context: Annotated[Optional[str], typer.Option("--context", help="Window length in bases; whole: each sequence.")] = None,
     seed: Seed = None,
+    device: TrainDevice = None,
     devices: Devices = None,
-    context_parallel: Annotated[
-        Optional[int], typer.Option("--context-parallel", help="Devices that share a window, each with a piece of it.")
-    ] = None,
+    context_parallel: ContextParallel = None,
     precision: Precision = None,
     max_steps: MaxSteps = None,
     max_minutes: MaxMinutes = None,
@@ -90,7 +91,7 @@ def train_dna(
     from tasks import dna, runs
 
     options = dict(
-        context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes,
+        context=context, seed=seed, device=device, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes,
         context_parallel=context_parallel,
     )  # fmt: skip
     with contextlib.ExitStack() as undo:
@@ -195,6 +196,7 @@ def train_species(
     freeze: Freeze = False,
     context: Annotated[Optional[str], typer.Option("--context", help="Longest training window in bases.")] = None,
     seed: Seed = None,
+    device: TrainDevice = None,
     devices: Devices = None,
     precision: Precision = None,
     max_steps: MaxSteps = None,
@@ -208,7 +210,7 @@ def train_species(
     """
     from tasks import species
 
-    options = dict(context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
+    options = dict(context=context, seed=seed, device=device, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
     with contextlib.ExitStack() as undo:
         if resume:
             run = resumed_run(species, out, data, set_, options, {"--config": config, "--init": init, "--freeze": freeze or None})
@@ -241,6 +243,7 @@ def train_classify(
     strand: Annotated[Optional[str], typer.Option("--strand", help="none, augment, average or equivariant.")] = None,
     epochs: Annotated[Optional[float], typer.Option("--epochs", help="Times that training reads every sequence.")] = None,
     seed: Annotated[Optional[int], typer.Option("--seed", help="The first seed.")] = None,
+    device: TrainDevice = None,
     devices: Devices = None,
     precision: Precision = None,
     max_steps: Annotated[Optional[int], typer.Option("--max-steps", help="Of each seed.")] = None,
@@ -254,7 +257,7 @@ def train_classify(
     """
     from tasks import classification
 
-    options = dict(seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
+    options = dict(seed=seed, device=device, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
     with contextlib.ExitStack() as undo:
         if resume:
             refused = {"--config": config, "--init": init, "--freeze": freeze or None, "--seeds": seeds, "--strand": strand, "--epochs": epochs}
@@ -289,7 +292,9 @@ def train_audio(
     init: Init = None,
     context: Annotated[Optional[str], typer.Option("--context", help="Window length in samples.")] = None,
     seed: Seed = None,
+    device: TrainDevice = None,
     devices: Devices = None,
+    context_parallel: ContextParallel = None,
     precision: Precision = None,
     max_steps: MaxSteps = None,
     max_minutes: MaxMinutes = None,
@@ -302,7 +307,10 @@ def train_audio(
     """
     from tasks import audio, runs
 
-    options = dict(context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
+    options = dict(
+        context=context, seed=seed, device=device, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes,
+        context_parallel=context_parallel,
+    )  # fmt: skip
     with contextlib.ExitStack() as undo:
         if resume:
             run = resumed_run(audio, out, data, set_, options, {"--config": config, "--init": init})
@@ -329,6 +337,7 @@ def train_synthetic(
     init: Init = None,
     context: Annotated[Optional[str], typer.Option("--context", help="Length of a training sequence.")] = None,
     seed: Seed = None,
+    device: TrainDevice = None,
     devices: Devices = None,
     precision: Precision = None,
     max_steps: MaxSteps = None,
@@ -342,7 +351,7 @@ def train_synthetic(
     """
     from tasks import runs, synthetic
 
-    options = dict(context=context, seed=seed, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
+    options = dict(context=context, seed=seed, device=device, devices=devices, precision=precision, max_steps=max_steps, max_minutes=max_minutes)
     with contextlib.ExitStack() as undo:
         if resume:
             run = resumed_run(synthetic, out, None, set_, options, {"--config": config, "--init": init})

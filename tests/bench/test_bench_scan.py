@@ -70,5 +70,7 @@ def test_the_command_prints_tables_writes_a_plot_and_one_json_line(tmp_path):
     assert plot.read_bytes()[:4] == b"\x89PNG" and json.loads(out.read_text())["settings"]["d_inner"] == 8
     bad = CliRunner().invoke(app, [*args, "--device", "cpu", "--precision", "fp16"])
     assert bad.exit_code == 1 and "fp16" in bad.output
+    bad = CliRunner().invoke(app, [*args, "--device", "cpu", "--plot", str(tmp_path / "scan.xyz")])  # was told when all was measured
+    assert bad.exit_code == 1 and ".png, .pdf or .svg" in bad.output and "Error against" not in bad.output
     bad = CliRunner().invoke(app, ["bench", "scan", "--max-length", "10"])
     assert bad.exit_code == 1 and "--min-length" in bad.output
