@@ -201,7 +201,7 @@ def test_a_checkpoint_from_before_blocks_heard_the_class_gives_what_it_gave(tmp_
     torch.testing.assert_close(other(ids, classes=classes)[0], model.logits(y, prediction), atol=1e-6, rtol=1e-5)
     del weights["backbone.centre.0.norm.weight"]
     save_file(weights, tmp_path / "damaged.safetensors")
-    with pytest.raises(UserError, match="lacks backbone.centre.0.norm.weight"):
+    with pytest.raises(UserError, match="backbone.centre.0.norm.weight is in this model and not there"):
         load_model(other, tmp_path / "damaged.safetensors")
 
 

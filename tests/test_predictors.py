@@ -148,7 +148,7 @@ def test_taking_some_of_the_spans():
 
 def test_silence_and_square_waves_do_not_break_it(tmp_path):
     recordings = [np.zeros(800)] * 4 + [np.sign(np.sin(np.arange(800) / 5))] * 4 + [np.random.default_rng(0).uniform(-1, 1, 800)] * 4
-    store = store_of(tmp_path, recordings, test=["00[048].wav"])
+    store = store_of(tmp_path, recordings, test=["00[048].wav"], valid=["001.wav"])
     bits = AdaptivePredictor.fit(store).score(store, whole_intervals(store, "test"))
     assert np.isfinite(bits).all() and bits[:800].mean() < 1.0
     assert LinearSettings().order == 32

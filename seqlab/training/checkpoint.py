@@ -78,5 +78,6 @@ def load_model(model: nn.Module, path: Path) -> None:
     )
     absent = [name for name in absent if not name.startswith(newer)]
     if absent:
-        raise OtherModel(path, f"{absent[0]} (and {len(absent) - 1} more) is in this model and not there")
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        raise OtherModel(path, f"{absent[0]}{more} is in this model and not there")
     model.load_state_dict(weights, strict=False)
