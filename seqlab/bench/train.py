@@ -65,6 +65,11 @@ class Settings:
         """Of a step."""
         return self.rows * self.length * self.micro_batches
 
+    def show(self) -> str:
+        """What a step consists of: 8 times 1 x 131,072 tokens."""
+        times = f"{self.micro_batches} times " if self.micro_batches > 1 else ""
+        return f"{times}{self.rows} x {self.length:,} tokens"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -245,8 +250,7 @@ def run(
     else:
         result.absent[PEER] = reason
 
-    micro = f", {settings.micro_batches} times" if settings.micro_batches > 1 else ""
-    say(f"{result.parameters:,} parameters, a step of {settings.rows} x {settings.length:,}{micro} tokens in {dtype} on {machine}")
+    say(f"{result.parameters:,} parameters, {settings.show()} a step, {dtype}, {machine}")
     progress("parity: the reference operators, on the CPU")
     began = time.perf_counter()
     short = planner.resize(batch, min(GATE[0], settings.rows), min(GATE[1], settings.length))

@@ -179,8 +179,7 @@ def bench_train(
         result = train.run(step.task, step.batch, settings, run.train, run.optim, show, note)
 
     def human() -> None:
-        batches = f"{settings.rows} x {settings.length:,}" + (f", {settings.micro_batches} times" if settings.micro_batches > 1 else "")
-        title = f"{config}: {result.parameters:,} parameters, {batches} tokens a step, {result.settings['dtype']}, {result.machine}"
+        title = f"{config}: {result.parameters:,} parameters, {settings.show()} a step, {result.settings['dtype']}, {result.machine}"
         print_table(title, *train.table(result))
         note("loss and gradients beside the reference operators': " + ", ".join(f"{name} {error:.1e}" for name, error in result.errors.items()))
         for name, why in result.absent.items():

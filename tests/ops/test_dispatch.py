@@ -273,3 +273,14 @@ def test_recent_calls_are_none_without_torchs_guards(monkeypatch):
     recent, x = dispatch.Recent(), torch.randn(2)
     recent.keep("first", "cuda", (x,))
     assert recent.find("cuda", (x,)) is None
+
+
+def test_tensors_inside_a_transform_have_no_address_and_so_no_layout(monkeypatch):
+    """torch.func.grad of a scan or convolution on a GPU was "Cannot access data pointer of Tensor that doesn't have storage"."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))  # as far as `layout` can see
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    x = torch.ones(3)
+    assert dispatch.layout("auto", (x,)) is not None
+    seen = []
+    torch.func.grad(lambda x: seen.append(dispatch.layout("auto", (x,))) or x.sum())(x)
+    assert seen == [None]

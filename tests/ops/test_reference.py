@@ -191,15 +191,17 @@ def test_forward_derivatives_are_right_or_refused(op, masked):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")])])
 @pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
-def test_gradients_by_torch_func(op):
-    """Of each row by itself (vmap of grad) and by jacrev: torch refused them with words of its own."""
+def test_gradients_by_torch_func(op, device):
+    """Of each row by itself (vmap of grad): torch refused them with words of its own, on a GPU for want of an address."""
     if op == "selective_scan":
         function, tensors = functools.partial(selective_scan, delta_softplus=True), scan_arguments(2, 3, 2, 2, torch.float64, softplus=True)
         rows = ("u", "delta", "B", "C", "z", "initial_state")
     else:
         function, tensors = functools.partial(causal_conv1d, activation="silu"), conv_arguments(2, 3, 2, 4, torch.float64)
         rows = ("x", "initial_state")
+    tensors = {k: v.to(device) for k, v in tensors.items()}
     shared = {k: v for k, v in tensors.items() if k not in rows}
     own = {k: v for k, v in tensors.items() if k in rows}
 
