@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from seqlab.bench import machine
 from seqlab.errors import UserError
 from seqlab.model import ModelConfig, build_model
 from seqlab.ops.decode import Decoder, Sampling, fastest, unavailable
@@ -151,9 +152,8 @@ def peer(shape: str, batch: int, settings: Settings) -> tuple[float, float]:
 
 def run(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Result:
     """Gate, then time everything. Raises UserError if nothing of ours passes the gate."""
-    machine = torch.cuda.get_device_name() if settings.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     shown = dataclasses.asdict(settings) | {"dtypes": [_name(dtype) for dtype in settings.dtypes]}
-    result = Result(shown, machine, torch.__version__, {})
+    result = Result(shown, machine(settings.device), torch.__version__, {})
     for shape in settings.shapes:
         model = make_model(shape, settings)
         for batch in settings.batches:

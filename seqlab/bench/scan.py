@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlab.bench import machine
 from seqlab.errors import UserError
 from seqlab.ops import backends, selective_scan
 from seqlab.ops.dispatch import Request
@@ -278,7 +279,7 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
             if settings.device == "cuda":
                 torch.cuda.empty_cache()
     shown = {**dataclasses.asdict(settings), "dtype": str(settings.dtype).removeprefix("torch.")}
-    return Result(shown, _machine(settings), torch.__version__, errors, absent, times, dropped)
+    return Result(shown, machine(settings.device), torch.__version__, errors, absent, times, dropped)
 
 
 def _expected_seconds(times: dict[int, dict[str, Time]], name: str, length: int) -> float:
@@ -292,12 +293,6 @@ def _expected_seconds(times: dict[int, dict[str, Time]], name: str, length: int)
         growth = max(1.0, math.log(t1 / t0) / math.log(l1 / l0))
     at, seconds = known[-1]
     return 3 * seconds * (length / at) ** growth
-
-
-def _machine(settings: Settings) -> str:
-    if settings.device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 # ------------------------------------------------------------------------------------------------------- showing

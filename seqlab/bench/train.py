@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from seqlab.backbones.bidirectional import BidirectionalMixer
 from seqlab.backbones.mamba import Block, MambaMixer
+from seqlab.bench import machine
 from seqlab.errors import UserError
 from seqlab.ops import backends, dispatch
 from seqlab.training import memory as modes
@@ -235,13 +236,12 @@ def run(
 ) -> Result:
     """Gate, then time everything. `batch` is any batch of the task, on the CPU. `progress` is told what is being done, `say` what has
     been found. Raises UserError if nothing of ours passes."""
-    machine = torch.cuda.get_device_name() if settings.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     with torch.random.fork_rng():
         torch.manual_seed(train.seed)
         original = task.build_model()
     dtype = "bf16" if settings.dtype == torch.bfloat16 else "fp32"
     shown = dataclasses.asdict(settings) | {"dtype": dtype, "tokens_per_step": settings.tokens}
-    result = Result(shown, machine, torch.__version__, sum(p.numel() for p in original.parameters()))
+    result = Result(shown, machine(settings.device), torch.__version__, sum(p.numel() for p in original.parameters()))
     makers: dict[str, Callable[[nn.Module], nn.Module]] = {"seqlab": lambda model: model}
     if settings.device == "cuda":
         makers |= {"recorded": lambda model: model, SEPARATE: separate}
@@ -250,7 +250,7 @@ def run(
     else:
         result.absent[PEER] = reason
 
-    say(f"{result.parameters:,} parameters, {settings.show()} a step, {dtype}, {machine}")
+    say(f"{result.parameters:,} parameters, {settings.show()} a step, {dtype}, {result.machine}")
     progress("parity: the reference operators, on the CPU")
     began = time.perf_counter()
     short = planner.resize(batch, min(GATE[0], settings.rows), min(GATE[1], settings.length))

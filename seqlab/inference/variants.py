@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from seqlab.backbones.strand import average_strands
 from seqlab.classifier import reverse_complement
 from seqlab.inference.classify import Predictor, padded_length
+from seqlab.model import language_model
 from seqlab.tokenizers import nucleotide
 
 BASES = slice(nucleotide.A, nucleotide.T + 1)
@@ -94,7 +95,7 @@ def score_variants(
 ) -> Iterator[list[float | None]]:
     """A score for each ALT of each variant, in order; None where there is none to give (see the module and `Variant`).
     `model`: as `load_run` gives it, of a run of `train dna`. `together`: variants looked at at once; changes no score."""
-    config = model.config if hasattr(model, "config") else model.model.config
+    config = language_model(model).config
     is_causal, both = config.direction == "causal", config.strand == "augment"
     predictor = Predictor((Likelihood if is_causal else MaskedBases)(model, both), device, precision)
     held: list[Variant] = []

@@ -34,7 +34,7 @@ def read_config(path: Path) -> ModelConfig:
         )
     except KeyError as error:
         raise UserError(f"{path}: has no {error}; it is no config.json of a Mamba model") from None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
 
 

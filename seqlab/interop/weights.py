@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from seqlab.errors import UserError
 from seqlab.files import write_atomic, write_json
+from seqlab.training.checkpoint import each_once
 
 
 def read_json(path: Path, what: str) -> dict:
@@ -56,10 +57,6 @@ def save_weights(
     """config.json and model.safetensors, each tied tensor once, under the names that `rename` makes of ours; `buffers` beside
     them, under theirs."""
     weights = {name: buffer.clone() for name, buffer in (buffers or {}).items()}
-    seen = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            weights[rename(name)] = tensor.detach().contiguous().cpu()
+    weights |= {rename(name): tensor for name, tensor in each_once(model).items()}
     write_atomic(Path(directory) / "model.safetensors", lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
     write_json(Path(directory) / "config.json", config)

@@ -11,7 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from seqlab.errors import UserError
 from seqlab.files import write_text
@@ -281,14 +281,12 @@ class ProgressBar(Callback):
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
             TextColumn("{task.fields[line]}"),
             console=self.console,
             expand=True,
             redirect_stdout=False,
         )
         self.bar = self.progress.add_task("training", total=1000, line="starting")
-        self.progress.columns = tuple(c for c in self.progress.columns if not isinstance(c, MofNCompleteColumn))
         self.progress.start()
 
     def _line(self, trainer) -> str:

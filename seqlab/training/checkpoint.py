@@ -16,20 +16,25 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from seqlab.errors import UserError
 from seqlab.files import write_atomic, write_text
 
 
-def save_model(model: nn.Module, directory: Path, config_text: str, **notes: str) -> None:
-    """Weights as safetensors, tied tensors once, with the config beside them; `notes` go into the file's metadata."""
+def each_once(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors on the CPU; what is tied under its first name alone, since the model ties it again by itself."""
     weights, seen = {}, set()
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue  # tied: stored under its first name, tied again by the model itself on loading
-        seen.add(tensor.data_ptr())
-        weights[name] = tensor.detach().contiguous().cpu()
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            seen.add(tensor.data_ptr())
+            weights[name] = tensor.detach().contiguous().cpu()
+    return weights
+
+
+def save_model(model: nn.Module, directory: Path, config_text: str, **notes: str) -> None:
+    """Weights as safetensors, tied tensors once, with the config beside them; `notes` go into the file's metadata."""
+    weights = each_once(model)
     write_text(directory / "config.yaml", config_text)
     write_atomic(
         directory / "model.safetensors",

@@ -210,6 +210,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(data, tmp_path):
         (folder("list", "[]"), "holds no table"),
         (folder("bert", {"model_type": "bert"}), "caduceus and mamba are known"),
         (folder("little", {"model_type": "mamba"}), "has no 'hidden_size'"),
+        (folder("words", {**good, "hidden_size": "wide"}), "config.json: "),  # was a TypeError, "unexpected"
         (folder("small", {"model_type": "caduceus"}), "has no 'vocab_size'"),
         (folder("two", {"d_model": 8, "n_layer": 1, "vocab_size": 12, "ssm_cfg": {"layer": "Mamba2"}}), "only Mamba1 is supported"),
         (folder("attention", {"d_model": 8, "n_layer": 1, "vocab_size": 12, "attn_layer_idx": [0]}), "attn_layer_idx is [0]"),

@@ -1,16 +1,11 @@
 """Memory that nobody wrote reads as NaN in these tests, so that using it fails them."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from seqlab.ops.causal_conv1d import cpu as conv_cpu
 from seqlab.ops.selective_scan import cpu as scan_cpu
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 class _PoisonedNumpy:

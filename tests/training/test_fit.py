@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy import ToyTask
 
 from seqlab.errors import UserError
 from seqlab.training.callbacks import read_history
@@ -19,8 +20,6 @@ from seqlab.training.module import DivergedError, TrainConfig, TrainingModule
 from seqlab.training.optim import OptimConfig, learning_rate, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
-from toy import ToyTask  # noqa: E402
 
 
 def train(tmp_path, name="run", *, steps=12, optim=None, resume=False, init=None, task=None, **options):

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pieces import CASES, COMPILER, outcome
 from safetensors.torch import load_file
+from toy import ToyTask
 
 from seqlab.errors import UserError
 from seqlab.model import LanguageModel, ModelConfig
@@ -21,11 +23,8 @@ from seqlab.training.fit import several_processes
 from seqlab.training.module import TrainConfig
 from seqlab.training.parallel import share_mixers, share_sequences
 from seqlab.training.place import Place
-from tests.training.toy import ToyTask
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
-from pieces import CASES, COMPILER, outcome  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 

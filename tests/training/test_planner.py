@@ -1,13 +1,14 @@
 """The planner: what it predicts is what is measured, it takes the cheapest mode that fits, and refuses with a way out."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_memory import BOTH, CAUSAL, Task, make, make_batch
+from toy import ToyTask
 
 import cli
 from seqlab.errors import UserError
@@ -16,10 +17,6 @@ from seqlab.training.fit import fit, is_out_of_memory, out_of_memory_advice
 from seqlab.training.memory import Memory
 from seqlab.training.module import TrainConfig, TrainingModule
 from seqlab.training.optim import OptimConfig
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_memory import BOTH, CAUSAL, Task, make, make_batch  # noqa: E402
-from toy import ToyTask  # noqa: E402
 
 MIB = 2**20
 
