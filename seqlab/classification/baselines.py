@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlab.classification.metrics import Kind
+from seqlab.inference.classify import padded_length
 from seqlab.tokenizers import nucleotide
 
 VERSION = 1  # of what the baselines compute: raise it when that changes, and kept predictions are made anew
@@ -258,7 +259,7 @@ class BaselineCNN(nn.Module):
     eighth of the work.
     """
 
-    POSITIONS, MIN_LENGTH = 121, 64
+    POSITIONS, MIN_LENGTH = 121, 64  # of which padded_length makes no less
 
     def __init__(self, n_outputs: int, vocab_size: int = nucleotide.VOCAB_SIZE):
         super().__init__()
@@ -279,15 +280,6 @@ class BaselineCNN(nn.Module):
         x = F.max_pool1d(F.relu(self.norm3(self.conv3(x))), 2)
         x = F.adaptive_max_pool1d(x, self.POSITIONS)
         return self.out(self.hidden(x.flatten(1)))
-
-
-def padded_length(length: int) -> int:
-    """What a sequence is padded to, by its own length alone: the next of 64, 80, 96, 112, 128, 160, ... (four an octave),
-    so that batches hold similar lengths and an answer does not depend on the batch."""
-    if length <= BaselineCNN.MIN_LENGTH:
-        return BaselineCNN.MIN_LENGTH
-    step = 1 << max(0, (length - 1).bit_length() - 3)
-    return -(-length // step) * step
 
 
 def cnn_baseline(
