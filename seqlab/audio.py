@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
 
@@ -300,12 +300,3 @@ class WavFile:
 def pcm16(samples: np.ndarray) -> np.ndarray:
     """float32 in [-1, 1] -> little-endian int16."""
     return np.clip(np.rint(np.asarray(samples, np.float32) * 32768), -32768, 32767).astype("<i2")
-
-
-def write_wav(path: Path, sample_rate: int, blocks: Iterable[np.ndarray]) -> None:
-    file = WavFile(path, sample_rate)
-    try:
-        for block in blocks:
-            file.write(block)
-    finally:
-        file.close()

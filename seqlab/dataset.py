@@ -11,7 +11,6 @@ on another number of ranks, sees the windows that an uninterrupted one would hav
 """
 
 import difflib
-import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -208,17 +207,6 @@ class TokenStore:
             raise ValueError(f"position {position} is outside the dataset, 0..{self.total - 1}")
         index = int(np.searchsorted(self.offsets, position, side="right")) - 1
         return self.names[index], int(position - self.offsets[index])
-
-    def sequence_index(self, name: str) -> int:
-        """Index of a sequence by name. Raises UserError naming the nearest."""
-        try:
-            return self._index_of[name]
-        except KeyError:
-            raise UserError(f"{name!r}: no such sequence in {self.directory}; {nearest(name, self.names)}") from None
-
-    @functools.cached_property
-    def _index_of(self) -> dict[str, int]:
-        return {name: i for i, name in enumerate(self.names)}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

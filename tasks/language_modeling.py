@@ -31,7 +31,6 @@ from seqlab.training.optim import OptimConfig
 from seqlab.training.task import Batch
 
 FIRST_BASE, LAST_BASE = nucleotide.BASES[0], nucleotide.BASES[-1]  # A, C, G, T are consecutive ids
-NOT_SCORED = -1
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,6 @@ def test_soft_mask_of_any_stretch(mask, data):
 
 def test_places_have_names(store):
     assert [store.locate(p) for p in (0, 599, 600, 999)] == [("s0", 0), ("s0", 599), ("s1", 0), ("s1", 399)]
-    assert store.sequence_index("s1") == 1
-    with pytest.raises(UserError, match="'S1': no such sequence in .*; did you mean 's1'"):
-        store.sequence_index("S1")
     with pytest.raises(ValueError, match="outside"):
         store.locate(1000)
 

@@ -14,7 +14,6 @@ import hashlib
 import operator
 from pathlib import Path
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -424,7 +423,3 @@ def softplus(work, x):
     e = exp(select_positive(x, zero - x, x))
     slope = one / (one + e)
     return select_positive(x, x, zero) + log1p_unit(e), select_positive(x, slope, slope * e)
-
-
-STORAGE = {"bfloat16": np.uint16(0), "float32": np.float32(0), "float64": np.float64(0)}
-"""Witness for `like`, by the name of the torch dtype."""
