@@ -1,12 +1,18 @@
 """Run directories of every task: train into one, load one, say which task it belongs to.
 
-A task's module offers what this file needs of it:
+A task's module is listed in MODULES and offers
 
     NAME                         the word in `seqlab train NAME` and in the config's `task:`
     Config                       its dataclass; `task: Literal[NAME]`, and parts called `optim` and `train`
     build_model(config) -> nn.Module    everything the shape of the weights depends on is in the config
+    train(config, ...) -> FitResult     checks what it was given, then calls `train` below
+    evaluate_run(run, ...)       an evaluation beside baselines: any object, which the next two understand
+    evaluation_dict(evaluation) -> dict     as plain values
+    write_report(run_dir, evaluation, name, out) -> Path    report, plots and those values, as files
+    example(config, rows, length)       only of a task that can be planned: see tasks/planning.py
+    output_names(config), interpret(config, outputs)    only of one that `predict` can use: names of the columns; labels and values
 
-and is listed in `task_module`. What is evaluated, and how, is the task's own.
+tasks/commands/evaluate.py calls `evaluate_run`, whose arguments differ a little, and prints what came out.
 """
 
 import importlib
