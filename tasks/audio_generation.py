@@ -31,6 +31,7 @@ import torch
 
 from seqlab import report
 from seqlab.audio import WavFile, pcm16, read_mono
+from seqlab.dataset import nearest
 from seqlab.errors import UserError
 from seqlab.files import write_atomic, write_json, write_text
 from seqlab.inference.runaway import RunawayDetector
@@ -220,7 +221,7 @@ class Generator:
     # -- to files --------------------------------------------------------------------------------------------------
     def to_folder(self, out: Path, resume: bool = False) -> Outcome:
         """Generate into `out`; with `resume`, go on where a stop left it. `finished` is False after Ctrl-C."""
-        with self._ctrl_c_stops():
+        with _StopOnInterrupt(self._stop):
             return self._to_folder(Path(out), resume)
 
     def _to_folder(self, out: Path, resume: bool) -> Outcome:
@@ -251,8 +252,11 @@ class Generator:
             sums, done = np.zeros(len(group)), 0
             lead = len(self.prompt) if s.with_prompt else 0
             if saved is not None and saved["done"] is not None:
-                decoder.load_state_dict(saved["decoder"])
-                detector.load_state_dict(saved["detector"])
+                try:
+                    decoder.load_state_dict(saved["decoder"])
+                    detector.load_state_dict(saved["detector"])
+                except (ValueError, TypeError, KeyError) as error:  # the run was trained anew meanwhile, with another shape
+                    raise UserError(f"{out}: cannot go on ({error}); generate again with --overwrite instead of --resume") from None
                 sums, done = np.array(saved["sums"]), saved["done"]
                 files = [WavFile(out / name_of(i), self.rate, keep=lead + done) for i in group]
             else:
@@ -417,12 +421,10 @@ class Generator:
             shown.append((title + "".join(f"  {mark}" for mark in row["marks"]), wave))
         report.plot_contact_sheet(shown, self.rate, out / "contact_sheet.png")
 
-    def _ctrl_c_stops(self):
-        """While this lasts, Ctrl-C asks for a stop after the block; a second one stops at once."""
-        return _StopOnInterrupt(self._stop)
-
 
 class _StopOnInterrupt:
+    """While this lasts, Ctrl-C asks for a stop after the block; a second one stops at once."""
+
     def __init__(self, stop: threading.Event):
         self.stop = stop
 
@@ -462,8 +464,6 @@ def name_of(index: int) -> str:
 
 
 def class_index(labels: tuple[str, ...], name: str) -> int:
-    from seqlab.dataset import nearest
-
     if not labels:
         raise UserError(f"--class {name}: this run was trained without classes; prepare data with --label-from")
     if name not in labels:

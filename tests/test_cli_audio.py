@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from test_cli import ROOT, error_of, run
 from typer.testing import CliRunner
 
@@ -67,8 +69,6 @@ def test_eval_by_context_beside_the_predictors(trained):
 
 
 def test_resume_goes_on(trained, tmp_path):
-    import shutil
-
     shutil.copytree(trained / "run", tmp_path / "r")
     run("train", "audio", "--resume", "--out", tmp_path / "r", "--max-steps", 23)
     assert json.loads((tmp_path / "r" / "run.json").read_text())["result"]["steps"] == 23
@@ -219,6 +219,13 @@ def test_stopped_and_resumed_equals_uninterrupted(number, trained, tmp_path):
         assert process.returncode == 130 and "generate audio --resume --out" in stderr and "Traceback" not in stderr, stderr
     left = len(samples(path)[1])
     assert left > 1000 and (tmp_path / "cut" / ".state.pt").is_file()
+    if number == signal.SIGINT:  # of a run that was trained anew, with other sizes: it was "unexpected"
+        shutil.copytree(tmp_path / "cut", tmp_path / "other")
+        state = torch.load(tmp_path / "other" / ".state.pt", weights_only=True)
+        name = next(key for key in state["decoder"] if key.endswith(".ssm"))
+        state["decoder"][name] = state["decoder"][name][:, :-1]
+        torch.save(state, tmp_path / "other" / ".state.pt")
+        assert "cannot go on" in error_of("generate", "audio", "--resume", "--out", tmp_path / "other")
     # a shorter end than was asked for, so that the test is soon over
     facts = tmp_path / "cut" / "generation.json"
     data = json.loads(facts.read_text())
