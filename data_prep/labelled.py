@@ -31,6 +31,7 @@ import numpy as np
 from data_prep.files import SourceFile, check_source, output_directory, sync, write_synced
 from data_prep.genome import WHITESPACE, is_count, parse_records
 from data_prep.intervals import Interval, chains, joined, sharing
+from data_prep.near_copies import copied, families, sketch
 from seqlab.classification.dataset import sequence_key, strata, stratified_parts
 from seqlab.classification.metrics import KINDS
 from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
@@ -44,6 +45,7 @@ HEADER_PATTERN = r"[|\s](?:label=)?([^|\s]+)\s*$"
 """Label in a FASTA header by default: the last field after a | or a blank, with or without `label=`."""
 MANY_CLASSES = 1000
 Duplicates = Literal["drop", "keep", "error"]
+NearCopies = Literal["apart", "together"]
 Progress = Callable[[int, int], None]
 
 
@@ -105,6 +107,7 @@ def prepare_labelled(
     test_share: float = 0.2,
     seed: int = 0,
     duplicates: Duplicates = "drop",
+    near_copies: NearCopies = "apart",
     skip_bad: bool = False,
     overwrite: bool = False,
     extra: dict[str, Any] | None = None,
@@ -115,6 +118,8 @@ def prepare_labelled(
     test_share: share of the sequences that test where the records bring no split.
     duplicates: what to do about sequences on both sides of a split: drop them from the training (or validation) side,
         keep them (and say so), or stop with an error.
+    near_copies: "together": sequences that share half or more of their 32-mers are on one side of a split that is made here;
+        "apart": each is dealt out by itself, and those that test and have near copies in training are counted.
     skip_bad: leave out sequences that are empty, hold no A, C, G or T or have no label, and count them; else they are errors.
     extra: further keys of the manifest.
 
@@ -125,6 +130,8 @@ def prepare_labelled(
         raise UserError(f"--test-share {test_share}: must lie in [0, 1)")
     if duplicates not in ("drop", "keep", "error"):
         raise UserError(f"--duplicates {duplicates}: unknown; use drop, keep or error")
+    if near_copies not in ("apart", "together"):
+        raise UserError(f"--near-copies {near_copies}: unknown; use apart or together")
     summary = Summary()
     with output_directory(out, overwrite) as directory:
         names, raw_labels, splits, keys, places, offsets = [], [], [], [], [], [0]
@@ -159,9 +166,15 @@ def prepare_labelled(
         where = list(seen_names.values())
         kind, classes, label_array = _resolve_labels(raw_labels, labels, where)
         key_array = np.array(keys, np.uint64)
+        stored = np.memmap(directory / "tokens.bin", np.uint8, "r")
+        found = sketch(stored, offsets)
+        del stored
         groups = key_array[joined(key_array, chains(places))] if places else key_array
-        split, rule = _resolve_splits(splits, label_array, kind, key_array, groups, test_share, seed, where)
+        if near_copies == "together":
+            groups = key_array[joined(groups, families(found))]
+        split, rule = _resolve_splits(splits, label_array, kind, key_array, groups, test_share, seed, where, near_copies)
         kept, report = _leaks(split, key_array, label_array, duplicates, names)
+        report["near_copies"] = int(copied(found, kept & (split == 0), kept & (split == 2)).sum())
         if places:
             report["sharing_bases_with_test"] = _overlapping(places, split, kept)
         _check_classes(kind, classes, label_array[kept], split[kept], int((~kept).sum()), labels.kind == "auto")
@@ -174,7 +187,7 @@ def prepare_labelled(
             with open(directory / "tokens.bin", "rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
         arrays = {"offsets": np.array(offsets, np.int64), "labels": label_array, "split": split, "keys": key_array}
-        if places:
+        if places or near_copies == "together":
             arrays["groups"] = groups
         for name, array in arrays.items():
             with open(directory / f"{name}.npy", "wb") as file:
@@ -369,13 +382,15 @@ def _case_trap(summary: Summary, kind: str) -> bool:
 
 
 # -- splits and duplicates -----------------------------------------------------------------------------------------
-def _resolve_splits(splits, labels, kind, keys, groups, test_share, seed, where) -> tuple[np.ndarray, str]:
+def _resolve_splits(splits, labels, kind, keys, groups, test_share, seed, where, near_copies) -> tuple[np.ndarray, str]:
     """(n) uint8 codes into SPLITS and the rule, for the manifest. Rows of one group (n) stay together, if that leaves enough to
     train and to test on; those of one key (n) always do."""
     given = [code for code in splits if code is not None]
     if given:
         if len(given) < len(splits):
             raise UserError(f"{where[splits.index(None)]}: no split; either every sequence has one or none has")
+        if near_copies == "together":
+            raise UserError("--near-copies together: the files bring a split already; leave one of them out")
         code = np.array(splits, np.uint8)
         rule = "as given in the files"
         if not (code == 1).any():
@@ -386,8 +401,15 @@ def _resolve_splits(splits, labels, kind, keys, groups, test_share, seed, where)
     stratum = strata(labels, kind)
     parts, together = stratified_parts(stratum, groups, (test_share,), seed), ""
     if not np.array_equal(groups, keys):
-        together = "intervals that share bases are on one side; "
+        what = "near copies" if near_copies == "together" else "intervals that share bases"
+        together = f"{what} are on one side; "
         if not _is_enough(stratum, parts == 0, test_share):
+            if near_copies == "together":
+                most = int(np.unique(groups, return_counts=True)[1].max())
+                raise UserError(
+                    f"--near-copies together: leaves no fair split, {most:,} of {len(keys):,} sequences are one family of near copies; "
+                    "bring a split of your own, or leave the option out"
+                )
             parts, together = stratified_parts(stratum, keys, (test_share,), seed), "intervals overlap too much to be kept apart; "
     code = np.where(parts == 0, 2, 0).astype(np.uint8)
     return code, (

@@ -28,12 +28,12 @@ import numpy as np
 
 from data_prep.files import Table, check_source, output_directory, write_synced
 from data_prep.genome import Progress, find_duplicates, manifest_text, write_sequences
+from data_prep.kmers import KMER, kmer_hashes, sampled
 from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
 
 DEFAULT_BLOCK = 65_536
-KMER = 32  # 2 bits a base: one 64-bit word
 SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".gb", ".gbk", ".gbff")
 
 
@@ -332,33 +332,8 @@ def _sketch(tokens: np.ndarray, classes: list[str], sequences: list[dict], rows:
             piece = tokens[offset + at : offset + min(at + (1 << 16) + KMER - 1, end)]
             if len(piece) >= KMER:
                 hashes = kmer_hashes(np.asarray(piece))
-                into.append(hashes[hashes < np.uint64(2**64 // scale - 1)])
+                into.append(hashes[sampled(hashes, scale)])
     return kept
-
-
-def kmer_hashes(tokens: np.ndarray) -> np.ndarray:
-    """uint64 hashes of the 32-mers of a piece (l >= 32), equal for a k-mer and its reverse complement; k-mers that hold
-    anything but A, C, G, T are left out."""
-    code = tokens.astype(np.int16) - nucleotide.A
-    is_base = (code >= 0) & (code < 4)
-    code = np.where(is_base, code, 0).astype(np.uint64)
-    bad = np.concatenate([[0], np.cumsum(~is_base)])
-    clean = bad[KMER:] == bad[:-KMER]
-    canonical = np.minimum(_words(code), _words(np.uint64(3) - code[::-1])[::-1])[clean]
-    with np.errstate(over="ignore"):  # splitmix64's output function
-        x = canonical + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _words(code: np.ndarray) -> np.ndarray:
-    """All 32-mers of 2-bit codes as 64-bit words: 1-mers, joined to 2-mers, to 4-mers, ... five times."""
-    word, k = code, 1
-    while k < KMER:
-        word = (word[:-k] << np.uint64(2 * k)) | word[k:]
-        k *= 2
-    return word
 
 
 def close_relatives(manifest: dict[str, Any], least: float = 0.02) -> Iterator[tuple[str, str, float]]:

@@ -461,6 +461,7 @@ class Evaluation:
     labels: np.ndarray
     predictions: dict[str, np.ndarray]
     benchmark: dict[str, Any] | None
+    near_copies: int = 0  # of the test split: sequences with half or more of their 32-mers in the training split
 
     @property
     def main(self) -> str:
@@ -545,6 +546,7 @@ def evaluate_run(
         labels=labels_of_best,
         predictions=kept,
         benchmark=store.manifest.get("benchmark"),
+        near_copies=store.manifest["duplicates"].get("near_copies", 0) if split == "test" else 0,
     )
 
 
@@ -699,11 +701,22 @@ def evaluation_dict(evaluation: Evaluation) -> dict[str, Any]:
         "seeds": list(evaluation.seeds),
         "best_seed": evaluation.best_seed,
         "n": evaluation.n,
+        "near_copies": evaluation.near_copies,
         "metric": evaluation.main,
         "predictors": predictors,
         "benchmark": evaluation.benchmark,
         "published": [dict(zip(("model", "score", "source"), row)) for row in published_rows(evaluation)],
     }
+
+
+def near_copies_line(evaluation: Evaluation) -> str:
+    """A sentence where part of the scores may be memory, else nothing."""
+    if not evaluation.near_copies:
+        return ""
+    return (
+        f" {evaluation.near_copies:,} of them share half or more of their 32-mers with the training split of the dataset: there every "
+        "score is memory in part."
+    )
 
 
 def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation", out: Path | None = None) -> Path:
@@ -719,7 +732,8 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
         f"{evaluation.n:,} sequences of the {evaluation.split} split of {evaluation.dataset}, {seeds} seed{'s' * (seeds != 1)}; the "
         "range is the smallest and largest over seeds. Baselines learn from each seed's training split and choose on its validation "
         "split. Plots show the seed with the best validation."
-        + (f" F1 is of class {evaluation.classes[1]}." if evaluation.kind == "binary" else ""),
+        + (f" F1 is of class {evaluation.classes[1]}." if evaluation.kind == "binary" else "")
+        + near_copies_line(evaluation),
         "",
     ]
     if known := published_rows(evaluation):

@@ -163,6 +163,9 @@ def prep_labelled(
     test_share: Annotated[float, typer.Option("--test-share", help="Share that tests, where no split is given.")] = 0.2,
     seed: Annotated[int, typer.Option("--seed", help="Of the split.")] = 0,
     duplicates: Annotated[str, typer.Option("--duplicates", help="Of test sequences in training: drop, keep or error.")] = "drop",
+    near_copies: Annotated[
+        str, typer.Option("--near-copies", help="Sequences that share half of their 32-mers: apart or together in a split made here.")
+    ] = "apart",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out sequences without label or bases, and count them.")] = False,
     overwrite: Overwrite = False,
     json_out: Json = None,
@@ -197,7 +200,7 @@ def prep_labelled(
     )  # fmt: skip
     with bar:
         dataset = prepare_labelled(
-            records, reader.sources, out, labels=options, test_share=test_share, seed=seed, duplicates=duplicates,
+            records, reader.sources, out, labels=options, test_share=test_share, seed=seed, duplicates=duplicates, near_copies=near_copies,
             skip_bad=skip_bad, overwrite=overwrite,
         )  # fmt: skip
     manifest = json.loads((dataset / "manifest.json").read_text())
@@ -228,13 +231,19 @@ def _print_labelled(manifest: dict, dataset: Path) -> None:
     if manifest["case_gives_labels_away"]:
         note("Case gives the label away in this file: lower-case letters occur in one class only. The model never sees case.")
     note(f"Splits: {manifest['split_rule']}")
-    found = manifest["duplicates"]
+    found, rule = manifest["duplicates"], manifest["split_rule"]
     if found["repeats"]:
         conflict = found["repeats_with_another_label"]
         note(
             f"{found['repeats']:,} sequences repeat another (as they are or reverse complemented), {conflict:,} of them with another "
             f"label; {found['leaking']:,} were on both sides of a split"
             + (f" ({found['action']})." if found["leaking"] else ".")
+        )
+    if n := found["near_copies"]:
+        note(
+            f"{n:,} of the {manifest['splits']['test']:,} test sequences share half or more of their 32-mers with the training split (overlapping "
+            "windows, alleles, repeats): scores on them are memory in part."
+            + (" --near-copies together keeps them on one side." if "stratified" in rule and "near copies" not in rule else "")
         )
     if n := found.get("sharing_bases_with_test"):
         note(f"{n:,} intervals that train or validate share bases with one that tests; a split of your own, by chromosome, has none.")
