@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.kmers import KMER, placed_kmers, sampled
 
-MOST = 8_000_000
+MOST = 4_000_000
 """32-mers that are looked at."""
 SHARE = 0.5
 _ALL_PAIRS = 8  # sequences with one 32-mer of which every two are compared; of more, those next to each other
