@@ -294,10 +294,11 @@ def prep_benchmark(
     def human() -> None:
         rows = [
             [dataset.name, str(len(m["classes"])), *(f"{m['splits'][s]:,}" for s in ("train", "test")), f"{m['lengths']['median']:,.0f}",
-             f"{m['duplicates']['leaking']:,}"]
+             f"{m['duplicates']['leaking']:,}", f"{m['duplicates']['near_copies']:,}"]
             for dataset, m in zip(made, manifests)
         ]  # fmt: skip
-        print_table(f"{out}: {suite}", ["task", "classes", "train", "test", "median length", "train in test"], rows)
+        print_table(f"{out}: {suite}", ["task", "classes", "train", "test", "median length", "train in test", "near train"], rows)
+        note("Train in test: the same sequence. Near train: test sequences with half or more of their 32-mers in the training split.")
         preset = "genomic_benchmarks" if suite == SUITES[0] else "nucleotide_transformer_tasks"
         note(f"Next:  {program()} train classify --data {quoted(made[0])} --config {preset} --init RUN")
 
