@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqlab.ops import dispatch
+
 ROWS = 1 << 16
 """Positions whose one-hot matrix exists at a time in the backward pass."""
 
@@ -37,6 +39,8 @@ class TokenEmbedding(nn.Embedding):
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"ids must be integers, got {ids.dtype} of shape {tuple(ids.shape)}; one-hot letters: letters.argmax(-1)")
         ids = ids.long()
-        if ids.is_cuda and ids.numel() and torch.is_grad_enabled() and self.weight.requires_grad:
-            return _Lookup.apply(self.weight, ids)
-        return F.embedding(ids, self.weight)
+        if not (ids.is_cuda and ids.numel() and torch.is_grad_enabled() and self.weight.requires_grad):
+            return F.embedding(ids, self.weight)
+        if not torch.compiler.is_compiling() and dispatch.transforming():  # which know torch's own operators
+            return F.embedding(ids, self.weight)
+        return _Lookup.apply(self.weight, ids)

@@ -29,6 +29,21 @@ def test_ids_of_any_integer_type_and_no_ids():
     assert table(torch.empty(0, 3, dtype=torch.uint8)).shape == (0, 3, 2)
 
 
+def test_derivatives_of_other_kinds_go_through_torch(monkeypatch):
+    """On a GPU torch.func.grad of a whole model stopped here, and forward-mode derivatives did."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))  # as far as the table can see
+    table, ids, cotangent = TokenEmbedding(5, 3), torch.tensor([[1, 4, 1]]), torch.randn(1, 3, 3)
+
+    def loss(weight):
+        return (torch.func.functional_call(table, {"weight": weight}, (ids,)) * cotangent).sum()
+
+    assert type(table(ids).grad_fn).__name__ == "_LookupBackward"
+    expected = torch.autograd.grad((table(ids) * cotangent).sum(), table.weight)[0]
+    weight, tangent = table.weight.detach(), torch.randn(5, 3)
+    torch.testing.assert_close(torch.func.grad(loss)(weight), expected)
+    torch.testing.assert_close(torch.func.jvp(loss, (weight,), (tangent,))[1], (expected * tangent).sum())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_the_same_bits_twice_on_a_gpu():

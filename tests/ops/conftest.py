@@ -7,6 +7,9 @@ import torch
 from seqlab.ops.causal_conv1d import cpu as conv_cpu
 from seqlab.ops.selective_scan import cpu as scan_cpu
 
+with torch.device("meta"):  # here torch learns what its constructors are, once: not the poisoned ones, which later tests have no more
+    torch.empty(0)
+
 
 class _PoisonedNumpy:
     """numpy, but `empty` holds 0xFF bytes: NaN in any floating type."""
