@@ -8,9 +8,13 @@ with one pseudo-count `a` per order, chosen on the validation split. Contexts ar
 over the border of a split's interval: where fewer than k such bases come before a base, the longest clean context there is
 decides, with that lower order's counts and pseudo-count. Fitting on both strands counts every (k+1)-mer and its reverse
 complement.
+
+A masked language model sees what comes after a base too, so beside it stand models of the k bases on either side, k up to half
+of the highest order, by the same counts: those of (2k+1)-mers with b in the middle. They see no more than the model does: a base
+that is masked ends a context as a border does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +32,9 @@ _COUNTER = np.uint32  # of the tables of order 10 and more; the smaller ones, wh
 
 # Codes of k-mers: A C G T = 0 1 2 3, the last base is the least significant digit in base 4; so the codes of an order-k
 # table are context * 4 + base, and dropping the most significant digit drops the farthest base of the context.
+Hidden = Callable[[np.ndarray], np.ndarray]
+"""Global positions (n) -> which of them are masked (n) bool."""
+
 _BREAK = 4  # anything but a base, and the border of an interval
 _DIGIT = nucleotide.DIGITS
 
@@ -44,13 +51,15 @@ class MarkovScore:
 class MarkovModels:
     """Fitted models of order 0 to max_order.
 
-    counts[k]: (4^(k+1),) how often each (k+1)-mer was seen, by code; pseudo_counts[k]: the `a` of order k.
+    counts[k]: (4^(k+1),) how often each (k+1)-mer was seen, by code; pseudo_counts[k]: the `a` of order k; side_pseudo_counts[k]:
+    that of k bases on either side.
     """
 
     def __init__(self, counts: list[np.ndarray], pseudo_counts: list[float] | None = None):
         self.counts = counts
         self.pseudo_counts = pseudo_counts or [_DEFAULT_PSEUDO_COUNT] * len(counts)
         self.max_order = len(counts) - 1
+        self.side_pseudo_counts = [_DEFAULT_PSEUDO_COUNT] * (self.max_order // 2 + 1)
 
     def score_positions(self, store: TokenStore, positions: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Score the bases at global `positions` (n,), in any order: {order: (bits (n,) float64, hit (n,) bool)}.
@@ -58,19 +67,28 @@ class MarkovModels:
         bits is -log2 of the probability of the base that is there, hit whether it was the likeliest (the first in A C G
         T of equals). Raises ValueError for a position outside the store or that holds no A, C, G or T.
         """
+        return self._score(store, positions, self.pseudo_counts, self._seen)
+
+    def score_both_sides(self, store: TokenStore, positions: np.ndarray, hidden: Hidden) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """`score_positions` of the models of k bases on either side, k = 1 .. max_order / 2. Where fewer than k bases that are not
+        `hidden` lie on both sides, as many as do decide."""
+        found = self._score(store, positions, self.side_pseudo_counts, _both_sides(self, hidden))
+        return {k: scores for k, scores in found.items() if k}
+
+    def _score(self, store: TokenStore, positions, pseudo_counts: list[float], seen_of) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         positions = np.asarray(positions, np.int64).reshape(-1)
         if len(positions) and not (0 <= positions.min() and positions.max() < store.total):
             raise ValueError(f"positions must lie in 0 .. {store.total - 1}, got {positions.min()} .. {positions.max()}")
-        orders = range(self.max_order + 1)
+        orders = range(len(pseudo_counts))
         bits = {k: np.empty(len(positions)) for k in orders}
         hits = {k: np.empty(len(positions), bool) for k in orders}
         borders = _borders(store)
         for at in range(0, len(positions), _CHUNK):
             part = slice(at, at + _CHUNK)
-            for k, rows, seen, base in self._seen(store, positions[part], borders):
+            for k, rows, seen, base in seen_of(store, positions[part], borders):
                 if k:  # rows whose context is too short keep the lower order's prediction
                     bits[k][part], hits[k][part] = bits[k - 1][part], hits[k - 1][part]
-                a = self.pseudo_counts[k]
+                a = pseudo_counts[k]
                 of_base = seen[np.arange(len(base)), base]
                 bits[k][part][rows] = np.log2(seen.sum(1) + 4 * a) - np.log2(of_base + a)
                 hits[k][part][rows] = seen.argmax(1) == base
@@ -96,10 +114,7 @@ class MarkovModels:
     ) -> Iterator[tuple[int, np.ndarray | slice, np.ndarray, np.ndarray]]:
         """For each order k: (k, which positions have a clean context of k bases, how often each base was seen after that
         context (rows 4), the base that is there (rows,))."""
-        base = _DIGIT[store.tokens[positions]].astype(np.int64)
-        if (base == _BREAK).any():
-            bad = positions[base == _BREAK][0]
-            raise ValueError(f"position {bad} ({':'.join(map(str, store.locate(int(bad))))}) holds no A, C, G or T")
+        base = _bases(store, positions)
         start = borders[np.searchsorted(borders, positions, side="right") - 1]
         rows: np.ndarray | slice = slice(None)
         context = np.zeros(len(positions), np.int64)
@@ -117,35 +132,74 @@ class MarkovModels:
             yield k, rows, self.counts[k].reshape(-1, 4)[context].astype(np.int64), base
 
 
+def _bases(store: TokenStore, positions: np.ndarray) -> np.ndarray:
+    """The bases at positions (n), A C G T = 0 1 2 3, int64. Raises ValueError for anything else."""
+    base = _DIGIT[store.tokens[positions]].astype(np.int64)
+    if (base == _BREAK).any():
+        bad = positions[base == _BREAK][0]
+        raise ValueError(f"position {bad} ({':'.join(map(str, store.locate(int(bad))))}) holds no A, C, G or T")
+    return base
+
+
+def _both_sides(models: MarkovModels, hidden: Hidden):
+    """What `MarkovModels._seen` is to contexts before a base, for contexts on both sides of it."""
+
+    def seen_of(store: TokenStore, positions: np.ndarray, borders: np.ndarray):
+        base, each = _bases(store, positions), np.arange(4)
+        after = np.searchsorted(borders, positions, side="right")
+        start, end = borders[after - 1], np.append(borders, store.total)[after]
+        rows: np.ndarray | slice = slice(None)
+        left, right = np.zeros(len(positions), np.int64), np.zeros(len(positions), np.int64)
+        for k in range(len(models.side_pseudo_counts)):
+            if k:
+                keep = (positions - k >= start) & (positions + k < end)
+                digits = []
+                for at in (positions - k, positions + k):
+                    at = np.where(keep, at, positions)
+                    digits.append(_DIGIT[store.tokens[at]].astype(np.int64))
+                    keep &= (digits[-1] != _BREAK) & ~(hidden(at) & (at != positions))
+                rows = np.flatnonzero(keep) if isinstance(rows, slice) else rows[keep]
+                positions, start, end, base = positions[keep], start[keep], end[keep], base[keep]
+                left = left[keep] + (digits[0][keep] << (2 * (k - 1)))
+                right = right[keep] * 4 + digits[1][keep]
+            code = ((left[:, None] * 4 + each) << (2 * k)) + right[:, None]
+            yield k, rows, models.counts[2 * k][code].astype(np.int64), base
+
+    return seen_of
+
+
 def fit(
-    store: TokenStore, split: str = "train", *, max_order: int = MAX_ORDER, both_strands: bool = True
+    store: TokenStore, split: str = "train", *, max_order: int = MAX_ORDER, both_strands: bool = True, hidden: Hidden | None = None
 ) -> MarkovModels:
     """Count a split, once; choose each order's pseudo-count among PSEUDO_COUNTS on the validation split (at most 500,000
-    of its bases, evenly spread), or use 1 if there is none. Raises UserError for a split without any A, C, G or T."""
+    of its bases, evenly spread), or use 1 if there is none; with `hidden` also those of contexts on both sides. Raises UserError
+    for a split without any A, C, G or T."""
     if not 0 <= max_order <= MAX_ORDER:
         raise ValueError(f"max_order must lie in 0 .. {MAX_ORDER}, got {max_order}")
     models = MarkovModels(_count(store, split, max_order, both_strands))
     if not models.counts[0].any():
         raise UserError(f"{store.directory}: the {split} split holds no A, C, G or T; prepare other splits")
     if split != "valid":
-        models.pseudo_counts = _choose_pseudo_counts(models, store)
+        models.pseudo_counts = _choose_pseudo_counts(store, models.pseudo_counts, models._seen)
+        if hidden is not None:
+            models.side_pseudo_counts = _choose_pseudo_counts(store, models.side_pseudo_counts, _both_sides(models, hidden))
     return models
 
 
-def _choose_pseudo_counts(models: MarkovModels, store: TokenStore) -> list[float]:
+def _choose_pseudo_counts(store: TokenStore, default: list[float], seen_of) -> list[float]:
     intervals = store.intervals("valid")
     ends = np.cumsum(intervals[:, 1] - intervals[:, 0])
     if not len(ends):
-        return models.pseudo_counts
+        return default
     # evenly spread over the split, then only the bases
     number = np.unique(np.linspace(0, ends[-1] - 1, min(int(ends[-1]), _SELECTION_POSITIONS)).astype(np.int64))
     index = np.searchsorted(ends, number, side="right")
     positions = intervals[index, 1] - (ends[index] - number)
     positions = positions[_DIGIT[store.tokens[positions]] != _BREAK]
     if not len(positions):
-        return models.pseudo_counts
+        return default
     chosen = []
-    for _, _, seen, base in models._seen(store, positions, _borders(store)):
+    for _, _, seen, base in seen_of(store, positions, _borders(store)):
         of_base, total = seen[np.arange(len(base)), base], seen.sum(1)
         cost = [float((np.log2(total + 4 * a) - np.log2(of_base + a)).sum()) for a in PSEUDO_COUNTS]
         chosen.append(PSEUDO_COUNTS[int(np.argmin(cost))] if len(base) else _DEFAULT_PSEUDO_COUNT)

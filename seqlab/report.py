@@ -23,7 +23,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def evaluation_rows(evaluation: Any) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table that `eval` prints: the model by context length, then the Markov models by order."""
+    """Header and rows of the table that `eval` prints: the model by context length, then what it is measured against."""
     has_soft = any(s.bits_soft_masked is not None for s in evaluation.contexts.values())
     header = ["model", "bits/base", "perplexity", "accuracy"] + (["soft-mask", "other"] if has_soft else [])
 
@@ -38,27 +38,24 @@ def evaluation_rows(evaluation: Any) -> tuple[list[str], list[list[str]]]:
     for context, score in evaluation.contexts.items():
         note = " (trained)" if context == evaluation.trained_context else ""
         rows.append(row(f"context {context:,}{note}", score))
-    best = evaluation.best_markov[0]
-    for order, score in evaluation.markov.items():
-        rows.append(row(f"Markov order {order}{' (best)' if order == best else ''}", score))
+    best = evaluation.best_baseline[0]
+    for name, score in evaluation.baselines.items():
+        rows.append(row(f"{name}{' (best)' if name == best else ''}", score))
     return header, rows
 
 
 def evaluation_verdict(evaluation: Any) -> str:
     """One honest sentence: who won, by how much."""
     context, score = evaluation.best
-    order, markov = evaluation.best_markov
-    gap = markov.bits - score.bits
+    name, baseline = evaluation.best_baseline
+    order = name.removeprefix("Markov order ")
+    gap = baseline.bits - score.bits
     where = f"{evaluation.bases:,} bases of the {evaluation.split} split"
     if gap > 0:
-        return (
-            f"The model needs {score.bits:.4f} bits per base at context {context:,}, {gap:.4f} fewer than the best "
-            f"Markov model (order {order}, {markov.bits:.4f}) on the same {where}."
-        )
-    return (
-        f"The Markov model of order {order} wins: {markov.bits:.4f} bits per base against {score.bits:.4f} for the "
-        f"model at context {context:,}, on the same {where}."
-    )
+        what = f"Markov model (order {order}, {baseline.bits:.4f})" if order != name else f"counts of k-mers ({name}: {baseline.bits:.4f})"
+        return f"The model needs {score.bits:.4f} bits per base at context {context:,}, {gap:.4f} fewer than the best {what} on the same {where}."
+    what = f"The Markov model of order {order} wins" if order != name else f"Counts of k-mers win ({name})"
+    return f"{what}: {baseline.bits:.4f} bits per base against {score.bits:.4f} for the model at context {context:,}, on the same {where}."
 
 
 def evaluation_dict(evaluation: Any) -> dict:
@@ -82,6 +79,7 @@ def evaluation_dict(evaluation: Any) -> dict:
         "trained_context": evaluation.trained_context,
         "contexts": {str(c): plain(s) for c, s in evaluation.contexts.items()},
         "markov": {str(o): plain(s) for o, s in evaluation.markov.items()},
+        "both_sides": {str(k): plain(s) for k, s in evaluation.both_sides.items()},
     }
 
 
@@ -109,26 +107,23 @@ def save_figure(figure, path: Path) -> Path:
 
 
 def plot_evaluation(evaluation: Any, path: Path) -> Path:
-    """Bits per base against context length, with the Markov models as levels."""
+    """Bits per base against context length, with the baselines as levels."""
     figure, axes = new_figure()
     contexts = list(evaluation.contexts)
     bits = [s.bits for s in evaluation.contexts.values()]
     axes.plot(contexts, bits, "o-", color=MODEL, linewidth=2, markersize=5, label="model", zorder=3)
-    order, markov = evaluation.best_markov
-    axes.axhline(markov.bits, color=BASELINE, linewidth=1.6, label=f"best Markov model (order {order})")
-    shown = [o for o in (0, 3, 6, 9, 12) if o in evaluation.markov and o != order]
-    low, high = min(bits + [markov.bits]), max(bits + [markov.bits])
+    best, baseline = evaluation.best_baseline
+    axes.axhline(baseline.bits, color=BASELINE, linewidth=1.6, label=f"best of k-mer counts ({best})")
+    others = {f"order {o}": evaluation.markov[o].bits for o in (0, 3, 6, 9, 12) if o in evaluation.markov and f"Markov order {o}" != best}
+    low, high = min(bits + [baseline.bits]), max(bits + [baseline.bits])
     room = max(0.02, 0.5 * (high - low))
-    labelled = [markov.bits]
-    for other in shown:
-        level = evaluation.markov[other].bits
+    labelled = [baseline.bits]
+    for name, level in others.items():
         is_clear = all(abs(level - taken) > 0.04 * (high - low + 2 * room) for taken in labelled)
         if low - room <= level <= high + room and is_clear:
             labelled.append(level)
             axes.axhline(level, color=BASELINE, linewidth=0.8, linestyle=":")
-            axes.annotate(
-                f"order {other}", (contexts[-1], level), fontsize=7, color=BASELINE, ha="right", va="bottom"
-            )
+            axes.annotate(name, (contexts[-1], level), fontsize=7, color=BASELINE, ha="right", va="bottom")
     axes.set_xscale("log", base=2)
     axes.set_ylim(low - room, high + room)
     if evaluation.trained_context in evaluation.contexts:

@@ -22,6 +22,7 @@ from tasks.language_modeling import (
     build_dna_model,
     evaluate,
     example_batch,
+    hidden_in_evaluation,
 )
 
 NAME, Config = "dna", DnaConfig
@@ -79,7 +80,8 @@ def evaluate_run(
     """Score a run on `store`, beside Markov models fitted on the training split of `training`."""
     for one in (store, training):
         check_kind(one)
-    markov: MarkovModels = fit(training, "train", max_order=run.config.eval.max_order, both_strands=True)
+    hidden = None if run.config.model.direction == "causal" else hidden_in_evaluation(run.config.masking)
+    markov: MarkovModels = fit(training, "train", max_order=run.config.eval.max_order, both_strands=True, hidden=hidden)
     return evaluate(
         run.model,
         run.config,
@@ -100,7 +102,7 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
     report.plot_evaluation(evaluation, plots / f"{name}.png")
     write_json(out / f"{name}.json", evaluation_dict(evaluation))
     header, rows = report.evaluation_rows(evaluation)
-    order, markov = evaluation.best_markov
+    baseline, best = evaluation.best_baseline
     lines = [f"# {run_dir.name}", "", report.evaluation_verdict(evaluation), "", report.markdown_table(header, rows), ""]
     lines += [
         f"{evaluation.bases:,} bases of the {evaluation.split} split scored, {evaluation.soft_masked:,} of them soft-masked; "
@@ -110,7 +112,7 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
         f"![bits per base by context](plots/{name}.png)",
         "",
     ]
-    level = (f"best Markov model (order {order}), test", markov.bits)
+    level = (f"best of k-mer counts ({baseline}), test", best.bits)
     lines += report.training_lines(run_dir, read_run_facts(run_dir), LanguageModeling.metric, plots, level)
     write_text(path := report.report_path(out, name), "\n".join(lines))
     return path

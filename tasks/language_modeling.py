@@ -11,7 +11,7 @@ true symbol is anything else are not scored.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -331,6 +331,11 @@ def evaluation_mask(starts: np.ndarray, length: int, rate: float) -> np.ndarray:
     return (position >> np.uint64(11)).astype(np.float64) / 2.0**53 < rate
 
 
+def hidden_in_evaluation(masking: MaskingConfig) -> Callable[[np.ndarray], np.ndarray]:
+    """Global positions (n) -> which of them a masked model is not shown in evaluation, (n) bool."""
+    return lambda positions: evaluation_mask(positions, 1, masking.rate)[:, 0]
+
+
 def evaluation_mask_batch(tokens: np.ndarray, starts: np.ndarray, rate: float) -> Batch:
     chosen = evaluation_mask(starts, tokens.shape[1], rate) & is_base(tokens)
     return {
@@ -365,11 +370,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a language model by context length, with Markov baselines on exactly the same bases."""
+    """Scores of a language model by context length, with baselines that count k-mers on exactly the same bases."""
 
     split: str
     contexts: dict[int, Score]
     markov: dict[int, Score]  # by order
+    both_sides: dict[int, Score]  # by bases on either side; of a model that sees both, else empty
     bases: int  # scored
     not_scored: int  # N and other symbols at target positions
     soft_masked: int  # of the scored ones
@@ -380,8 +386,15 @@ class Evaluation:
         return min(self.contexts.items(), key=lambda item: item[1].bits)
 
     @property
-    def best_markov(self) -> tuple[int, Score]:
-        return min(self.markov.items(), key=lambda item: item[1].bits)
+    def baselines(self) -> dict[str, Score]:
+        """What the model is measured against, by what tables call it."""
+        return {f"Markov order {order}": score for order, score in self.markov.items()} | {
+            f"both sides, {k} base{'s' * (k > 1)} each": score for k, score in self.both_sides.items()
+        }
+
+    @property
+    def best_baseline(self) -> tuple[str, Score]:
+        return min(self.baselines.items(), key=lambda item: item[1].bits)
 
 
 def default_contexts(trained: int, longest: int, limit: int, is_causal: bool) -> list[int]:
@@ -459,13 +472,16 @@ def evaluate(
             if progress is not None:
                 progress(done, total)
         scores[context] = _score(np.concatenate(nats) / math.log(2), np.concatenate(hits), soft)
-    markov_scores = {}
-    for order, (bits, hit) in markov.score_positions(store, all_positions).items():
-        markov_scores[order] = _score(bits, hit, soft)
+    markov_scores = {k: _score(*found, soft) for k, found in markov.score_positions(store, all_positions).items()}
+    both_sides = {}
+    if not is_causal:
+        seen = markov.score_both_sides(store, all_positions, hidden_in_evaluation(config.masking))
+        both_sides = {k: _score(*found, soft) for k, found in seen.items()}
     return Evaluation(
         split=split,
         contexts=scores,
         markov=markov_scores,
+        both_sides=both_sides,
         bases=len(all_positions),
         not_scored=not_scored,
         soft_masked=int(soft.sum()),

@@ -123,6 +123,40 @@ def test_agrees_with_a_dictionary_of_strings(genome, max_order, both_strands, ch
                     assert math.isnan(score.bits)
 
 
+def slow_sides(text: str, hidden: list[bool], at: int, most: int, counts: list[Counter], pseudo: list[float]) -> tuple[float, bool]:
+    """The same for the widest clean context of up to `most` bases on either side, none of them hidden."""
+    k = 0
+    while k < most and all(0 <= i < len(text) and text[i] in "ACGT" and not hidden[i] for i in (at - k - 1, at + k + 1)):
+        k += 1
+    seen = [counts[2 * k][text[at - k : at] + base + text[at + 1 : at + k + 1]] for base in "ACGT"]
+    index = "ACGT".index(text[at])
+    p = (seen[index] + pseudo[k]) / (sum(seen) + 4 * pseudo[k])
+    return -math.log2(p), seen.index(max(seen)) == index
+
+
+@settings(deadline=None, max_examples=60)
+@given(genomes(), st.integers(0, 5), st.sampled_from([7, 1 << 21]), st.integers(1, 5))
+def test_contexts_on_both_sides_agree_with_strings(genome, max_order, chunk, every):
+    sequences, rows = genome
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(markov, "_CHUNK", chunk)
+        store = make_store(Path(folder), sequences, rows)
+        counts = [slow_counts(pieces(sequences, rows, "train"), k, True) for k in range(max_order + 1)]
+        assume(counts[0])
+        models = fit(store, max_order=max_order, hidden=lambda positions: positions % every == 0)
+        assert len(models.side_pseudo_counts) == max_order // 2 + 1 and set(models.side_pseudo_counts) <= set(PSEUDO_COUNTS)
+        for start, end in [pair for split in SPLITS for pair in store.intervals(split).tolist()]:
+            text = "".join("ACGT"[t - 7] if 7 <= t < 11 else "N" for t in store.tokens[start:end])
+            scored = [at for at in range(len(text)) if text[at] in "ACGT"]
+            found = models.score_both_sides(store, np.array(scored, np.int64) + start, lambda positions: positions % every == 0)
+            assert list(found) == list(range(1, max_order // 2 + 1))
+            hidden = [position % every == 0 for position in range(start, end)]
+            for k, (bits, hits) in found.items():
+                expected = [slow_sides(text, hidden, at, k, counts, models.side_pseudo_counts) for at in scored]
+                np.testing.assert_allclose(bits, [b for b, _ in expected], rtol=1e-12)
+                assert hits.tolist() == [h for _, h in expected]
+
+
 def test_by_hand(tmp_path):
     store = make_store(tmp_path, ["ACACACAG", "ACAT"], [("s0", 0, 8, "train"), ("s1", 0, 4, "test")])
     models = fit(store, max_order=1, both_strands=False)

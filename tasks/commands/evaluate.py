@@ -150,6 +150,7 @@ def _print_dna(evaluation) -> None:
     note(
         f"{evaluation.soft_masked:,} of the scored bases are soft-masked; {evaluation.not_scored:,} positions were not "
         "scored (N or another symbol). Markov models: fitted on both strands of the same training split."
+        + (" Both sides: counts of k-mers with the base in the middle, no masked base in them." if evaluation.both_sides else "")
     )
 
 

@@ -9,11 +9,13 @@ import torch
 
 from cli import load_config, presets
 from data_prep.genome import prepare_genome
+from seqlab import report
 from seqlab.dataset import TokenStore
 from seqlab.errors import UserError
 from seqlab.markov import fit as fit_markov
 from seqlab.tokenizers import nucleotide
 from seqlab.training.fit import fit
+from tasks.dna import write_report
 from tasks.language_modeling import (
     DnaConfig,
     EvalConfig,
@@ -22,6 +24,7 @@ from tasks.language_modeling import (
     build_dna_model,
     evaluate,
     evaluation_mask,
+    hidden_in_evaluation,
     mask_tokens,
 )
 
@@ -242,6 +245,32 @@ def test_masked_evaluation_scores_the_same_bases_at_every_context(store, strand)
     assert scored == {result.bases}
     total = sum(end - start for start, end in store.intervals("test").tolist())
     assert result.bases == pytest.approx(0.15 * total, rel=0.25)
+    assert list(result.both_sides) == [1] and result.both_sides[1].bases == result.bases
+
+
+def test_a_masked_model_is_measured_against_what_sees_both_sides(tmp_path):
+    """A base that its two neighbours tell, and the one before does not: what comes before wins nothing there."""
+    rng = np.random.default_rng(0)
+    pairs = rng.integers(0, 4, (4000, 2))
+    text = "".join("ACGT"[a] + "ACGT"[(a + b) % 4] + "ACGT"[b] for a, b in pairs)
+    (tmp_path / "g.fa").write_text(f">s\n{text}\n")
+    store = TokenStore.open(prepare_genome([tmp_path / "g.fa"], tmp_path / "data"))
+    run = config(model__direction="bidirectional")
+    markov = fit_markov(store, "train", max_order=4, both_strands=False, hidden=hidden_in_evaluation(run.masking))
+    result = evaluate(trained_like(run), run, store, markov, contexts=[128])
+    assert list(result.both_sides) == [1, 2]
+    assert min(score.bits for score in result.both_sides.values()) < min(score.bits for score in result.markov.values()) - 0.02
+    name, best = result.best_baseline
+    assert name.startswith("both sides") and best is result.both_sides[int(name.split()[2])]
+    assert f"Counts of k-mers win ({name})" in report.evaluation_verdict(result)
+    assert [f"{name} (best)" in row for row, *_ in report.evaluation_rows(result)[1]].count(True) == 1
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run" / "metrics.csv").write_text("step\n")
+    written = write_report(tmp_path / "run", result)
+    assert written.name == "report.md" and f"Counts of k-mers win ({name})" in written.read_text()
+    causal = evaluate(trained_like(config()), config(), store, markov, contexts=[128])
+    assert causal.both_sides == {} and "Markov order" in causal.best_baseline[0]
 
 
 def test_evaluation_refuses_what_it_cannot_do(store):
