@@ -1,4 +1,5 @@
-"""Which process this is when a run has several, whether it has a terminal, and what its files may be; from the environment alone, so that it costs no import."""
+"""Which process this is when a run has several, whether it has a terminal, and what its files may be; from the environment
+alone, so that it costs no import."""
 
 import ctypes
 import os

@@ -168,8 +168,9 @@ choose._dynamo_marked_constant = True
 
 def layout(backend: str, tensors: tuple[torch.Tensor | None, ...], *options) -> tuple | None:
     """All that the checks of a call and its way through a native kernel depend on: everything but values and addresses.
-    None away from the GPU, while compiling and inside torch.func, whose tensors have no address. An operator keeps it with what it found out, which takes longer than a short
-    kernel, and skips all of that when it sees the same again. The first tensor is the data."""
+    None away from the GPU, while compiling and inside torch.func, whose tensors have no address. An operator keeps it with
+    what it found out, which takes longer than a short kernel, and skips all of that when it sees the same again. The first
+    tensor is the data."""
     if torch.compiler.is_compiling() or type(tensors[0]) is not torch.Tensor or not tensors[0].is_cuda or transforming():
         return None
     return (

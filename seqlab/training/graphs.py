@@ -171,8 +171,9 @@ def _set_sync_debug_mode(mode: str | int) -> None:
 
 
 class _GraphRecorder:
-    """Records what is called as a CUDA graph, after a rehearsal that fails where the host waits for the GPU. All records share one pool of memory: they are replayed one after the other,
-    and nothing of a step is needed after it but what it returned, whose places stay taken."""
+    """Records what is called as a CUDA graph, after a rehearsal that fails where the host waits for the GPU. All records share
+    one pool of memory: they are replayed one after the other, and nothing of a step is needed after it but what it returned,
+    whose places stay taken."""
 
     def __init__(self):
         self.pool = None

@@ -18,7 +18,6 @@ from seqlab.classification.baselines import (
     kmer_counts,
     kmer_frequencies,
     kmer_tables,
-    padded_length,
 )
 from seqlab.tokenizers import nucleotide
 
@@ -130,14 +129,6 @@ def test_the_network_is_the_published_one_at_1024():
 @pytest.mark.parametrize("length", [1, 57, 64, 200, 5000])
 def test_the_network_takes_any_length(length):
     assert BaselineCNN(3).eval()(torch.full((2, length), 7)).shape == (2, 3)
-
-
-def test_padded_lengths():
-    assert [padded_length(n) for n in (1, 64, 65, 81, 128, 129, 1000, 1024, 1025)] == [
-        64, 64, 80, 96, 128, 160, 1024, 1024, 1280,
-    ]  # fmt: skip
-    for n in range(1, 3000):
-        assert padded_length(n) >= n and padded_length(padded_length(n)) == padded_length(n)
 
 
 @pytest.mark.parametrize("kind, n_outputs", [("binary", 2), ("multi-class", 3), ("multi-label", 2), ("regression", 1)])

@@ -91,7 +91,7 @@ def test_pieces_of_a_bidirectional_model_are_averaged_by_length():
 def test_padded_lengths():
     assert [padded_length(n) for n in (0, 1, 64, 65, 80, 81, 128, 129, 4096, 4097)] == [64, 64, 64, 80, 80, 96, 128, 160, 4096, 5120]
     for n in range(64, 3000):
-        assert n <= padded_length(n) <= 1.25 * n + 1
+        assert n <= padded_length(n) <= 1.25 * n + 1 and padded_length(padded_length(n)) == padded_length(n)
 
 
 def test_records_without_a_base_have_no_label():

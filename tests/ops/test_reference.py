@@ -10,6 +10,8 @@ from parity import conv_arguments, scan_arguments
 
 from seqlab.ops import causal_conv1d, selective_scan
 
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
+
 
 def silu(x):
     return x / (1 + math.exp(-x))
@@ -191,7 +193,7 @@ def test_forward_derivatives_are_right_or_refused(op, masked):
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")])])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
 @pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
 def test_gradients_by_torch_func(op, device):
     """Of each row by itself (vmap of grad): torch refused them with words of its own, on a GPU for want of an address."""

@@ -77,13 +77,15 @@ class LinearPrediction(NamedTuple):
         table = torch.cat([window_weights(own.order, own.memory, gain.device), own.prior.double()[None]])
         table[:, 0] *= 1 + NOISE
         table = torch.cat([table.flatten(), table.new_tensor(own.decays)])
-        return cls(_copy(head.weight) * gain, _copy(head.shape), _copy(own.levels), _copy(head.bias), _copy(head.input), table, tuple(own.floors().tolist()), own.hold, own.start(1))
+        weights = _copy(head.weight) * gain, _copy(head.shape), _copy(own.levels), _copy(head.bias), _copy(head.input)
+        return cls(*weights, table, tuple(own.floors().tolist()), own.hold, own.start(1))
 
 
 class Program:
     """What `Operation`s say about a LanguageModel, with float32 copies of its weights on its device.
 
-    slots: widths of the skip slots. `prediction`: what a linear prediction of `order` K needs; 0 and None: there is none. Raises ValueError for a model without a step (see `reason`).
+    slots: widths of the skip slots. `prediction`: what a linear prediction of `order` K needs; 0 and None: there is none.
+    Raises ValueError for a model without a step (see `reason`).
     """
 
     def __init__(self, model: nn.Module):
@@ -217,7 +219,8 @@ def reason(model: nn.Module) -> str | None:
 class Carried:
     """The state of a program, one tensor a block and pool, float32, written in place by the back ends.
 
-    conv[i] (b d_conv-1 d_inner), ssm[i] (b d_inner states), pending[l] (b p-1 d), held[l] (b p d), phase[l] int; heard (b 4K+5), or with `hold` (b 5K+9), float64.
+    conv[i] (b d_conv-1 d_inner), ssm[i] (b d_inner states), pending[l] (b p-1 d), held[l] (b p d), phase[l] int; heard
+    (b 4K+5), or with `hold` (b 5K+9), float64.
     """
 
     def __init__(self, program: Program, batch: int, device: torch.device):
