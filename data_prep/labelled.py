@@ -38,6 +38,8 @@ from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
 
+csv.field_size_limit(2**31 - 1)  # Python's 131,072 letters are less than a long sequence
+
 SEQUENCE_NAMES = ("sequence", "seq", "seqs")
 LABEL_NAMES = ("label", "labels")
 SPLIT_WORDS = {"train": 0, "training": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}

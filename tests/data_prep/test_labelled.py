@@ -123,6 +123,12 @@ def test_layouts_that_mean_the_same(tmp_path):
     assert others[2].names()[0] == "s0"
 
 
+def test_sequences_of_any_length_are_read_from_a_table(tmp_path):
+    rows = [*random_rows(8), ("ACGT" * 100_000, "a")]
+    store = prepare(write_csv(tmp_path / "a.csv", rows), tmp_path / "d")
+    assert int(store.lengths.max()) == 400_000 and len(store) == 9
+
+
 def test_bed_with_a_genome(tmp_path):
     (tmp_path / "g.fa").write_text(">chr1 x\nAACCGGTTAC\n>chr2\nACGTNRTTTT\n")
     bed = tmp_path / "x.bed"
