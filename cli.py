@@ -18,8 +18,8 @@ try:
     from tasks.commands.predict import predict
     from tasks.commands.score import score
     from tasks.commands.settings import load_config, presets
-    from tasks.commands.terminal import command
-except KeyboardInterrupt:  # these imports are the first 0.2 s of every command; what follows is caught in `command`
+    from tasks.commands.terminal import command, one_line_on_interrupt
+except KeyboardInterrupt:  # these imports are the first 0.2 s of every command
     print("Stopped by Ctrl-C.", file=sys.stderr)
     sys.exit(130)
 
@@ -28,15 +28,24 @@ __all__ = ["app", "load_config", "presets"]
 ORDER = "doctor prep train eval generate predict embed score import export plan bench".split()
 
 
-class InOrder(TyperGroup):
-    """Lists the commands in the order in which they are met; typer has groups last."""
+class Commands(TyperGroup):
+    """Lists the commands in the order in which they are met (typer has groups last), and says so when Ctrl-C ends one."""
 
     def list_commands(self, context) -> list[str]:
         return sorted(super().list_commands(context), key=[*ORDER, *self.commands].index)
 
+    # Ctrl-C before the command's own code: reading options imports things too
+    def make_context(self, *arguments, **options):
+        with one_line_on_interrupt():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, context):
+        with one_line_on_interrupt():
+            return super().invoke(context)
+
 
 app = typer.Typer(
-    cls=InOrder,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -371,6 +371,18 @@ import cli
     assert (done.returncode, done.stderr) == (130, "Stopped by Ctrl-C.\n")
 
 
+@pytest.mark.parametrize("part", ["make_context", "invoke"])
+def test_ctrl_c_before_a_command_has_begun_is_one_line(monkeypatch, part):
+    from typer.core import TyperGroup
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TyperGroup, part, interrupted)  # while options are read: typer said nothing
+    result = CliRunner().invoke(app, ["doctor"])
+    assert (result.exit_code, result.stderr) == (130, "Stopped by Ctrl-C.\n")
+
+
 @pytest.mark.parametrize("is_swallowed", [False, True])
 def test_ctrl_c_in_a_command_is_one_line_whatever_becomes_of_the_exception(is_swallowed):
     """numpy's import swallowed it, and was then "cannot load module more than once per process (unexpected; ...)"."""

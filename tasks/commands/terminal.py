@@ -57,8 +57,7 @@ def command(group: typer.Typer, name: str):
                     if given["debug"]:
                         traceback.print_exc()
                     if interrupts or isinstance(error, KeyboardInterrupt):
-                        note("Stopped by Ctrl-C.")
-                        raise typer.Exit(130) from None
+                        raise stopped() from None
                     if given["debug"]:
                         raise typer.Exit(1) from None
                     fail(in_one_line(error))
@@ -162,6 +161,20 @@ def text_output(out: str):
         return
     with open_text(Path(out)) as file:
         yield file
+
+
+def stopped() -> typer.Exit:
+    """What ends a command after Ctrl-C, having said so."""
+    note("Stopped by Ctrl-C.")
+    return typer.Exit(130)
+
+
+@contextlib.contextmanager
+def one_line_on_interrupt():
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise stopped() from None
 
 
 def fail(message: str) -> None:
