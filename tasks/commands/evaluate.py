@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -114,9 +115,12 @@ def evaluate(run, dataset: Optional[Path], training: Optional[Path], split: str,
         return evaluate_run(run, open_(dataset), open_(training), split=split, device=device, progress=update, **own)
 
 
-def show_evaluation(run, evaluation, json_out: Optional[str], data, *, name: str = "evaluation", out: Optional[Path] = None, hints=()) -> None:
+def show_evaluation(
+    run, evaluation, json_out: Optional[str], data: Callable[[dict], dict], *, name: str = "evaluation", out: Optional[Path] = None,
+    hints: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Writes the report of an evaluation and says what is in it: to people, and as JSON `data(evaluation as plain values)`.
-    `hints`: lines about what to do next."""
+    `name` and `out`: of the task's `write_report`. `hints`: lines about what to do next."""
     from tasks import runs
 
     module = runs.task_module(run.task)

@@ -7,7 +7,7 @@ Every command has four parts: what the run is (`new_run` or `resumed_run`, a Beg
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple, Optional
@@ -483,12 +483,12 @@ def announce(run: Begun, what: str) -> None:
     note(f"{run.directory}: {what}, on the {resolve_accelerator(run.settings.train).upper()}; Ctrl-C saves and stops")
 
 
-def finish(run: Begun, result, metric: Optional[str], json_out: Optional[str], hints) -> None:
+def finish(run: Begun, result, metric: Optional[str], json_out: Optional[str], hints: Callable[[Any], list[str]]) -> None:
     """What comes after training: says how it went, evaluates the run and writes its report. Leaves with exit code 130 if it was
     stopped by Ctrl-C. In the main process alone.
 
-    `result`: a FitResult, or of a run of several seeds one of each, {seed: FitResult}, of which has been told already.
-    `metric`: of its validation, with the unit. `hints(evaluation)`: commands to go on with, without the program's name."""
+    `result`: a FitResult; or of a run of seeds one of each, {seed: FitResult}, which have been told already, and `metric` is None.
+    `metric`: what validation measures, with its unit. `hints(evaluation)`: commands to go on with, without the program's name."""
     from seqlab.training.config import resolve_accelerator
     from tasks import runs
 
