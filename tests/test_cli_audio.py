@@ -341,6 +341,11 @@ def test_dna_is_drawn_as_fasta(dna, tmp_path):
     assert [f"log_likelihood={s['log_likelihood']:.3f}" in text for s in facts["sequences"]] == [True] * 3
     assert "standard output" in error_of(*base, "--json", "-")
     assert run(*base, "--seed", 1)[0] != text
+    (tmp_path / "prompt.fa").write_text(">p\nacgtacg\nTACGNNA\n")
+    assert run(*base, "--prompt", tmp_path / "prompt.fa")[0] == text  # the last one counts
+    (tmp_path / "two.fa").write_text(">p\nA\n>q\nC\n")
+    assert "holds several sequences" in error_of(*base, "--prompt", tmp_path / "two.fa")
+    assert "is no base" in error_of(*base, "--prompt", "X" * 5000)
     records = [part.split("\n", 1) for part in text.split(">")[1:]]
     assert len(records) == 3
     model = runs.load_run(dna).model.eval()

@@ -150,7 +150,7 @@ def generate_dna(
     out: Annotated[str, typer.Option("--out", help="FASTA file to write; - for standard output.")] = "-",
     length: Annotated[int, typer.Option("--length", help="Bases of each sequence, without the prompt.")] = 1000,
     num: Annotated[int, typer.Option("--num", help="How many sequences.")] = 1,
-    prompt: Annotated[str, typer.Option("--prompt", help="Bases to go on from.")] = "",
+    prompt: Annotated[str, typer.Option("--prompt", help="Bases to go on from, or a FASTA file that holds them.")] = "",
     temperature: Annotated[float, typer.Option("--temperature", help="1: as learned; 0: always the likeliest.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many likeliest bases; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest bases of this probability.")] = 1.0,
@@ -177,6 +177,7 @@ def generate_dna(
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
     loaded = runs.load_run(run, task="dna")
+    prompt = _bases_or_file(prompt)
     bar, update = progress_bar("generating", "k bases", 1e3)
     with bar:
         sequences, seconds, used = dna_generation.generate(
@@ -189,3 +190,21 @@ def generate_dna(
     done = f"{num} sequences of {length:,} bases in {seconds:.1f} s: {rate:,.0f} bases/s ({used} decoder on {device})"
     facts = {"seconds": seconds, "bases_per_second": rate, "backend": used, "device": device}
     emit(json_out, {**facts, "sequences": [vars(sequence) for sequence in sequences]}, human=lambda: note(done))
+
+
+def _bases_or_file(prompt: str) -> str:
+    """A prompt as it is, or the one sequence of the file that it names: a command line has no room for long ones."""
+    import itertools
+
+    from data_prep.records import read_records
+    from seqlab.tokenizers import nucleotide
+
+    try:
+        if set(prompt.upper()) <= set("ACGTUN") or not Path(prompt).is_file():
+            return prompt
+    except OSError:  # too long for a name
+        return prompt
+    records = list(itertools.islice(read_records(prompt), 2))
+    if len(records) > 1:
+        raise UserError(f"--prompt {prompt}: holds several sequences; give a file with the one to go on from")
+    return nucleotide.decode(records[0][1])
