@@ -578,6 +578,16 @@ def test_ambiguous_bases_are_counted_and_no_error(tmp_path):
     assert counts["other"] == 4 * 700 and counts["N"] == 700
 
 
+def test_splits_that_are_empty_are_told_when_they_are_made(tmp_path):
+    """`prep` was content, and `train` refused its dataset."""
+    genome(tmp_path / "a.fa", 3000, 1, "a")
+    genome(tmp_path / "b.fa", 3000, 2, "b")
+    prep = ["prep", "dna", tmp_path / "a.fa", tmp_path / "b.fa", "--overwrite", "--out", tmp_path / "data"]
+    for words, valid, test in ((["--test", "b"], True, False), (["--valid", "b"], False, True), ([], False, False)):
+        _, stderr = run(*prep, *words)
+        assert ("Nothing validates" in stderr, "Nothing tests" in stderr) == (valid, test)
+
+
 def test_scraps_of_an_assembly_may_be_left_out_of_any_dataset(tmp_path):
     """`prep dna` had no --min-length, which its own messages named."""
     for name in "ab":

@@ -66,6 +66,7 @@ def print_manifest(manifest: dict, dataset: Path) -> None:
         rows.append([f"split {split}", f"{n:,}", f"{100 * n / total:.2f} %"])
     print_table(f"{dataset}: {manifest['total']:,} bases in {len(manifest['sequences'])} sequences", ["", "bases", "share"], rows)
     note(f"Splits: {manifest['split_rule']}")
+    _note_empty_splits(manifest)
     _note_skipped(manifest)
     tell_duplicates(manifest)
 
@@ -77,6 +78,14 @@ def tell_duplicates(manifest: dict) -> None:
             f"The same sequence is on two sides of a split, {n:,} time{'s' * (n > 1)}: {' and '.join(manifest['duplicates']['example'])} (a reverse "
             "complement counts). Scores on such bases are memory: take copies out, or choose splits that keep them together."
         )
+
+
+def _note_empty_splits(manifest: dict) -> None:
+    """Before `train` says so."""
+    if not manifest["splits"]["valid"]:
+        note("Nothing validates, and `train` needs what does: prepare it again with --valid, or with other splits.")
+    if not manifest["splits"]["test"]:
+        note("Nothing tests: runs will be evaluated on the validation split, which chooses their checkpoint.")
 
 
 def _note_skipped(manifest: dict) -> None:
@@ -373,6 +382,7 @@ def _print_audio_manifest(manifest: dict, dataset: Path) -> None:
     title = f"{dataset}: {len(manifest['sequences']):,} recordings at {rate:,} Hz, {manifest['tokenizer']}"
     print_table(title, ["", "seconds", "samples", "share"], rows)
     note(f"Scale: {manifest['scale']:.4g}. Splits: {manifest['split_rule']}")
+    _note_empty_splits(manifest)
     if repeats := manifest["repeats"]["recordings"]:
         leaking, example = manifest["repeats"]["leaking"], manifest["repeats"]["example"]
         note(
