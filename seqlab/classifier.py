@@ -52,8 +52,8 @@ class ClassifierConfig(BackboneConfig):
     # pooling: evidence; each class has a hidden Markov model of genes of this order, fitted to the training split, and the
     # network says how the next base differs from what that says; 0: none. See seqlab/heads/genes.py
     gene_order: int = 0
-    # pooling: evidence; words of this many bases that a class's training split holds more than once count for it; 0: none. See
-    # seqlab/heads/repeats.py
+    # pooling: evidence; words of this many bases that some class's training split holds more than once count for the classes that
+    # hold them; 0: none. See seqlab/heads/repeats.py
     repeat_word: int = 0
     # pooling: evidence; bases of the training split that are kept, all classes together, to tell what a sequence is like and how
     # much; 0: none. See seqlab/heads/homology.py

@@ -1,9 +1,10 @@
-"""Words that a genome holds more than once: insertion sequences, phages, ribosomal operons, satellites. They are found again in
+"""Words that some genome holds more than once: insertion sequences, phages, ribosomal operons, satellites. They are found again in
 stretches of a genome that were held out, and tell close relatives apart whose genes cannot.
 
 A word is `length` bases, the same as its reverse complement; its code is the smaller of the two numbers that its strands
-make, A C G T = 0 1 2 3, the first base the most significant. Words that occur once in a genome are left out on purpose: in
-held-out sequence they point to the relative that holds the same gene, not to the genome that it was taken from.
+make, A C G T = 0 1 2 3, the first base the most significant. Words that every genome holds once at most are left out on purpose: in
+held-out sequence they point to the relative that holds the same gene, not to the genome that it was taken from. Which genomes hold
+a word that one of them repeats is what counts, not how often: copies are left over from what was held out, a few or one.
 """
 
 import numpy as np
@@ -17,21 +18,21 @@ _UNKNOWN = 4
 
 
 def fit(genomes: list[list[np.ndarray]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Words (w) int64, ascending, that some genome holds twice or more, and how often each does (w genomes) uint8: 0 where it
-    does so less than twice, 255 for more. A genome is a list of stretches: digits (n) uint8, 4 for what is not known."""
+    """Words (w) int64, ascending, that some genome holds twice or more, and which genomes hold each (w genomes) bool. A genome is a
+    list of stretches: digits (n) uint8, 4 for what is not known."""
     found = []
     for stretches in genomes:
         codes = [_codes(piece, length) for piece in _take(stretches, length)]
-        word, count = np.unique(np.concatenate([np.empty(0, np.int64), *codes]), return_counts=True)
-        found.append((word[count > 1], count[count > 1].clip(max=255).astype(np.uint8)))
-    words = np.unique(np.concatenate([word for word, _ in found]))
-    counts = np.zeros((len(words), len(genomes)), np.uint8)
+        found.append(np.unique(np.concatenate([np.empty(0, np.int64), *codes]), return_counts=True))
+    words = np.unique(np.concatenate([word[count > 1] for word, count in found]))
+    counts = np.zeros((len(words), len(genomes)), np.int64)
     for i, (word, count) in enumerate(found):
-        counts[np.searchsorted(words, word), i] = count
+        _, here, there = np.intersect1d(words, word, assume_unique=True, return_indices=True)
+        counts[here, i] = count[there]
     if len(words) > CAPACITY:
         keep = np.sort(np.argsort(counts.max(1), kind="stable")[-CAPACITY:])
         words, counts = words[keep], counts[keep]
-    return words, counts
+    return words, counts > 0
 
 
 def _take(stretches: list[np.ndarray], length: int) -> list[np.ndarray]:

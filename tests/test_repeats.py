@@ -1,4 +1,4 @@
-"""Words that occur more than once: counted by hand, on both strands, without what is not known."""
+"""Words that some genome holds more than once: found by hand, on both strands, without what is not known."""
 
 import numpy as np
 import torch
@@ -16,18 +16,18 @@ def code(word):
     return min(int("".join(str("ACGT".index(c)) for c in w), 4) for w in (word, other))
 
 
-def test_words_are_counted_on_both_strands_and_only_if_repeated():
+def test_words_are_found_on_both_strands_if_some_genome_repeats_them():
     # GATTACA twice in the first, once the other way round (TGTAATC); in the second once; N breaks words
     first = [digits("GATTACACCNTGTAATC")]
     second = [digits("GATTACA"), digits("GGGGGGGGG")]
-    words, counts = repeats.fit([first, second], 7)
-    table = dict(zip(words.tolist(), counts.tolist()))
-    assert table == {code("GATTACA"): [2, 0], code("GGGGGGG"): [0, 3]}
+    words, held = repeats.fit([first, second], 7)
+    table = dict(zip(words.tolist(), held.tolist()))
+    assert table == {code("GATTACA"): [True, True], code("GGGGGGG"): [False, True]}
     counter = RepeatCounter(2, 7)
-    counter.fit(words, counts)
+    counter.fit(words, held)
     base = torch.tensor([["ACGT".find(c) for c in "TGTAATCGGGGGGGN"]])
     found = counter(base)[0]
-    assert torch.allclose(found[6], torch.tensor([2.0, 0.0]).log1p()) and torch.allclose(found[13], torch.tensor([0.0, 3.0]).log1p())
+    assert found[6].tolist() == [1, 1] and found[13].tolist() == [0, 1]
     assert found.sum() == found[6].sum() + found[13].sum()
     # in pieces
     tail = torch.full((1, 6), -1)
@@ -43,14 +43,15 @@ def test_pieces_of_a_genome_lose_no_word_and_the_most_frequent_are_kept(monkeypa
     genome = np.random.default_rng(0).integers(0, 4, 3000).astype(np.uint8)
     genome[2000:2100] = genome[40:140]
     whole = repeats.fit([[genome]], 12)
-    assert len(whole[0]) >= 89 and whole[1].max() == 2
+    assert len(whole[0]) >= 89 and whole[1].all()
     monkeypatch.setattr(repeats, "PIECE", 50)
     pieces = repeats.fit([[genome]], 12)
     assert all(np.array_equal(a, b) for a, b in zip(whole, pieces))
     genome[2500:2550] = genome[40:90]
     monkeypatch.setattr(repeats, "CAPACITY", 39)
-    words, counts = repeats.fit([[genome]], 12)
-    assert len(words) == 39 and counts.min() == 3 and (np.diff(words) > 0).all()
+    words, _ = repeats.fit([[genome]], 12)
+    thrice = {code("".join("ACGT"[v] for v in genome[i : i + 12])) for i in range(40, 80)}  # what follows the third may be the same by chance
+    assert len(words) == 39 and set(words.tolist()) <= thrice and (np.diff(words) > 0).all()
     monkeypatch.setattr(repeats, "MOST", 500)
     assert len(repeats._take([genome], 12)) == 10
     empty = repeats.fit([[genome[:5]], [np.full(100, 4, np.uint8)]], 12)

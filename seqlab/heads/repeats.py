@@ -1,4 +1,4 @@
-"""How often each species' genome holds the word that ends at each position, if it does so more than once (seqlab/repeats.py)."""
+"""Which species' genomes hold the word that ends at each position, of words that some genome repeats (seqlab/repeats.py)."""
 
 import numpy as np
 import torch
@@ -8,20 +8,20 @@ from seqlab import repeats
 
 
 class RepeatCounter(nn.Module):
-    """forward(base (b l), before (b length-1) or None) -> log(1 + count) (b l n), 0 where no repeat ends. `fit` fills in the
-    words; before, there are none."""
+    """forward(base (b l), before (b length-1) or None) -> (b l n) float32: 1 where such a word ends that the genome
+    holds, else 0. `fit` fills in the words; before, there are none."""
 
     def __init__(self, n_species: int, length: int):
         super().__init__()
         self.length = length
         self.register_buffer("words", torch.full((repeats.CAPACITY,), int(repeats.UNUSED)))
-        self.register_buffer("counts", torch.zeros(repeats.CAPACITY, n_species, dtype=torch.uint8))
+        self.register_buffer("held", torch.zeros(repeats.CAPACITY, n_species, dtype=torch.bool))
 
     @torch.no_grad()
-    def fit(self, words: np.ndarray, counts: np.ndarray) -> None:
-        """Take over words (w) int64, ascending, and their counts (w n) uint8."""
+    def fit(self, words: np.ndarray, held: np.ndarray) -> None:
+        """Take over words (w) int64, ascending, and who holds them (w n) bool."""
         self.words[: len(words)] = torch.from_numpy(words)
-        self.counts[: len(words)] = torch.from_numpy(counts)
+        self.held[: len(words)] = torch.from_numpy(held)
 
     @torch.no_grad()
     def forward(self, base: Tensor, before: Tensor | None = None) -> Tensor:
@@ -39,4 +39,4 @@ class RepeatCounter(nn.Module):
         code = torch.minimum(forward, backward)
         at = torch.searchsorted(self.words, code).clamp(max=len(self.words) - 1)
         is_repeat = is_known & (self.words[at] == code)
-        return torch.where(is_repeat[..., None], self.counts[at].float().log1p(), 0.0)
+        return (is_repeat[..., None] & self.held[at]).float()
