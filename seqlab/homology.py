@@ -26,7 +26,7 @@ CONTIGUOUS = tuple(range(16))
 # kind -> (offsets of its bases, step from word to word in a row, in a row at least)
 KINDS = ((CODON, 3, (1, 2, 5)), (CONTIGUOUS, 1, (1, 3, 5, 9, 17)))
 PAIRED = ((1,), (1, 17))  # in a row at least, of each kind, where species are also compared two by two
-N_PAIRED, PAIR_OF_WORDS, PAIR_OF_32 = 3, 1, 2  # of those: all, contiguous words, and 32 bases without a difference
+N_PAIRED = sum(len(pairs) for pairs in PAIRED)
 REACH = max(offsets[-1] + step * (runs[-1] - 1) for offsets, step, runs in KINDS)  # bases before one that its words depend on
 MOST_SPECIES = 15  # four folds of each are bits of an int64
 FOLDS = 4

@@ -48,7 +48,7 @@ def classifier(n_outputs=3, **options):
             model.homology.keep(homology.keep(held, 1000))
             for weight in model.homology.parameters():
                 weight.normal_(std=0.3)
-            model.homology.scale.copy_(torch.tensor([[1.5, 0.3], [2.0, -0.4]]))
+            model.homology.scale.copy_(torch.tensor([[1.5, 0.3]]))
         if model.composition is not None:
             model.composition.weight.normal_(std=5.0)
             model.composition.scale.copy_(torch.tensor([[1.5, 0.3]]))

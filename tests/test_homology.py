@@ -117,12 +117,12 @@ def test_large_genomes_are_kept_in_part_and_small_ones_whole(monkeypatch):
 
 
 def test_weights_carry_the_genomes_and_a_fitted_part_answers_alike(genomes):
-    part, other = Homology(3, 4000), Homology(3, 4000)
+    part, other = Homology(3, 4000).eval(), Homology(3, 4000).eval()
     row = base(genomes[0][0][150:450])
     assert other.count(row).sum() == 0  # nothing is known yet
     part.keep(homology.keep(genomes, 4000))
-    part.linear.weight.normal_()
-    part.scale.copy_(torch.tensor([[0.5, -0.2], [2.0, 0.1]]))
+    part.last.weight.normal_()
+    part.scale.copy_(torch.tensor([[0.5, -0.2]]))
     other.load_state_dict(part.state_dict())
     state, length = part.feed(None, row), torch.tensor([300.0], dtype=torch.float64)
     assert torch.equal(other.count(row), part.count(row)) and torch.equal(other(other.feed(None, row), length), part(state, length))
@@ -142,12 +142,12 @@ def test_log_odds_of_a_sequence_are_the_mean_of_its_stretches(genomes, monkeypat
     length = torch.tensor([300, 200, 40])
     real = torch.arange(300) < length[:, None]
     rows = torch.where(real, rows, -1)
-    line, expected = torch.nn.functional.pad(rows, (homology.REACH, 0), value=-1), torch.zeros(3, 2, 3, dtype=torch.float64)
+    line, expected = torch.nn.functional.pad(rows, (homology.REACH, 0), value=-1), torch.zeros(3, 1, 3, dtype=torch.float64)
     for row in range(3):  # a stretch at a time
         for at in range(0, int(length[row]), 64):
             n = min(64, int(length[row]) - at)
             counts = homology.count(part.indices(), line[row : row + 1, : homology.REACH + at + n][:, at:], n, 3)
-            expected[row] += n / length[row] * part.judge(counts, torch.tensor([float(n)], dtype=torch.float64))[0]
+            expected[row] += n / length[row] * part.judge(counts, torch.tensor([float(n)], dtype=torch.float64))
     assert expected.abs().min(2).values.max() > 0.01
     assert torch.allclose(part.unscaled(part.feed(None, rows, real=real), length), expected)
     state, at, before = None, 0, torch.full((3, homology.REACH), -1)
@@ -157,18 +157,63 @@ def test_log_odds_of_a_sequence_are_the_mean_of_its_stretches(genomes, monkeypat
     assert torch.allclose(part.unscaled(state, length), expected)
 
 
-def test_of_two_that_hold_a_stretch_the_one_with_fewer_differences_is_nearer():
-    x = digits(2000, 3)
-    few, more, far = x.copy(), x.copy(), x.copy()
-    few[::400], more[::80], far[::20] = (few[::400] + 1) % 4, (more[::80] + 1) % 4, (far[::20] + 1) % 4
-    part = Homology(4, 20_000)
-    part.keep(homology.keep([[few], [more], [digits(2000, 4)], [far]], 20_000))
-    nearest = part.nearest(part.count(base(x, digits(2000, 5))), torch.full((2,), 2000.0, dtype=torch.float64))
-    assert nearest[0, 0] > 0.5 and max(nearest[0, 1], nearest[0, 3]) < -0.2 and abs(nearest[0, 2]) < 1e-3  # who holds nothing has no part in it
-    assert nearest[1].abs().max() < 1e-3
-    alone = Homology(2, 20_000)
-    alone.keep(homology.keep([[far], [digits(2000, 4)]], 20_000))
-    assert alone.nearest(alone.count(base(x)), torch.tensor([2000.0], dtype=torch.float64)).abs().max() < 1e-3  # nothing to compare with
+def slow_log_odds(part, counts, length):
+    """`Homology.judge` of one stretch by loops: a score for each species, from its counts and what is heard of every other."""
+    n, length = part.n_species, max(64.0, float(length))
+    single, both = counts[: len(counts) - 3 * n * n].reshape(-1, n), counts[len(counts) - 3 * n * n :].reshape(3, n, n)
+
+    def map_(layer, x):
+        bias = 0 if layer.bias is None else layer.bias.double().numpy()
+        return layer.weight.double().numpy() @ x + bias
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def own(s):
+        rate = single[:, s] / length
+        x = np.concatenate([np.log1p(1024 * rate), np.log1p(single[:, s]), 4 * rate, [np.log(length / 1024)]])
+        return np.concatenate([(x - part.own_centre.double().numpy()) / part.own_spread.double().numpy(), part.trait[s].double().numpy()])
+
+    scores = []
+    for s in range(n):
+        heard = []
+        for r in set(range(n)) - {s}:
+            x = np.concatenate([both[:, s, s] - both[:, s, r], both[:, r, r] - both[:, s, r], both[:, s, r]])
+            x = (np.concatenate([np.log1p(x), 4 * x / length]) - part.pair_centre.double().numpy()) / part.pair_spread.double().numpy()
+            pair = np.concatenate([x, part.relation[s, r].double().numpy()])
+            heard.append(silu(map_(part.mine, own(s)) + map_(part.theirs, own(r)) + map_(part.pair, pair)))
+        compared = np.concatenate([np.mean(heard, 0), np.max(heard, 0)])
+        hidden = silu(map_(part.first, own(s)) + map_(part.compared, compared))
+        scores.append(map_(part.last, silu(map_(part.second, hidden)))[0])
+    return scores
+
+
+def test_log_odds_are_those_of_the_reference(genomes):
+    part = Homology(3, 4000).eval()
+    part.keep(homology.keep(genomes, 4000))
+    for name, value in (*part.named_parameters(), *part.named_buffers()):
+        if name not in ("bases", "pieces", "scale"):
+            value.copy_(torch.rand(value.shape) + 0.5 if name.endswith("spread") else torch.randn(value.shape) * 0.3)
+    counts = part.count(base(genomes[0][0][150:450], turned(genomes[1][0][350:650])))
+    found = part.judge(counts, torch.tensor([300.0, 300.0], dtype=torch.float64))
+    for row in range(2):
+        assert np.allclose(found[row].numpy(), slow_log_odds(part, counts[row].numpy(), 300))
+    assert found.std(1).min() > 0.01
+
+
+def test_without_traits_no_species_is_another_than_the_rest(genomes):
+    """Genomes in another order: the same log-odds in that order. Nothing found: no log-odds at all."""
+    part, other = Homology(3, 4000).eval(), Homology(3, 4000).eval()
+    part.last.weight.normal_()
+    part.trait.zero_()
+    other.load_state_dict(part.state_dict())
+    order = [2, 0, 1]
+    part.keep(homology.keep(genomes, 4000))
+    other.keep(homology.keep([genomes[i] for i in order], 4000))
+    rows, length = base(genomes[0][0][150:450], digits(300, 9)), torch.full((2,), 300.0, dtype=torch.float64)
+    odds, turned_odds = (p.judge(p.count(rows), length) for p in (part, other))
+    assert torch.allclose(turned_odds, odds[:, order]) and odds[0].std() > 0.01
+    assert part.count(rows[1:]).sum() == 0 and odds[1].std() < 1e-12
 
 
 def test_composition_counts_kmers_of_both_strands_in_pieces():

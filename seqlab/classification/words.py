@@ -30,16 +30,18 @@ STEPS, BATCH, RATE, DECAY, CLIP = 1500, 512, 3e-3, 0.1, 1.0  # of fitting the ne
 PENALTY = 0.1  # on the squares of the k-mer regression's weights, of shares in standard deviations
 SHORTEST_COMPOSITION = 1024  # bases; shares of k-mers of shorter windows are noise, or the longest ones if none are so long
 MOST_WINDOWS = 48_000  # of a length
+MOST_MEASURED = 4_000  # of them are looked at for how much the counts vary
 FORWARD = 1 << 18  # bases at a time
 
 
 @dataclass(frozen=True)
 class Learning:
-    """Training windows of one length, label (n): inputs of the network of likeness, evidence of the gene models (nats, less its
-    mean), shares of k-mers; what a model does not have has no columns."""
+    """Training windows of one length, label (n): the bases (n) and the counts of words (n m) of which likeness is judged, evidence of the gene
+    models (nats, less its mean), shares of k-mers; what a model does not have has no columns."""
 
     label: Tensor
-    inputs: Tensor
+    length: Tensor
+    counts: Tensor
     evidence: Tensor
     shares: Tensor
 
@@ -69,7 +71,7 @@ def fit(
     since = time.perf_counter()
     torch_rng = torch.Generator(device="cpu").manual_seed(seed)
     if model.homology is not None:
-        _fit_homology(model.homology, [part for part in learnt if part.inputs.shape[1]], torch_rng)
+        _fit_homology(model.homology, [part for part in learnt if part.counts.shape[1]], torch_rng)
         say(f"likeness fitted in {time.perf_counter() - since:.0f} s")
         since = time.perf_counter()
     if model.composition is not None:
@@ -139,20 +141,19 @@ def _look(
     if int(drawn.length.max(initial=0)) > STRETCH:
         indices = None
     for part, base in batches(windows, drawn, device):
-        length = torch.from_numpy(drawn.length[part]).to(device).double()
         none = base.new_zeros(len(base), 0, dtype=torch.float32)
-        inputs, shares = none, none
+        counts, shares = none, none
         if indices is not None:
             changed = torch.from_numpy((rng.random(base.shape) < rate[part, None]) * rng.integers(1, 4, base.shape)).to(device)
             line = torch.where(base >= 0, (base + changed) % 4, -1)
             line = F.pad(line, (homology.REACH, 0), value=-1)
-            counts = homology.count(indices, line, base.shape[1], n_species, allowed[part])
-            inputs = model.homology.inputs(counts, length).float()
+            counts = homology.count(indices, line, base.shape[1], n_species, allowed[part]).to(torch.int16)
         if composition is not None:
             shares = composition.shares(composition.count(base, reading=reading(model, base, fold[part]))).float()
-        columns.append((inputs, none if indices is None else gene_evidence(model, base, fold[part]), shares))
-    inputs, evidence, shares = (torch.cat(column) for column in zip(*columns))
-    return Learning(torch.from_numpy(drawn.label).to(device), inputs, evidence, shares)
+        columns.append((counts, none if indices is None else gene_evidence(model, base, fold[part]), shares))
+    counts, evidence, shares = (torch.cat(column) for column in zip(*columns))
+    label, length = (torch.from_numpy(column).to(device) for column in (drawn.label, drawn.length))
+    return Learning(label, length, counts, evidence, shares)
 
 
 def batches(windows: ClassWindows, drawn: Windows, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
@@ -179,29 +180,33 @@ def gene_evidence(model: SequenceClassifier, base: Tensor, fold: Tensor) -> Tens
 
 
 def _fit_homology(part: Homology, learnt: list[Learning], rng: torch.Generator) -> None:
-    """By Adam on the cross-entropy of evidence and log-odds together, as many windows of each length in a step."""
-    device = part.centre.device
-    inputs = torch.cat([one.inputs for one in learnt])
-    part.centre.copy_(inputs.mean(0))
-    part.spread.copy_(inputs.std(0) + 0.05)
+    """By Adam on the cross-entropy of evidence and log-odds together, as many windows of each length in a step. What each species' evidence
+    lacks on the whole is fitted beside, and forgotten: where nothing is found, likeness has nothing to say."""
+    device = part.scale.device
+    some = [part.inputs(one.counts[:MOST_MEASURED].float(), one.length[:MOST_MEASURED].float()) for one in learnt]
+    for columns, centre, spread in zip(zip(*some), (part.own_centre, part.pair_centre), (part.own_spread, part.pair_spread)):
+        values = torch.cat(columns).flatten(0, -2)
+        centre.copy_(values.mean(0))
+        spread.copy_(values.std(0) + 0.05)
     part.start_anew(rng)
     part.requires_grad_(True).train()
     gain = torch.nn.Parameter(torch.zeros(len(learnt), device=device) - 1.0)  # log of what a nat of the gene models counts, by length
+    bias = torch.nn.Parameter(torch.zeros(part.n_species, device=device))
     weights = list(part.parameters())
-    optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": DECAY}, {"params": [gain], "weight_decay": 0.0}], lr=RATE)
+    optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": DECAY}, {"params": [gain, bias], "weight_decay": 0.0}], lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     each = max(1, BATCH // len(learnt))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(int(torch.randint(1 << 31, (), generator=rng)))  # dropout
         for _ in range(STEPS):
             rows = [torch.randint(len(one.label), (each,), generator=rng).to(device) for one in learnt]
-            x = torch.cat([one.inputs[row] for one, row in zip(learnt, rows)])
+            counts, length = (torch.cat([getattr(one, name)[row] for one, row in zip(learnt, rows)]).float() for name in ("counts", "length"))
             evidence = torch.cat([one.evidence[row] * g.exp() for one, row, g in zip(learnt, rows, gain)])
             label = torch.cat([one.label[row] for one, row in zip(learnt, rows)])
-            loss = F.cross_entropy(evidence + part.log_odds(x), label)
+            loss = F.cross_entropy(evidence + bias + part.log_odds(part.inputs(counts, length)), label)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_([*weights, gain], CLIP)
+            torch.nn.utils.clip_grad_norm_([*weights, gain, bias], CLIP)
             optimizer.step()
             schedule.step()
     part.requires_grad_(False).eval()

@@ -2,8 +2,14 @@
 
 `Homology` keeps the genomes of the training split, two bits a base (seqlab/homology.py). Of every stretch of a sequence it counts the
 words that each species holds, at several levels of identity; a small network makes log-odds of the counts, which are averaged over the
-stretches. (A genome is a patchwork: what relatives share ends after some hundred bases, and counts of a whole window mix both kinds.) That network is fitted after
-training (seqlab/classification/words.py) on windows whose own place was left out of their genome, and on some for which it was
+stretches. (A genome is a patchwork: what relatives share ends after some hundred bases, and counts of a whole window mix both kinds.)
+
+What likeness means is much the same for every species: "found in its genome four fifths identical, and nowhere better" speaks against it, "found
+there without a difference" for it. So all species share the network's weights: of each it reads the counts of its words, and of each
+pair what one holds and the other does not; a few numbers of each species and each pair (`trait`, `relation`) say what is special
+about them. A species of which the training split has no ribosomal operon, say, is so told by what the others' operons have taught.
+
+The network is fitted after training (seqlab/classification/words.py) on windows whose own place was left out of their genome, and on some for which it was
 not: it so learns that a stretch which stands in one species four fifths identical, and nowhere else, speaks for that species' relative, and one that
 stands there without a difference for the species itself.
 """
@@ -16,6 +22,7 @@ from torch import Tensor, nn
 from seqlab import homology
 
 WIDTH, DROPOUT = 64, 0.2  # of the network's hidden layers
+TRAITS = 4  # numbers that are a species' own, and a pair's
 STRETCH = 512  # bases of which likeness is judged together
 LONGEST = 8192  # bases; composition is fitted to windows up to here
 SHORTEST = 64
@@ -27,7 +34,7 @@ class Homology(nn.Module):
     float32, times `scale`, which is 0 until it is calibrated. It is computed in float64: where a row stands in a batch decides the last
     bits of logarithms and products, and in float32 they would be seen. `capacity`: bases that are kept, of all species together.
 
-    A state holds, of the stretches that are over, the sum of what `judge` says times their bases (2 n_species), then the bases of
+    A state holds, of the stretches that are over, the sum of what `judge` says times their bases (n_species), then the bases of
     the one that is not, and its counts."""
 
     def __init__(self, n_species: int, capacity: int):
@@ -35,27 +42,31 @@ class Homology(nn.Module):
         self.n_species, self.capacity = n_species, capacity
         self.register_buffer("bases", torch.zeros(-(-capacity // 4), dtype=torch.uint8))
         self.register_buffer("pieces", torch.zeros(homology.PIECES, 3, dtype=torch.int64))
-        n_inputs = self.inputs(torch.zeros(1, homology.n_counts(n_species)), torch.ones(1)).shape[1]
-        self.register_buffer("centre", torch.zeros(n_inputs))
-        self.register_buffer("spread", torch.ones(n_inputs))
-        self.linear = nn.Linear(n_inputs, n_species)
-        self.first, self.second, self.last = nn.Linear(n_inputs, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, n_species)
+        own, pair = (part.shape[-1] for part in self.inputs(torch.zeros(1, homology.n_counts(n_species)), torch.ones(1)))
+        for name, width in (("own", own), ("pair", pair)):
+            self.register_buffer(f"{name}_centre", torch.zeros(width))
+            self.register_buffer(f"{name}_spread", torch.ones(width))
+        self.trait = nn.Parameter(torch.zeros(n_species, TRAITS))
+        self.relation = nn.Parameter(torch.zeros(n_species, n_species, TRAITS))
+        self.mine, self.theirs = nn.Linear(own + TRAITS, WIDTH), nn.Linear(own + TRAITS, WIDTH, bias=False)
+        self.pair = nn.Linear(pair + TRAITS, WIDTH, bias=False)
+        self.first, self.compared = nn.Linear(own + TRAITS, WIDTH), nn.Linear(2 * WIDTH, WIDTH, bias=False)
+        self.second, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1, bias=False)
         self.start_anew()
         self.requires_grad_(False)  # training leaves it alone
-        # what its log-odds and the nearest genome count at 1,024 bases, and the exponents with which that changes with the length
-        self.register_buffer("scale", torch.zeros(2, 2))
+        self.register_buffer("scale", torch.zeros(1, 2))  # what its log-odds count at 1,024 bases, and the exponent of the length
         self._indices: tuple[homology.Index, ...] | None = None
 
     @torch.no_grad()
     def start_anew(self, rng: torch.Generator | None = None) -> None:
         """Weights as before they are fitted: no log-odds at all."""
-        for layer in (self.first, self.second):
+        for layer in (self.mine, self.theirs, self.pair, self.first, self.compared, self.second):
             width = layer.in_features**-0.5
-            for weight in (layer.weight, layer.bias):
+            for weight in layer.parameters():
                 weight.copy_((2 * torch.rand(weight.shape, generator=rng) - 1) * width)
-        for layer in (self.linear, self.last):
-            layer.weight.zero_()
-            layer.bias.zero_()
+        self.trait.copy_(0.5 * torch.randn(self.trait.shape, generator=rng))
+        self.relation.zero_()
+        self.last.weight.zero_()
 
     @torch.no_grad()
     def keep(self, genomes: homology.Genomes) -> None:
@@ -99,7 +110,7 @@ class Homology(nn.Module):
     ) -> Tensor:
         """Take in a piece that begins at `position`: base, before as for `count`; real (b l) bool: which positions are no padding, which
         is on the right (None: all are). `reading` is not looked at (see `Composition`)."""
-        n, said = homology.n_counts(self.n_species), 2 * self.n_species
+        n, said = homology.n_counts(self.n_species), self.n_species
         if state is None:
             state = base.new_zeros(len(base), said + 1 + n, dtype=torch.float64)
         if not base.shape[1]:
@@ -111,57 +122,51 @@ class Homology(nn.Module):
         counts[:, 0] += state[:, said + 1 :]
         length[:, 0] += state[:, said]
         over = (used + base.shape[1]) // STRETCH  # how many stretches end in this piece
-        judged = self.judge(counts[:, :over].flatten(0, 1), length[:, :over].flatten()).flatten(1).unflatten(0, (len(base), over))
+        judged = self.judge(counts[:, :over].flatten(0, 1), length[:, :over].flatten()).unflatten(0, (len(base), over))
         sums = state[:, :said] + (length[:, :over, None] * judged).sum(1)
         if over == counts.shape[1]:
             return torch.cat([sums, torch.zeros_like(state[:, said:])], 1)
         return torch.cat([sums, length[:, over:], counts[:, over]], 1)
 
-    def _parts(self, counts: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """counts (b n), length (b) -> words that each holds (b m), that two hold (b pairs n_species n_species), bases (b)."""
+    def inputs(self, counts: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network reads, counts (b n), length (b): of each species (b n_species m) how many words it holds, of each pair (b n_species
+        n_species m') how many one holds and the other does not, the reverse, and how many both do; logarithms and shares."""
         n = self.n_species
         single, both = counts.split([counts.shape[1] - homology.N_PAIRED * n * n, homology.N_PAIRED * n * n], 1)
-        return single, both.reshape(len(counts), homology.N_PAIRED, n, n), length.clamp(min=SHORTEST)
+        single = single.unflatten(1, (-1, n)).transpose(1, 2)
+        both = both.unflatten(1, (homology.N_PAIRED, n, n)).permute(0, 2, 3, 1)
+        length = length.clamp(min=SHORTEST)[:, None, None]
+        log_length = (length / 1024).log().expand(-1, n, 1)
+        rate = single / length
+        own = torch.cat([(1024 * rate).log1p(), single.log1p(), 4 * rate, log_length], -1)
+        held = both.diagonal(dim1=1, dim2=2).transpose(1, 2)
+        alone = held[:, :, None] - both  # the first holds, the second does not
+        pair = torch.cat([alone, alone.transpose(1, 2), both], -1)
+        return own, torch.cat([pair.log1p(), 4 * pair / length[..., None]], -1)
 
-    def inputs(self, counts: Tensor, length: Tensor) -> Tensor:
-        """What the network reads: the counts and those of words that one holds and another does not, as logarithms, and as
-        shares. counts (b n), length (b) -> (b n')."""
-        single, both, within = self._parts(counts, length)
-        alone = (both.diagonal(dim1=2, dim2=3)[..., None] - both).flatten(1)
-        per_base = 1 / within[:, None]
-        rate = single * per_base
-        log_length = (within / 1024).log()[:, None]
-        return torch.cat([(1024 * rate).log1p(), single.log1p(), alone.log1p(), 4 * rate, 4 * alone * per_base, log_length], 1)
-
-    def nearest(self, counts: Tensor, length: Tensor) -> Tensor:
-        """(b n_species): where two genomes hold the same stretch, the one with fewer differences is nearer. The share of 32-mers that
-        one holds and the other does not, less those of the other, summed over the others by how much of what either holds (in words of 16) both do: a
-        genome that lacks the stretch has no part in it."""
-        _, both, within = self._parts(counts, length)
-        words, long = both[:, homology.PAIR_OF_WORDS], both[:, homology.PAIR_OF_32]
-        held, held_long = words.diagonal(dim1=1, dim2=2), long.diagonal(dim1=1, dim2=2)
-        shared = words / (torch.maximum(held[:, :, None], held[:, None, :]) + 8.0)
-        shared = shared * shared
-        difference = held_long[:, :, None] - held_long[:, None, :]  # what both hold cancels
-        return (shared * difference).sum(2) * (4 / within)[:, None]
-
-    def log_odds(self, inputs: Tensor) -> Tensor:
+    def log_odds(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
         """(b n_species) of what `inputs` gave, in its precision; differentiable, for fitting."""
-        with torch.autocast(inputs.device.type, enabled=False):
-            x = (inputs - self.centre) / self.spread
-            hidden = F.dropout(F.silu(_map(self.first, x)), DROPOUT, self.training)
-            return _map(self.linear, x) + _map(self.last, F.silu(_map(self.second, hidden)))
+        own, pair = inputs
+        with torch.autocast(own.device.type, enabled=False):
+            own = torch.cat([(own - self.own_centre) / self.own_spread, self.trait.to(own.dtype).expand(len(own), -1, -1)], -1)
+            pair = torch.cat([(pair - self.pair_centre) / self.pair_spread, self.relation.to(own.dtype).expand(len(own), -1, -1, -1)], -1)
+            heard = F.silu(_map(self.mine, own)[:, :, None] + _map(self.theirs, own)[:, None] + _map(self.pair, pair))  # (b n_species n_species w)
+            itself = torch.eye(self.n_species, dtype=torch.bool, device=own.device)[..., None]
+            mean = heard.masked_fill(itself, 0.0).sum(2) / max(1, self.n_species - 1)
+            most = heard.masked_fill(itself, -torch.inf).amax(2) if self.n_species > 1 else mean
+            hidden = F.silu(_map(self.first, own) + _map(self.compared, torch.cat([mean, most], -1)))
+            hidden = F.dropout(hidden, DROPOUT, self.training)
+            return _map(self.last, F.silu(_map(self.second, hidden)))[..., 0]
 
     def judge(self, counts: Tensor, length: Tensor) -> Tensor:
-        """(b 2 n_species) of single stretches: log-odds, and the nearest genome."""
-        return torch.stack([self.log_odds(self.inputs(counts, length)), self.nearest(counts, length)], 1)
+        """Log-odds (b n_species) of single stretches."""
+        return self.log_odds(self.inputs(counts, length))
 
     def unscaled(self, state: Tensor, length: Tensor) -> Tensor:
-        """(b 2 n_species) before `scale`: the mean of all stretches, of sequences of length (b)."""
-        said = 2 * self.n_species
-        sums, last, counts = state.split([said, 1, state.shape[1] - said - 1], 1)
-        sums = sums + last * self.judge(counts, last[:, 0]).flatten(1)
-        return (sums / length.clamp(min=1)[:, None].double()).unflatten(1, (2, -1))
+        """(b 1 n_species) before `scale`: the mean of all stretches, of sequences of length (b)."""
+        sums, last, counts = state.split([self.n_species, 1, state.shape[1] - self.n_species - 1], 1)
+        sums = sums + last * self.judge(counts, last[:, 0])
+        return (sums / length.clamp(min=1)[:, None].double())[:, None]
 
     def forward(self, state: Tensor, length: Tensor) -> Tensor:
         return scaled(self.unscaled(state, length), self.scale, length).float()
@@ -250,7 +255,7 @@ class Composition(nn.Module):
 
 
 def _map(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def scaled(log_odds: Tensor, scale: Tensor, length: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ def classifier(**options):
             model.genes.transitions.copy_(torch.randn_like(model.genes.transitions).softmax(-1))
         if model.repeats is not None:
             words = np.arange(4**8, step=2)
-            model.repeats.fit(words, np.stack([words % 7, words % 3, words % 5], 1).astype(np.uint8))
+            model.repeats.fit(words, np.stack([words % 7, words % 3, words % 5], 1) > 0)
             model.head.repeat_scale.copy_(torch.tensor([5.0, 0.5]))
         for part in (model.homology, model.composition):
             if part is not None:
-                part.scale.copy_(torch.tensor([[1.5, 0.3], [2.0, -0.4]])[: len(part.scale)])
+                part.scale.copy_(torch.tensor([[1.5, 0.3]]))
         if model.homology is not None:  # the last class holds nothing
             model.homology.keep(homology.keep([[s - nucleotide.A] for s in sequences([1000, 300])] + [[]], 2000))
             for weight in model.homology.parameters():
