@@ -121,7 +121,7 @@ def test_weights_carry_the_genomes_and_a_fitted_part_answers_alike(genomes):
     row = base(genomes[0][0][150:450])
     assert other.count(row).sum() == 0  # nothing is known yet
     part.keep(homology.keep(genomes, 4000))
-    part.last.weight.normal_()
+    part.weight["last"].normal_()
     part.scale.copy_(torch.tensor([[0.5, -0.2]]))
     other.load_state_dict(part.state_dict())
     state, length = part.feed(None, row), torch.tensor([300.0], dtype=torch.float64)
@@ -162,30 +162,29 @@ def slow_log_odds(part, counts, length):
     n, length = part.n_species, max(64.0, float(length))
     single, both = counts[: len(counts) - 3 * n * n].reshape(-1, n), counts[len(counts) - 3 * n * n :].reshape(3, n, n)
 
-    def map_(layer, x):
-        bias = 0 if layer.bias is None else layer.bias.double().numpy()
-        return layer.weight.double().numpy() @ x + bias
-
     def silu(x):
         return x / (1 + np.exp(-x))
 
-    def own(s):
-        rate = single[:, s] / length
-        x = np.concatenate([np.log1p(1024 * rate), np.log1p(single[:, s]), 4 * rate, [np.log(length / 1024)]])
-        return np.concatenate([(x - part.own_centre.double().numpy()) / part.own_spread.double().numpy(), part.trait[s].double().numpy()])
+    def score(member, s):
+        def map_(name, x):
+            bias = part.bias[name][member].double().numpy() if name in part.bias else 0
+            return part.weight[name][member].double().numpy() @ x + bias
 
-    scores = []
-    for s in range(n):
+        def own(s):
+            rate = single[:, s] / length
+            x = np.concatenate([np.log1p(1024 * rate), np.log1p(single[:, s]), 4 * rate, [np.log(length / 1024)]])
+            return np.concatenate([(x - part.own_centre.double().numpy()) / part.own_spread.double().numpy(), part.trait[member, s].double().numpy()])
+
         heard = []
         for r in set(range(n)) - {s}:
             x = np.concatenate([both[:, s, s] - both[:, s, r], both[:, r, r] - both[:, s, r], both[:, s, r]])
             x = (np.concatenate([np.log1p(x), 4 * x / length]) - part.pair_centre.double().numpy()) / part.pair_spread.double().numpy()
-            pair = np.concatenate([x, part.relation[s, r].double().numpy()])
-            heard.append(silu(map_(part.mine, own(s)) + map_(part.theirs, own(r)) + map_(part.pair, pair)))
-        compared = np.concatenate([np.mean(heard, 0), np.max(heard, 0)])
-        hidden = silu(map_(part.first, own(s)) + map_(part.compared, compared))
-        scores.append(map_(part.last, silu(map_(part.second, hidden)))[0])
-    return scores
+            pair = np.concatenate([x, part.relation[member, s, r].double().numpy()])
+            heard.append(silu(map_("mine", own(s)) + map_("theirs", own(r)) + map_("pair", pair)))
+        hidden = silu(map_("first", own(s)) + map_("compared", np.concatenate([np.mean(heard, 0), np.max(heard, 0)])))
+        return map_("last", silu(map_("second", hidden)))[0]
+
+    return [np.mean([score(member, s) for member in range(heads.MEMBERS)]) for s in range(n)]
 
 
 def test_log_odds_are_those_of_the_reference(genomes):
@@ -204,7 +203,7 @@ def test_log_odds_are_those_of_the_reference(genomes):
 def test_without_traits_no_species_is_another_than_the_rest(genomes):
     """Genomes in another order: the same log-odds in that order. Nothing found: no log-odds at all."""
     part, other = Homology(3, 4000).eval(), Homology(3, 4000).eval()
-    part.last.weight.normal_()
+    part.weight["last"].normal_()
     part.trait.zero_()
     other.load_state_dict(part.state_dict())
     order = [2, 0, 1]

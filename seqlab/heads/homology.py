@@ -7,7 +7,7 @@ stretches. (A genome is a patchwork: what relatives share ends after some hundre
 What likeness means is much the same for every species: "found in its genome four fifths identical, and nowhere better" speaks against it, "found
 there without a difference" for it. So all species share the network's weights: of each it reads the counts of its words, and of each
 pair what one holds and the other does not; a few numbers of each species and each pair (`trait`, `relation`) say what is special
-about them. A species of which the training split has no ribosomal operon, say, is so told by what the others' operons have taught.
+about them. Two such networks are averaged, since what they make of the rarest stretches is a matter of chance. A species of which the training split has no ribosomal operon, say, is so told by what the others' operons have taught.
 
 The network is fitted after training (seqlab/classification/words.py) on windows whose own place was left out of their genome, and on some for which it was
 not: it so learns that a stretch which stands in one species four fifths identical, and nowhere else, speaks for that species' relative, and one that
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from seqlab import homology
 
 WIDTH, DROPOUT = 64, 0.2  # of the network's hidden layers
-TRAITS = 4  # numbers that are a species' own, and a pair's
+TRAITS = 8  # numbers that are a species' own, and a pair's
+MEMBERS = 2  # networks, whose log-odds are averaged
 STRETCH = 512  # bases of which likeness is judged together
 LONGEST = 8192  # bases; composition is fitted to windows up to here
 SHORTEST = 64
@@ -46,12 +47,13 @@ class Homology(nn.Module):
         for name, width in (("own", own), ("pair", pair)):
             self.register_buffer(f"{name}_centre", torch.zeros(width))
             self.register_buffer(f"{name}_spread", torch.ones(width))
-        self.trait = nn.Parameter(torch.zeros(n_species, TRAITS))
-        self.relation = nn.Parameter(torch.zeros(n_species, n_species, TRAITS))
-        self.mine, self.theirs = nn.Linear(own + TRAITS, WIDTH), nn.Linear(own + TRAITS, WIDTH, bias=False)
-        self.pair = nn.Linear(pair + TRAITS, WIDTH, bias=False)
-        self.first, self.compared = nn.Linear(own + TRAITS, WIDTH), nn.Linear(2 * WIDTH, WIDTH, bias=False)
-        self.second, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1, bias=False)
+        own, pair = own + TRAITS, pair + TRAITS
+        inputs = dict(mine=own, theirs=own, pair=pair, first=own, compared=2 * WIDTH, second=WIDTH)
+        self.weight = nn.ParameterDict({name: nn.Parameter(torch.zeros(MEMBERS, WIDTH, width)) for name, width in inputs.items()})
+        self.weight["last"] = nn.Parameter(torch.zeros(MEMBERS, 1, WIDTH))
+        self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(MEMBERS, WIDTH)) for name in ("mine", "first", "second")})
+        self.trait = nn.Parameter(torch.zeros(MEMBERS, n_species, TRAITS))
+        self.relation = nn.Parameter(torch.zeros(MEMBERS, n_species, n_species, TRAITS))
         self.start_anew()
         self.requires_grad_(False)  # training leaves it alone
         self.register_buffer("scale", torch.zeros(1, 2))  # what its log-odds count at 1,024 bases, and the exponent of the length
@@ -60,13 +62,13 @@ class Homology(nn.Module):
     @torch.no_grad()
     def start_anew(self, rng: torch.Generator | None = None) -> None:
         """Weights as before they are fitted: no log-odds at all."""
-        for layer in (self.mine, self.theirs, self.pair, self.first, self.compared, self.second):
-            width = layer.in_features**-0.5
-            for weight in layer.parameters():
-                weight.copy_((2 * torch.rand(weight.shape, generator=rng) - 1) * width)
+        for name, weight in self.weight.items():
+            width = weight.shape[2] ** -0.5
+            for part in (weight, self.bias[name]) if name in self.bias else (weight,):
+                part.copy_((2 * torch.rand(part.shape, generator=rng) - 1) * width)
         self.trait.copy_(0.5 * torch.randn(self.trait.shape, generator=rng))
         self.relation.zero_()
-        self.last.weight.zero_()
+        self.weight["last"].zero_()
 
     @torch.no_grad()
     def keep(self, genomes: homology.Genomes) -> None:
@@ -145,22 +147,35 @@ class Homology(nn.Module):
         return own, torch.cat([pair.log1p(), 4 * pair / length[..., None]], -1)
 
     def log_odds(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
-        """(b n_species) of what `inputs` gave, in its precision; differentiable, for fitting."""
-        own, pair = inputs
-        with torch.autocast(own.device.type, enabled=False):
-            own = torch.cat([(own - self.own_centre) / self.own_spread, self.trait.to(own.dtype).expand(len(own), -1, -1)], -1)
-            pair = torch.cat([(pair - self.pair_centre) / self.pair_spread, self.relation.to(own.dtype).expand(len(own), -1, -1, -1)], -1)
-            heard = F.silu(_map(self.mine, own)[:, :, None] + _map(self.theirs, own)[:, None] + _map(self.pair, pair))  # (b n_species n_species w)
+        """(members b n_species) of what `inputs` gave, in its precision; differentiable, for fitting."""
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            own = self._known("own", inputs[0], self.trait[:, None])  # (members b n_species m)
+            pair = self._known("pair", inputs[1], self.relation[:, None])
+            # what each species hears of every other: (members b n_species n_species w)
+            heard = F.silu(self._map("mine", own)[:, :, :, None] + self._map("theirs", own)[:, :, None] + self._map("pair", pair))
             itself = torch.eye(self.n_species, dtype=torch.bool, device=own.device)[..., None]
-            mean = heard.masked_fill(itself, 0.0).sum(2) / max(1, self.n_species - 1)
-            most = heard.masked_fill(itself, -torch.inf).amax(2) if self.n_species > 1 else mean
-            hidden = F.silu(_map(self.first, own) + _map(self.compared, torch.cat([mean, most], -1)))
+            mean = heard.masked_fill(itself, 0.0).sum(3) / max(1, self.n_species - 1)
+            most = heard.masked_fill(itself, -torch.inf).amax(3) if self.n_species > 1 else mean
+            hidden = F.silu(self._map("first", own) + self._map("compared", torch.cat([mean, most], -1)))
             hidden = F.dropout(hidden, DROPOUT, self.training)
-            return _map(self.last, F.silu(_map(self.second, hidden)))[..., 0]
+            return self._map("last", F.silu(self._map("second", hidden)))[..., 0]
+
+    def _known(self, name: str, counted: Tensor, special: Tensor) -> Tensor:
+        """What was counted, in standard deviations, and the numbers that are a species' or a pair's own, for each member."""
+        counted = (counted - getattr(self, f"{name}_centre")) / getattr(self, f"{name}_spread")
+        counted, special = counted.expand(MEMBERS, *counted.shape), special.to(counted.dtype)
+        return torch.cat([counted, special.expand(*counted.shape[:-1], TRAITS)], -1)
+
+    def _map(self, name: str, x: Tensor) -> Tensor:
+        """The linear map of each member: (members ... m) -> (members ... m')."""
+        y = x.flatten(1, -2) @ self.weight[name].to(x.dtype).transpose(1, 2)
+        if name in self.bias:
+            y = y + self.bias[name].to(x.dtype)[:, None]
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def judge(self, counts: Tensor, length: Tensor) -> Tensor:
         """Log-odds (b n_species) of single stretches."""
-        return self.log_odds(self.inputs(counts, length))
+        return self.log_odds(self.inputs(counts, length)).mean(0)
 
     def unscaled(self, state: Tensor, length: Tensor) -> Tensor:
         """(b 1 n_species) before `scale`: the mean of all stretches, of sequences of length (b)."""
@@ -252,10 +267,6 @@ class Composition(nn.Module):
 
     def forward(self, counts: Tensor, length: Tensor) -> Tensor:
         return scaled(self.unscaled(counts, length), self.scale, length).float()
-
-
-def _map(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def scaled(log_odds: Tensor, scale: Tensor, length: Tensor) -> Tensor:
