@@ -86,6 +86,8 @@ static inline void __syncthreads() { emulated::block_barrier(0); }
 static inline int __syncthreads_or(int v) { return emulated::block_barrier(v != 0); }
 static inline void __syncwarp() { emulated::warp_barrier(); }
 DEVICE void cluster_barrier() { emulated::cluster_barrier(); }
+DEVICE void cluster_arrive() {}
+DEVICE void cluster_wait() { emulated::cluster_barrier(); }
 #define CALLED static
 static inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 // Barriers that count bytes in, as the PTX ISA describes them for one arrival a phase: the phase ends once that arrival has come and no
@@ -112,6 +114,9 @@ DEVICE void remote_store(float* at, int rank, float4 v, unsigned long long* barr
     Arrivals* b = (Arrivals*)(there + ((float*)barrier - here));
     b->missing -= 16;
     arrivals_check(b);
+}
+DEVICE void remote_store_if(bool sends, float* at, int rank, float4 v, unsigned long long* barrier) {
+    if (sends) remote_store(at, rank, v, barrier);
 }
 DEVICE float load_shared_global(const float* p) { return *p; }
 // mma.m16n8k16 as the PTX ISA lays its fragments out: lane 4 g + t has rows g, g + 8 and columns 2t, 2t + 1 (and 8 further on).

@@ -18,7 +18,7 @@
 
 #include "decode/draw.cuh"
 #include "decode/tiles.cuh"
-#include "decode/cluster.cuh"
+#include "cluster.cuh"
 
 struct Params {
     const char *w_in, *w_x, *w_out;  // (layers CLUSTER ...), packed in clustered.py
@@ -78,15 +78,6 @@ DEVICE void load_columns(u32 (&v)[4], const elem* at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"((u32)__cvta_generic_to_shared(at)) : "memory");
 }
-// remote_store of some lanes, without a branch: what follows can then begin before.
-DEVICE void remote_store_if(bool sends, float* at, int rank, float4 v, u64* barrier) {
-    asm volatile(
-        "{\n.reg .u32 a, b;\n.reg .pred sends;\nsetp.ne.u32 sends, %7, 0;\nmapa.shared::cluster.u32 a, %0, %2;\nmapa.shared::cluster.u32 b, %1, %2;\n"
-        "@sends st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [a], {%3, %4, %5, %6}, [b];\n}" ::"r"(
-            (u32)__cvta_generic_to_shared(at)),
-        "r"((u32)__cvta_generic_to_shared(barrier)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"((u32)sends)
-        : "memory");
-}
 // Asked for anew in each part of the kernel: what follows from it would otherwise be kept for all parts, and there are no registers for that.
 DEVICE int thread() {
     int i;
@@ -124,9 +115,6 @@ DEVICE void made(float4& v) {}
 DEVICE void load_columns(u32 (&v)[4], const elem* at) {
     const elem* row = at;
     for (int i = 0; i < 4; i++) v[i] = emulated::columns(at, i);
-}
-DEVICE void remote_store_if(bool sends, float* at, int rank, float4 v, u64* barrier) {
-    if (sends) remote_store(at, rank, v, barrier);
 }
 #endif
 

@@ -27,7 +27,7 @@
 // Set from outside: CLUSTER, STREAMS, STATES (n), WIDTH (of the convolution), WARPS, BF16, TENSOR.
 
 #include "decode/draw.cuh"
-#include "decode/cluster.cuh"
+#include "cluster.cuh"
 
 struct Params {
     const i64* ops;          // (count of operations, FIELDS)

@@ -17,7 +17,7 @@
 // multiple of 4), BF16.
 
 #include "decode/draw.cuh"
-#include "decode/cluster.cuh"
+#include "cluster.cuh"
 
 struct Params {
     const char *w_in, *w_x, *w_out;  // (layers CLUSTER ...), packed in solo.py

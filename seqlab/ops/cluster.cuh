@@ -32,8 +32,22 @@ DEVICE void remote_store(float* at, int rank, float4 v, u64* barrier) {
         "r"((u32)__cvta_generic_to_shared(barrier)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
         : "memory");
 }
+// remote_store of some lanes, without a branch: what follows can then begin before.
+DEVICE void remote_store_if(bool sends, float* at, int rank, float4 v, u64* barrier) {
+    asm volatile(
+        "{\n.reg .u32 a, b;\n.reg .pred sends;\nsetp.ne.u32 sends, %7, 0;\nmapa.shared::cluster.u32 a, %0, %2;\nmapa.shared::cluster.u32 b, %1, %2;\n"
+        "@sends st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [a], {%3, %4, %5, %6}, [b];\n}" ::"r"(
+            (u32)__cvta_generic_to_shared(at)),
+        "r"((u32)__cvta_generic_to_shared(barrier)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"((u32)sends)
+        : "memory");
+}
+// cluster_barrier in two parts, which orders nothing but barriers that arrivals_begin has made.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 #else
 #define CLUSTERED
 DEVICE void cluster_barrier() {}
+DEVICE void cluster_arrive() {}
+DEVICE void cluster_wait() {}
 #endif
 #endif
