@@ -63,14 +63,16 @@ class Device:
 
     def __init__(self, name: str, kernels: tuple[str, ...], multiprocessors: int = 2, resident: int = 2):
         self.name, self.kernels, self._resident = name, kernels, resident
-        self.multiprocessors, self.shared_limit, self.keep_limit = multiprocessors, 227 * 1024, 0
+        self.multiprocessors, self.shared_limit, self.keep_limit, self.clusters = multiprocessors, 227 * 1024, 0, True
 
     def module(self, defines, name=None):
         if name in (None, self.name):
             return Module(self.name, defines, self.kernels, self._resident)
         kernels = re.findall(r"^KERNEL\b.*? (\w+)\(const (\w+) p\)", nvrtc.source(name), re.MULTILINE)
         wanted = "Pair" if dict(defines).get("BOTH") else "Params"  # scan_short.cu: one scan at a time, or two
-        return Module(name, defines, tuple(kernel for kernel, takes in kernels if takes == wanted), self._resident)
+        forward = bool(dict(defines).get("FORWARD"))
+        found = (kernel for kernel, takes in kernels if takes == wanted and forward == ("forward" in kernel))
+        return Module(name, defines, tuple(found), self._resident)
 
 
 def decoded_model(options: dict, shifts: float = 0.5):

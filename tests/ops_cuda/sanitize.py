@@ -23,8 +23,10 @@ CASES = (  # batch, length, channels, states, reverse, masked, D and z and bias 
     (1, 600, 6, 16, False, False, False),
     (1, 40, 130, 20, True, False, True),
 )
-SIDES = ((2, 1, 4), (1, 1, 4), (4, 2, 2), (4, 4, 1))
-"""Blocks of scan_short.cu: pairs across, warps down, warps in time."""
+SIDES = ((2, 4), (1, 2, 1, 16), (8, 2, 1, 16), (4, 2))
+"""Blocks of scan_short.cu: pairs across, warps, blocks of a cluster, steps of a thread going forward."""
+CLUSTERS = ((8, 2, 4, 16), (4, 2, 2), (8, 4, 4, 16), (8, 1, 2))
+"""The same where the GPU has clusters."""
 
 
 def check(batch, length, channels, states, reverse, masked, options, dtype, pair=False, fine=False) -> None:
@@ -68,20 +70,25 @@ def forget() -> None:
 
 
 def main() -> None:
-    choose = scan.short
+    choose, cases = scan.short, 0
     for dtype in (FLOAT, HALF):
         scan.short = lambda *a, **k: None
         forget()
         for case in CASES:
             check(*case, dtype)
             check(*case, dtype, fine=True)
-        for case, sides in zip(CASES, SIDES, strict=True):
-            scan.short = lambda *a, sides=scan.Sides(*sides), **k: sides
+            cases += 2
+        clusters = torch.cuda.get_device_capability() >= (9, 0)
+        for case, sides in [*zip(CASES, SIDES, strict=True), *(zip(CASES, CLUSTERS, strict=True) if clusters else ())]:
+            forward, backward = scan.Sides(*sides), scan.Sides(*sides[:3])
+            backward = backward._replace(blocks=backward.blocks * forward.tile // backward.tile if clusters and backward.blocks > 1 else 1)
+            scan.short = lambda *a, pair=(forward, backward), **k: pair[len(a) > 6 and a[6]]
             forget()
             check(*case, dtype)
             check(*case, dtype, True)
+            cases += 2
     scan.short = choose
-    print(f"{8 * len(CASES)} cases agree with the reference")
+    print(f"{cases} cases agree with the reference")
 
 
 if __name__ == "__main__":

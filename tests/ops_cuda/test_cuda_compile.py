@@ -24,7 +24,9 @@ SCAN = (
     (16, 4, 1, 1, 1, 0, 1, 0), (5, 1, 0, 0, 0, 0, 1, 0), (16, 3, 0, 1, 1, 0, 0, 0), (16, 4, 1, 1, 1, 1, 1, 0), (5, 1, 0, 0, 0, 1, 0, 1),
     (16, 3, 0, 1, 1, 1, 1, 0),
 )  # fmt: skip
-SHORT = ((16, 4, 1, 8, 1, 1, 1), (5, 1, 1, 4, 0, 0, 0), (32, 2, 2, 1, 0, 1, 1))  # states, across, down, times, bf16, paired, wide
+SHORT = (  # states, across, times, cluster, tile going forward, bf16, paired, wide
+    (16, 4, 8, 2, 16, 1, 1, 1), (5, 1, 4, 1, 8, 0, 0, 0), (32, 2, 1, 1, 16, 0, 1, 1), (16, 8, 2, 8, 8, 1, 1, 1),
+)  # fmt: skip
 CONV = ((4, 4, 1, 0, 1, 0), (8, 1, 0, 0, 0, 1))  # width, vector, bf16, paired, silu, masked
 NORM = ((256, 4, 1, 1, 0), (7, 1, 0, 1, 0))  # channels, vector, bf16, wide, paired
 
@@ -43,14 +45,18 @@ def test_scan_compiles(arch, values):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("values", SHORT)
 def test_short_scan_compiles(arch, values):
-    defines = tuple(zip(("STATES", "ACROSS", "DOWN", "TIMES", "BF16", "PAIRED", "WIDE"), values, strict=True))
-    image = nvrtc.compile_source(nvrtc.source(scan.SHORT_SOURCE), nvrtc.options(defines, arch), scan.SHORT_SOURCE)
-    assert image[:4] == b"\x7fELF"
-    for kernel in scan.SHORT_KERNELS:
-        assert kernel.encode() in image and f"{kernel}_pair".encode() not in image
-    image = nvrtc.compile_source(nvrtc.source(scan.SHORT_SOURCE), nvrtc.options((*defines, ("BOTH", 1)), arch), scan.SHORT_SOURCE)
-    for kernel in scan.PAIR_KERNELS:
-        assert kernel.encode() in image
+    defines = dict(zip(("STATES", "ACROSS", "TIMES", "CLUSTER", "TILE", "BF16", "PAIRED", "WIDE"), values, strict=True))
+    if arch < 90:
+        defines["CLUSTER"] = 1
+    for forward in (1, 0):
+        for both in (0, 1):
+            all_of_it = defines | {"FORWARD": forward, "BOTH": both} | ({} if forward else {"TILE": scan.TILE})
+            flags = nvrtc.options(tuple(all_of_it.items()), arch)
+            image = nvrtc.compile_source(nvrtc.source(scan.SHORT_SOURCE), flags, scan.SHORT_SOURCE)
+            assert image[:4] == b"\x7fELF"
+            for kernel in scan.SHORT_KERNELS:
+                wanted = ("forward" in kernel) == bool(forward)
+                assert (kernel.encode() in image) == wanted and (f"{kernel}_pair".encode() in image) == (wanted and bool(both))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -29,11 +29,23 @@ def test_worst_notices_wrong_and_missing_answers():
     assert worst([(r * float("nan"), r)]) == float("inf")
 
 
+def chosen(sides):
+    """Instead of scan.short: these `sides` (None: scan.cu), which going backward are as many tiles of TILE."""
+
+    def short(device, batch, length, channels, n, size, backward=False, scans=1):
+        found = None if sides is None else scan.Sides(*sides)
+        if found is None or not backward:
+            return found
+        return found._replace(tile=scan.TILE, blocks=found.blocks * found.tile // scan.TILE if found.blocks > 1 else 1)
+
+    return short
+
+
 def scan_errors(monkeypatch, batch, length, channels, states, dtype=FLOAT, *, softplus=True, reverse=False, masked=False,
                 options=True, decay=1.0, blocks=(2, 2), strided=False, sides=None, fine=False):  # fmt: skip
     """Of every result. `sides`: by scan_short.cu, with such blocks. `fine`: with the states of every tile kept for the backward
     pass, whose results must be, but for dz of half precision, the same bits as with few."""
-    monkeypatch.setattr(scan, "short", lambda *a: None if sides is None else scan.Sides(*sides))
+    monkeypatch.setattr(scan, "short", chosen(sides))
     device = emulate.Device(scan.SOURCE, scan.KERNELS, *blocks)
     monkeypatch.setattr(scan, "_device", lambda x: device)
     torch.manual_seed(length)
@@ -102,27 +114,30 @@ def test_scan_half_precision_over_several_channel_blocks(monkeypatch):
 @pytest.mark.parametrize(
     "length,channels,states,sides,case",
     (
-        (1, 5, 3, (1, 2, 1), {}), (7, 6, 3, (4, 1, 2), {"reverse": True}), (300, 5, 3, (2, 2, 1), {"masked": True}),
-        (300, 4, 3, (1, 1, 2), {"masked": True, "reverse": True, "softplus": False}), (200, 20, 16, (4, 2, 2), {}),
-        (300, 6, 8, (2, 1, 2), {"options": False, "strided": True}), (200, 4, 4, (4, 1, 1), {"decay": 0.01}),
-        (300, 4, 4, (4, 1, 4), {"decay": 300.0}),
+        (1, 5, 3, (2, 1), {}), (7, 6, 3, (4, 2), {"reverse": True}), (300, 5, 3, (2, 1), {"masked": True}),
+        (300, 4, 3, (1, 2), {"masked": True, "reverse": True, "softplus": False}), (200, 20, 16, (8, 2), {}),
+        (300, 6, 8, (2, 2, 1, 16), {"options": False, "strided": True}), (200, 4, 4, (4, 1, 1, 16), {"decay": 0.01}),
+        (300, 4, 4, (4, 4), {"decay": 300.0}), (300, 9, 5, (8, 2, 4, 16), {}), (190, 7, 3, (8, 1, 4, 16), {"decay": 0.01}),
+        (300, 9, 5, (4, 2, 4), {"masked": True, "reverse": True}), (100, 6, 4, (8, 2, 2), {"decay": -0.5}),
+        (260, 6, 16, (4, 1, 8), {"options": False, "strided": True}), (129, 20, 3, (8, 2, 4), {"masked": True}),
     ),
     ids=str,
 )  # fmt: skip
 def test_short_scan(monkeypatch, length, channels, states, sides, case, dtype):
-    """One launch: pairs of channels and spans of time side by side, several rounds, tails, odd channels."""
+    """One launch: pairs of channels side by side, warps and blocks of clusters in time, several rounds, tails, blocks without a step, odd
+    channels, states that grow."""
     assert scan_errors(monkeypatch, 2, length, channels, states, dtype, sides=sides, **case) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", (FLOAT, HALF))
 @pytest.mark.parametrize(
     "length,channels,states,sides,masked,gate",
-    ((1, 5, 3, (2, 1, 1), False, True), (300, 6, 4, (2, 1, 2), True, True), (150, 20, 16, (4, 2, 2), False, False),
-     (150, 5, 3, None, True, True)),
+    ((1, 5, 3, (2, 1), False, True), (300, 6, 4, (2, 2), True, True), (150, 20, 16, (8, 2), False, False),
+     (150, 18, 5, (8, 1, 4, 16), True, True), (150, 5, 3, None, True, True)),
 )  # fmt: skip
 def test_both_directions_at_once(monkeypatch, length, channels, states, sides, masked, gate, dtype):
     """Two scans of one shape, one from the right, and one gradient for both; `sides` None: one after the other."""
-    monkeypatch.setattr(scan, "short", lambda *a, **k: None if sides is None else scan.Sides(*sides))
+    monkeypatch.setattr(scan, "short", chosen(sides))
     device = emulate.Device(scan.SOURCE, scan.KERNELS, 2, 2)
     monkeypatch.setattr(scan, "_device", lambda x: device)
     torch.manual_seed(length)
@@ -153,7 +168,7 @@ def test_both_directions_at_once(monkeypatch, length, channels, states, sides, m
 
 
 def test_scans_that_do_not_lie_alike_run_one_after_the_other(monkeypatch):
-    monkeypatch.setattr(scan, "short", lambda *a, **k: scan.Sides(2, 1, 1))
+    monkeypatch.setattr(scan, "short", chosen((2, 1)))
     device = emulate.Device(scan.SOURCE, scan.KERNELS, 2, 2)
     monkeypatch.setattr(scan, "_device", lambda x: device)
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """The native back ends on a GPU: parity with the float64 reference, determinism, pieces, compile, graphs, large offsets."""
 
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -63,6 +64,7 @@ def kernels(request, monkeypatch):
     """Both ways of running a scan (scan.cu, scan_short.cu), whichever is chosen for its size."""
     for limit in ("SHORT_FORWARD", "SHORT_BACKWARD"):
         monkeypatch.setattr(native, limit, 0 if request.param == "in chunks" else 1 << 62)
+    monkeypatch.setattr(native, "SAVED", math.inf)
     operator = selective_scan.__globals__
     for memory in (native._recipes, native._recent, operator["_known"], operator["_recent"]):
         memory.clear()

@@ -56,25 +56,38 @@ def test_states_kept_are_one_in_many_steps():
     assert scan.segment_length(1, 512, 128) == 32
 
 
-def test_short_scans_are_one_wave_of_blocks_that_fit():
+def test_short_scans_fit_and_cover_the_sequence():
     class Gpu:
-        multiprocessors, shared_limit = 132, 227 * 1024
+        multiprocessors, shared_limit, clusters = 132, 227 * 1024, True
 
     class Small(Gpu):
-        shared_limit = 99 * 1024
+        shared_limit, clusters = 99 * 1024, False
 
-    assert scan.short(Gpu, 1, 512, 128, 16, 2) == scan.Sides(2, 1, 4)
-    assert scan.short(Gpu, 1, 2048, 128, 16, 2) == scan.Sides(1, 1, 8)
-    assert scan.short(Gpu, 1, 1, 1, 16, 2) == scan.Sides(2, 1, 1)
+    assert scan.short(Gpu, 1, 1, 1, 16, 2) == scan.short(Small, 1, 1, 1, 16, 2) and scan.short(Gpu, 1, 1, 1, 16, 2).times == 1
     assert scan.short(Gpu, 1, 1 << 20, 512, 16, 2) is None and scan.short(Gpu, 1, 512, 128, 33, 2) is None
-    assert scan.short(Gpu, 8, 512, 512, 16, 2) is not None and scan.short(Gpu, 8, 512, 512, 16, 2, True) is None
+    assert scan.short(Gpu, 8, 512, 512, 16, 2) is not None and scan.short(Gpu, 8, 2048, 512, 16, 2, True) is None
     for device in (Gpu, Small):
         for batch, length, channels in ((1, 512, 128), (1, 4096, 16), (8, 512, 128), (1, 512, 2048), (8, 512, 512), (1, 2048, 512)):
             for n in (1, 16, 32):
                 for size in (2, 4):
                     for back in (False, True):
                         sides = scan.short(device, batch, length, channels, n, size, back)
-                        assert sides is None or sides.shared(n, size, back) <= device.shared_limit
+                        if sides is None:
+                            continue
+                        assert sides.shared(n, size, back) <= device.shared_limit
+                        assert sides.blocks == 1 or device.clusters and sides.covers >= length
+                        assert not back or sides.tile == scan.TILE and sides.span % scan.segment_length(batch, length, channels) == 0
+
+
+def test_clusters_are_no_more_than_run_at_one_time_if_that_can_be():
+    """An H200 runs 66 clusters of two blocks of eight warps at a time, but 30 of four: the other two would take as long again."""
+
+    class Gpu:
+        multiprocessors, shared_limit, clusters = 132, 227 * 1024, True
+
+    assert scan.Sides(8, 8, 4, 16).at_once(132) == 30 and scan.Sides(4, 8, 2, 16).at_once(132) == 66
+    sides = scan.short(Gpu, 1, 2048, 512, 16, 2)
+    assert sides.clusters(1, 512) <= sides.at_once(132) and sides.covers >= 2048
 
 
 def test_fewer_warps_where_states_fill_the_shared_memory():

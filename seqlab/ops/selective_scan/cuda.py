@@ -7,6 +7,7 @@ backward pass: one every 32 to 128 steps, or one every 8 where those fit KEEP_LI
 import ctypes
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import struct
@@ -25,7 +26,6 @@ KERNELS = (
     "scan_ends", "scan_carry", "scan_forward", "adjoint_ends", "adjoint_carry", "scan_backward", "scan_reduce",
 )  # fmt: skip
 SHORT_SOURCE, SHORT_KERNELS = "selective_scan/scan_short.cu", ("short_forward", "short_backward", "short_reduce")
-PAIR_KERNELS = tuple(f"{name}_pair" for name in SHORT_KERNELS)
 TILE, STAGE = 8, 32
 KEEP_LIMIT = "SEQLAB_SCAN_KEEP"
 """Environment variable: how many GiB of states a scan may keep for its backward pass to have one every TILE steps, which then
@@ -154,63 +154,94 @@ def _plan_and_cost(batch: int, length: int, channels: int, resident: int, warps:
     return Plan(best, math.ceil(length / best), segment, warps, blocks), best_cost
 
 
-SHORT_FORWARD, SHORT_BACKWARD = 1 << 20, 1 << 19
-"""Elements (batch x channels x length; twice as many up to 512 steps) up to which scan_short.cu, with fewer launches, takes
-less than scan.cu, with fewer instructions. Measured on an H200, a launch counted as 7 microseconds."""
-
-
-ABREAST = 2
-"""States that scan_short.cu takes at a time going forward."""
+SHORT_FORWARD, SHORT_BACKWARD = 1 << 23, 1 << 21
+"""Elements (batch x channels x length) up to which scan_short.cu is thought of; no more have been measured."""
+SAVED = 3.0
+"""Microseconds that its fewer launches are worth: by so much scan.cu, with fewer instructions, must be faster."""
+SHORT_WARPS = 8
+"""Warps of scan_short.cu that a multiprocessor holds."""
+AT_ONCE = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.91}
+"""The share of the multiprocessors on which clusters of so many blocks find room: those of an H200, whose groups of
+multiprocessors are not all whole."""
 
 
 class Sides(NamedTuple):
-    """A block of scan_short.cu."""
+    """A block of scan_short.cu, and the cluster of blocks that shares a sequence."""
 
     across: int  # pairs of channels a warp
-    down: int  # warps side by side in channels
-    times: int  # warps side by side in time
-
-    @property
-    def pairs(self) -> int:
-        return self.across * self.down
-
-    @property
-    def warps(self) -> int:
-        return self.down * self.times
+    times: int  # warps, which follow each other in time
+    blocks: int = 1  # of a cluster, which follow each other in time
+    tile: int = TILE  # steps a thread; going backward always TILE
 
     @property
     def span(self) -> int:
         """Steps of a warp."""
-        return 32 // self.across * TILE
+        return 32 // self.across * self.tile
+
+    @property
+    def covers(self) -> int:
+        """Steps of a round."""
+        return self.span * self.times * self.blocks
 
     def shared(self, n: int, size: int, backward: bool = False) -> int:
         """Bytes of shared memory; size: of an element of the data."""
-        rows = self.times * self.pairs
-        both = self.times * 2 * n * self.span * size + 16 * rows * n + 2 * 16 * rows
-        if not backward:
-            return both + (ABREAST - 1) * 2 * 16 * rows
-        return both + (8 * rows * (2 * self.span + 8) + 8 * n * (32 * self.warps + rows))
+        rows, warps = self.across * n, self.times
+        total = 2 * n * self.span * size * warps + 16 * rows * (warps + 2) + 8 * n * warps + 8 * rows
+        if backward:
+            total += 8 * self.across * warps * (2 * self.span + max(4, 32 // self.across)) + 8 * warps * (32 * n + rows)
+        return total
+
+    def at_once(self, multiprocessors: int) -> int:
+        """Clusters."""
+        return max(1, int(AT_ONCE[self.blocks] * multiprocessors) * (SHORT_WARPS // self.times) // self.blocks)
+
+    def clusters(self, sequences: int, channels: int) -> int:
+        return sequences * math.ceil(channels / (2 * self.across))
+
+    def microseconds(self, multiprocessors: int, sequences: int, length: int, channels: int, backward: bool = False) -> float:
+        """About how long it takes with 16 states of bfloat16. Fitted on an H200 (docs/kernels.md); waves and rounds decide."""
+        clusters, at_once = self.clusters(sequences, channels), self.at_once(multiprocessors)
+        rounds = math.ceil(clusters / at_once) * math.ceil(length / self.covers)
+        busy = max(1.0, min(clusters, at_once) * self.blocks * self.times / (4 * multiprocessors))  # warps a scheduler
+        lanes = math.log2(32 // self.across)  # exchanges of a state
+        start = 0.25 * self.blocks + 0.03 * self.blocks * self.times
+        if backward:  # sums over channels are added up block by block
+            return 6.0 + start + rounds * (8.7 + 1.4 * busy + 1.7 * lanes) + 69.0 * sequences * channels * length / self.across / 2**20
+        if self.tile > TILE:
+            return 2.7 + start + rounds * (6.2 + 2.1 * busy + 1.7 * lanes)
+        return 1.9 + start + rounds * (4.5 + 1.2 * busy + 0.6 * lanes)
+
+
+def chunked_microseconds(elements: int, backward: bool) -> float:
+    """The same for scan.cu, of which launches are most for little."""
+    return max(60.0, 35.0 + 29.5 * elements / 2**20) if backward else max(31.0, 21.0 + 13.5 * elements / 2**20)
 
 
 @functools.lru_cache(maxsize=1024)
 def short(
     device, batch: int, length: int, channels: int, n: int, size: int, backward: bool = False, scans: int = 1
 ) -> Sides | None:
-    """The block of scan_short.cu for a problem, so wide that one wave does it; None where scan.cu is faster. scans: how
-    many of that size at once, 1 or 2."""
-    limit = (SHORT_BACKWARD if backward else SHORT_FORWARD) * (2 if length <= 512 else 1)
-    if batch * length * channels > limit or n > 32:
+    """How scan_short.cu runs a problem; None where scan.cu is faster. scans: how many of that size at once, 1 or 2."""
+    elements = batch * length * channels
+    if elements > (SHORT_BACKWARD if backward else SHORT_FORWARD) or n > 32:
         return None
-    pairs = scans * batch * math.ceil(channels / 2) / device.multiprocessors
-    if pairs <= 2:
-        sides = Sides(1 if pairs <= 1 and length > 1024 else 2, 1, 8)
-    else:
-        sides = Sides(4, 1, 8) if pairs <= 4 else Sides(4, 2, 4) if pairs <= 8 else Sides(4, 4, 2)
-    while sides.times > 1 and (
-        sides.times // 2 * sides.span >= length or sides.shared(n, size, backward) > device.shared_limit
-    ):
-        sides = sides._replace(times=sides.times // 2)
-    return sides if sides.shared(n, size, backward) <= device.shared_limit else None
+    if scans > 1 and short(device, batch, length, channels, n, size, backward) is None:
+        return None
+    best, least = None, scans * chunked_microseconds(elements, backward) + SAVED
+    # going backward a warp begins where a state was kept
+    ways = ((8, 4), (TILE,)) if backward else ((16, 8, 4), (2 * TILE, TILE))
+    for across, tile, times, blocks in itertools.product(*ways, (8, 4, 2, 1), (1, 2, 4, 8)):
+        sides = Sides(across, times, blocks, tile)
+        if blocks > 1 and not (
+            device.clusters and sides.covers >= length and sides.clusters(scans * batch, channels) <= sides.at_once(device.multiprocessors)
+        ):
+            continue  # a second wave of clusters, which leave multiprocessors idle, never paid
+        if sides.covers // 2 >= length and times * blocks > 1 or sides.shared(n, size, backward) > device.shared_limit:
+            continue
+        time = sides.microseconds(device.multiprocessors, scans * batch, length, channels, backward)
+        if time < least:
+            best, least = sides, time
+    return best
 
 
 # --------------------------------------------------------------------------------------------------------- device
@@ -222,6 +253,7 @@ class _Device:
         self.multiprocessors = nvrtc.multiprocessors(index)
         self.shared_limit = nvrtc.shared_limit(index)
         self.keep_limit = keep_limit(torch.cuda.get_device_properties(index).total_memory)
+        self.clusters = torch.cuda.get_device_capability(index) >= (9, 0)
 
     def module(self, defines: tuple[tuple[str, int], ...], source: str = SOURCE) -> nvrtc.Module:
         return nvrtc.module(source, defines, self.index)
@@ -412,15 +444,21 @@ def _outputs(x: Tensor, mask: Tensor | None) -> Tensor:
     return _like(x) if mask is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _short_recipe(device, sides, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, scans: int, *rows):
-    """Module, plan and parameters of scan_short.cu; rows: what else is read by rows."""
-    n = A.shape[1]
-    named = (("STATES", n), ("ACROSS", sides.across), ("DOWN", sides.down), ("TIMES", sides.times))
+def _short_recipe(device, sides, kernel: str, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, scans: int, *rows):
+    """Module, plan, parameters and the launch of a kernel of scan_short.cu; rows: what else is read by rows. None where the GPU has
+    no room for such a cluster."""
+    n, backward = A.shape[1], kernel == "short_backward"
+    named = (("FORWARD", int(not backward)), ("STATES", n), ("ACROSS", sides.across), ("TIMES", sides.times))
     paired, wide = _paired(u, delta, z, *rows), _wide(n, u, delta, z, *rows, B, C)
-    defines = (*named, *_defines(u, n, 0, paired, wide)[2:], *((("BOTH", 1),) if scans > 1 else ()))
-    cut = Plan(u.shape[1], 1, segment, sides.warps, math.ceil(u.shape[2] / (2 * sides.pairs)))
+    ways = (("CLUSTER", sides.blocks, sides.blocks > 1), ("TILE", sides.tile, sides.tile != TILE), ("BOTH", 1, scans > 1))
+    defines = (*named, *_defines(u, n, 0, paired, wide)[2:], *((name, value) for name, value, unusual in ways if unusual))
+    cut = Plan(u.shape[1], 1, segment, sides.times, math.ceil(u.shape[2] / (2 * sides.across)))
+    module, shared = device.module(defines, SHORT_SOURCE), sides.shared(n, u.element_size(), backward)
+    kernel += "_pair" if scans > 1 else ""
+    if sides.blocks > 1 and module.clusters(kernel, cut.threads, shared, sides.blocks) == 0:
+        return None
     params = _template(u, delta, A, B, C, z, softplus, reverse, cut, SHORT_SOURCE)
-    return device.module(defines, SHORT_SOURCE), cut, params
+    return module, cut, params, (kernel, scans * u.shape[0] * cut.channel_blocks * sides.blocks, cut.threads, shared)
 
 
 def _short_forward_recipe(
@@ -433,11 +471,12 @@ def _short_forward_recipe(
     if sides is None:
         return None
     grain = _grain(segment, batch, length, channels)
-    module, cut, p = _short_recipe(device, sides, u, delta, A, B, C, z, softplus, reverse, grain, scans)
-    kernels = SHORT_KERNELS if scans == 1 else PAIR_KERNELS
-    launches = ((kernels[0], scans * batch * cut.channel_blocks, cut.threads, sides.shared(n, size)),)
+    found = _short_recipe(device, sides, "short_forward", u, delta, A, B, C, z, softplus, reverse, grain, scans)
+    if found is None:
+        return None
+    module, cut, p, launch = found
     kept = (batch, p.all_segments, n, channels)
-    return _Recipe(module, p, cut, segment > 0, 0, 0, launches, kept, aligned=_aligned(u, delta, z, B, C))
+    return _Recipe(module, p, cut, segment > 0, 0, 0, (launch,), kept, aligned=_aligned(u, delta, z, B, C))
 
 
 def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int) -> _Recipe:
@@ -542,15 +581,14 @@ def _short_backward_recipe(
     sides = short(device, batch, length, channels, n, size, True, scans)
     if sides is None or sides.span % segment:
         return None
-    module, cut, p = _short_recipe(device, sides, u, delta, A, B, C, z, softplus, reverse, segment, scans, dy)
+    found = _short_recipe(device, sides, "short_backward", u, delta, A, B, C, z, softplus, reverse, segment, scans, dy)
+    if found is None:
+        return None
+    module, cut, p, launch = found
     p.dy_b, p.dy_t = dy.stride(0), dy.stride(1)
     outputs = batch * 2 * n * length + (n + 2) * channels
-    kernels = SHORT_KERNELS if scans == 1 else PAIR_KERNELS
-    launches = (
-        (kernels[1], scans * batch * cut.channel_blocks, cut.threads, sides.shared(n, size, True)),
-        (kernels[2], scans * math.ceil(outputs / 256), 256, 0),
-    )
-    parts, work = _workspace(blocks=cut.channel_blocks * batch * 2 * n * length, partial=batch * (n + 2) * channels)
+    launches = (launch, ("short_reduce" + ("_pair" if scans > 1 else ""), scans * math.ceil(outputs / 256), 256, 0))
+    parts, work = _workspace(blocks=cut.channel_blocks * batch * 2 * n * length, partial=batch * sides.blocks * (n + 2) * channels)
     return _Recipe(module, p, cut, False, work, 0, launches, aligned=_aligned(dy, u, delta, z, B, C), parts=parts)
 
 

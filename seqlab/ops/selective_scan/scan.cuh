@@ -15,7 +15,9 @@
 #else
 #define PER 1
 #endif
+#ifndef TILE
 #define TILE 8
+#endif
 #define ALL ((1u << TILE) - 1u)
 
 struct Params {
