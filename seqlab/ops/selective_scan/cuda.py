@@ -202,14 +202,14 @@ class Sides(NamedTuple):
         """About how long it takes with 16 states of bfloat16. Fitted on an H200 (docs/kernels.md); waves and rounds decide."""
         clusters, at_once = self.clusters(sequences, channels), self.at_once(multiprocessors)
         rounds = math.ceil(clusters / at_once) * math.ceil(length / self.covers)
-        busy = max(1.0, min(clusters, at_once) * self.blocks * self.times / (4 * multiprocessors))  # warps a scheduler
+        busy = max(1.0, self.times / 4, min(clusters, at_once) * self.blocks * self.times / (4 * multiprocessors))  # warps a scheduler
         lanes = math.log2(32 // self.across)  # exchanges of a state
-        start = 0.25 * self.blocks + 0.03 * self.blocks * self.times
+        start = 0.35 * (self.blocks - 1) + 0.05 * self.blocks * self.times
         if backward:  # sums over channels are added up block by block
-            return 6.0 + start + rounds * (8.7 + 1.4 * busy + 1.7 * lanes) + 69.0 * sequences * channels * length / self.across / 2**20
+            return 5.8 + start + rounds * (4.2 + 4.6 * busy + 1.4 * lanes) + 57.0 * sequences * channels * length / self.across / 2**20
         if self.tile > TILE:
-            return 2.7 + start + rounds * (6.2 + 2.1 * busy + 1.7 * lanes)
-        return 1.9 + start + rounds * (4.5 + 1.2 * busy + 0.6 * lanes)
+            return 1.7 + start + rounds * (2.8 + 3.9 * busy + 1.7 * lanes)
+        return 2.2 + start + rounds * (1.8 + 2.1 * busy + 0.9 * lanes)
 
 
 def chunked_microseconds(elements: int, backward: bool) -> float:

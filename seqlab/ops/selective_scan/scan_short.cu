@@ -541,6 +541,7 @@ DEVICE void backward(const Params& p, i64 block) {
             }
             r = chain.receive(n);
             chain.pass_on(n, after(back, r), q);
+            __syncwarp();  // the sums of the state before have been given, and those of two before taken
             if (n > 0) take_sums(sums, n - 1, p, n - 1, span, q);
             h = entering_lane<false>(forth, start[n * ACROSS], q);
             r = entering_lane<true>(back, r, q);
