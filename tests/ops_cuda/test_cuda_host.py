@@ -79,6 +79,16 @@ def test_short_scans_fit_and_cover_the_sequence():
                         assert not back or sides.tile == scan.TILE and sides.span % scan.segment_length(batch, length, channels) == 0
 
 
+def test_two_scans_run_at_once_where_one_leaves_room():
+    class Gpu:
+        multiprocessors, shared_limit, clusters = 132, 227 * 1024, True
+
+    for backward in (False, True):
+        assert scan.short(Gpu, 1, 512, 128, 16, 2, backward, 2) is not None  # 12 instead of 22 microseconds forward, 24 instead of 45 backward
+        assert scan.short(Gpu, 8, 512, 512, 16, 2, backward, 2) is None
+    assert scan.short(Gpu, 1, 2048, 128, 16, 2, True, 2) is None  # 84 instead of 55: no room for sixteen more clusters
+
+
 def test_clusters_are_no_more_than_run_at_one_time_if_that_can_be():
     """An H200 runs 66 clusters of two blocks of eight warps at a time, but 30 of four: the other two would take as long again."""
 

@@ -225,9 +225,12 @@ def short(
     elements = batch * length * channels
     if elements > (SHORT_BACKWARD if backward else SHORT_FORWARD) or n > 32:
         return None
-    if scans > 1 and short(device, batch, length, channels, n, size, backward) is None:
-        return None
-    best, least = None, scans * chunked_microseconds(elements, backward) + SAVED
+    best, least = None, chunked_microseconds(elements, backward) + SAVED
+    if scans > 1:  # one after the other, and less where that is near
+        one = short(device, batch, length, channels, n, size, backward)
+        if one is None:
+            return None
+        least = 0.9 * scans * one.microseconds(device.multiprocessors, batch, length, channels, backward)
     # going backward a warp begins where a state was kept
     ways = ((8, 4), (TILE,)) if backward else ((16, 8, 4), (2 * TILE, TILE))
     for across, tile, times, blocks in itertools.product(*ways, (8, 4, 2, 1), (1, 2, 4, 8)):
