@@ -29,9 +29,11 @@ class ReverseComplementEquivariant(nn.Module):
         self.register_buffer("complement", complement, persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """What `to`, `to_empty` and the like go through; no checkpoint holds the buffer, so what is emptied is filled here."""
+        """What `to`, `to_empty` and the like go through; no checkpoint holds the buffer, so what is emptied is filled here. A buffer
+        that stays as it is, is left alone: made in inference mode, it may not be written outside of it."""
+        before = self.complement
         super()._apply(fn, recurse)
-        if not self.complement.is_meta:
+        if self.complement is not before and not self.complement.is_meta:
             self.complement.copy_(torch.tensor(self._complement, device="cpu"))
         return self
 

@@ -266,6 +266,19 @@ def test_a_model_made_on_the_meta_device_is_filled_by_its_weights(options, assig
     assert dict(empty.named_parameters()).keys() == dict(model.named_parameters()).keys()  # what is tied stays so
 
 
+def test_a_model_made_in_inference_mode_moves_outside_of_it():
+    """The complement was written anew whenever the model was moved, which torch refuses for a tensor of inference mode."""
+    with torch.inference_mode():
+        model = make(direction="bidirectional", strand="equivariant")
+    ids = tokens(1, 9)
+    with torch.inference_mode():
+        expected = model(ids)[0]
+        assert torch.equal(model.to("cpu")(ids)[0], expected)
+    model.to("cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids)[0], expected)
+
+
 def test_an_embedding_takes_whole_numbers_alone():
     with pytest.raises(ValueError, match="ids must be integers, got torch.float32 of shape"):
         make()(torch.zeros(1, 5, 4))
