@@ -24,18 +24,23 @@ def chains(places: Sequence[Interval]) -> np.ndarray:
 
 def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """(n) int64: the components of rows that agree in `first` (n) or in `second` (n), numbered by their lowest row."""
-    _, first = np.unique(first, return_inverse=True)
-    _, second = np.unique(second, return_inverse=True)
-    group = np.arange(len(first))
-    while True:
-        lowest = group
-        for same in (first, second):
-            least = np.full(same.max(initial=-1) + 1, len(group))
-            np.minimum.at(least, same, lowest)
-            lowest = least[same]
-        if np.array_equal(lowest, group):
-            return group
-        group = lowest
+    rows = np.arange(len(first))
+    neighbours = np.concatenate([_lowest(first), _lowest(second)])
+    return _lowest(components(len(first), np.concatenate([rows, rows]), neighbours))
+
+
+def components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(n) int64: connected components of a graph of n nodes with edges a - b."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    return connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)[1].astype(np.int64)
+
+
+def _lowest(number: np.ndarray) -> np.ndarray:
+    """(n) int64: the lowest row with the same number, of each row."""
+    _, row, inverse = np.unique(number, return_index=True, return_inverse=True)
+    return row[inverse]
 
 
 def sharing(places: Sequence[Interval], others: Sequence[Interval]) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.intervals import components
 from data_prep.kmers import KMER, placed_kmers, sampled
 
 MOST = 4_000_000
@@ -76,12 +77,4 @@ def families(sketch: Sketch) -> np.ndarray:
     pair, shared = np.unique(np.concatenate(pairs), return_counts=True)
     a, b = pair // n, pair % n
     near = shared >= SHARE * np.minimum(sketch.count[a], sketch.count[b])
-    return _components(n, a[near], b[near])
-
-
-def _components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n) int64: connected components of a graph of n nodes with edges a - b."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    return connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)[1].astype(np.int64)
+    return components(n, a[near], b[near])
