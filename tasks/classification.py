@@ -709,12 +709,12 @@ def evaluation_dict(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def near_copies_line(evaluation: Evaluation) -> str:
-    """A sentence where part of the scores may be memory, else nothing."""
+def near_copies_line(evaluation: Evaluation, sequences: str = "the test sequences") -> str:
+    """A sentence about `sequences` where part of the scores may be memory, else nothing."""
     if not evaluation.near_copies:
         return ""
     return (
-        f" {evaluation.near_copies:,} of them share half or more of their 32-mers with the training split of the dataset: there every "
+        f"{evaluation.near_copies:,} of {sequences} share half or more of their 32-mers with the training split of the dataset: there every "
         "score is memory in part."
     )
 
@@ -733,7 +733,7 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
         "range is the smallest and largest over seeds. Baselines learn from each seed's training split and choose on its validation "
         "split. Plots show the seed with the best validation."
         + (f" F1 is of class {evaluation.classes[1]}." if evaluation.kind == "binary" else "")
-        + near_copies_line(evaluation),
+        + (f" {copies}" if (copies := near_copies_line(evaluation, "them")) else ""),
         "",
     ]
     if known := published_rows(evaluation):

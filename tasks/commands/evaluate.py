@@ -182,7 +182,7 @@ def _print_labelled(evaluation) -> None:
         print_table("Published by others, not measured here", ["model", classification.TITLES[evaluation.main], "source"], known)
     note(classification.evaluation_verdict(evaluation))
     if copies := classification.near_copies_line(evaluation):
-        note(copies.strip().replace("of them", "of the test sequences", 1))
+        note(copies)
     for name, chosen in evaluation.details.items():
         if chosen:
             note(f"{name}: " + " | ".join(dict.fromkeys(chosen)))
