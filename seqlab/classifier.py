@@ -304,12 +304,6 @@ class SequenceClassifier(nn.Module):
             outputs = outputs + counter(counts, state.pooled.count)
         return outputs
 
-    def prefix_outputs(self, ids: Tensor, ends: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Outputs (b k n_outputs) for the first ends[j] positions of each row, from one pass of a causal backbone."""
-        if not self.backbone.is_causal or self.config.strand == "equivariant":
-            raise ValueError("outputs for prefixes need direction: causal and a strand other than equivariant")
-        return self.head.prefixes(self.read(ids, mask), ends, mask)
-
     def reverse_complement(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         return reverse_complement(ids, mask, self.complement)
 

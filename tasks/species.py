@@ -685,21 +685,6 @@ def _per_class(config: EvalConfig, length: int) -> int:
     return min(config.windows_per_class, max(16, config.tokens_per_class // length))
 
 
-def fit_baselines(
-    config: Config, store: TokenStore, training: TokenStore, cache: Path, *, split: str = "test", lengths: Sequence[int] = (),
-    device: str = "cpu",
-) -> None:
-    """Fill `cache` with the baselines that `evaluate_run` will ask for: they need no model, so they can learn beside it."""
-    windows = ClassWindows(store, split, config.data.max_unknown)
-    to_run = np.array([config.classes.index(name) for name in windows.classes])
-    lengths = lengths or config.eval.lengths or default_lengths(windows.longest())
-    drawn = {length: windows.fixed(length, _per_class(config.eval, length))[0] for length in lengths}
-    baselines = _Baselines(config, store, training, drawn, to_run, split, device, cache)
-    for length in lengths:
-        for name in config.eval.baselines:
-            baselines.get(name, length)
-
-
 CNN_LONGEST = 4096
 """Beyond this the CNN reads pieces of this length and its log-probabilities are averaged: better than learning from the few
 windows that are longer, and affordable."""

@@ -170,12 +170,9 @@ def test_prefixes_equal_separate_sequences(pooling):
     mask = torch.arange(100) < torch.tensor([[100], [60]])
     ends = torch.tensor([16, 32, 64, 100])
     with torch.no_grad():
-        outputs = model.prefix_outputs(ids, ends, mask)
+        outputs = model.head.prefixes(model.read(ids, mask), ends, mask)
         for j, end in enumerate(ends.tolist()):
             assert torch.allclose(outputs[:, j], model(ids[:, :end], mask[:, :end]), atol=1e-5)
-    bidirectional = classifier(direction="bidirectional")
-    with pytest.raises(ValueError, match="causal"):
-        bidirectional.prefix_outputs(ids, ends)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "evidence"])

@@ -157,6 +157,16 @@ def test_the_loss_is_the_mean_over_prefixes_and_adds_the_language_model(data):
     assert torch.allclose(outside, torch.nn.functional.cross_entropy(model(batch["ids"]), batch["label"], reduction="sum"))
 
 
+@pytest.mark.parametrize("ask,model", [
+    ("prefixes", dict(direction="bidirectional")), ("prefixes", dict(strand="equivariant")), ("prefixes", dict(pooling="max")),
+    ("segments", dict(strand="equivariant")), ("segments", dict(pooling="last")),
+])
+def test_the_whole_is_asked_where_parts_have_no_answer_of_their_own(ask, model, data):
+    config = toy_config()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model), loss=species.LossConfig(ask=ask))
+    assert species.SpeciesTask(config, TokenStore.open(data)).ask == "whole"
+
+
 def test_the_language_model_of_evidence_is_the_right_species_own(data):
     config = toy_config()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, pooling="evidence", length_scale=True))
