@@ -254,6 +254,19 @@ def _announce(op: str, name: str, device: str) -> None:
         _log.info("%s: back end %s on %s", op, name, device)
 
 
+def check_are_tensors(op: str, names: tuple[str, ...], values: tuple, required: int) -> None:
+    """Raise TypeError for the first of the arguments `names`, of these `values`, that is no tensor; those after the first `required`
+    may be None."""
+    for i, x in enumerate(values):
+        if isinstance(x, torch.Tensor) or (x is None and i >= required):
+            continue
+        kind, allowed = type(x), "a torch.Tensor" if i < required else "a torch.Tensor or None"
+        if x is None:
+            raise TypeError(f"{op}: {names[i]} is None; it must be {allowed}")
+        seen = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        raise TypeError(f"{op}: {names[i]} is of type {seen}; it must be {allowed}: torch.as_tensor({names[i]})")
+
+
 def check_tensors(
     op: str,
     first: tuple[str, torch.Tensor],

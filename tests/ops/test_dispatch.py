@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from parity import conv_arguments, scan_arguments
@@ -163,6 +164,32 @@ def test_scan_refuses(changes, message):
 def test_conv_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         conv(**changes)
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda", "torch.func"])
+@pytest.mark.parametrize(
+    "call, name, value, message",
+    [
+        (scan, "u", np.zeros((2, 5, 3)), r"selective_scan: u is of type numpy.ndarray; it must be a torch.Tensor: torch.as_tensor\(u\)"),
+        (scan, "A", None, "selective_scan: A is None; it must be a torch.Tensor$"),
+        (scan, "B", [[[1.0]]], r"selective_scan: B is of type list; it must be a torch.Tensor: torch.as_tensor\(B\)"),
+        (scan, "D", 1.0, "selective_scan: D is of type float; it must be a torch.Tensor or None"),
+        (scan, "mask", np.ones((2, 5), dtype=bool), "selective_scan: mask is of type numpy.ndarray; it must be a torch.Tensor or None"),
+        (conv, "x", None, "causal_conv1d: x is None; it must be a torch.Tensor$"),
+        (conv, "weight", np.zeros((3, 4)), "causal_conv1d: weight is of type numpy.ndarray; it must be a torch.Tensor"),
+        (conv, "bias", 0, "causal_conv1d: bias is of type int; it must be a torch.Tensor or None"),
+    ],
+)
+def test_what_is_no_tensor_is_refused(call, name, value, message, place, monkeypatch):
+    """It was an AttributeError of whatever was looked at first, another one on a GPU and in a transform."""
+    if place == "cuda":  # as far as what is found out of a call before its checks
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(TypeError, match=message):
+        if place == "torch.func":
+            torch.func.grad(lambda x: call(**{name: value}).sum() * x)(torch.ones(()))
+        else:
+            call(**{name: value})
 
 
 @pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d", "hidden_markov"])

@@ -1,15 +1,17 @@
 """The fused block, its kernels run on the processor (emulate.py), against the separate operators in float64."""
 
 import copy
+import re
 
 import emulate
+import numpy as np
 import pytest
 import torch
 
 from seqlab.backbones.bidirectional import BidirectionalMamba
 from seqlab.backbones.mamba import BackboneConfig, Block, Mamba, MixerState
 from seqlab.ops.block import cuda as fused
-from seqlab.ops.block import rows
+from seqlab.ops.block import mamba_block, rows
 from seqlab.ops.causal_conv1d import cuda as conv
 from seqlab.ops.selective_scan import cuda as scan
 
@@ -115,6 +117,23 @@ def both(direction, dtype, length, state, return_state, device="cpu", masked=Fal
     pairs += [(n, p.grad, named[n].grad) for n, p in ours.named_parameters()]
     assert all(a.shape == r.shape for _, a, r in pairs)
     return [(relative(a.cpu(), r), name) for name, a, r in pairs]
+
+
+@pytest.mark.parametrize("grad", (True, False))
+@pytest.mark.parametrize("name,value", (
+    ("x", np.zeros((2, 5, 12), np.float32)), ("x", None), ("norm_weight", None), ("in_weight", np.zeros((48, 12), np.float32)),
+    ("mask", [True]), ("directions[0].A_log", None), ("directions[0].conv_bias", 0.0),
+))  # fmt: skip
+def test_what_is_no_tensor_is_refused(emulated, name, value, grad):
+    ours, _ = blocks("causal")
+    names = "norm_weight", "epsilon", "in_weight", "in_bias", "out_weight", "out_bias", "directions"
+    given = {"x": torch.randn(2, 5, 12), **dict(zip(names, ours._operands(ours.mixer.directions()), strict=True))}
+    if name.startswith("directions"):
+        given["directions"] = (given["directions"][0]._replace(**{name.split(".")[1]: value}),)
+    else:
+        given[name] = value
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=f"^mamba_block: {re.escape(name)} is .*; it must be a torch.Tensor"):
+        mamba_block(**given)
 
 
 @pytest.mark.parametrize("length", (1, 2, 3, 7, 65))

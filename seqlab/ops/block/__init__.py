@@ -82,6 +82,10 @@ def mamba_block(
 
     Returns:
         out (b l d_model), conv state, ssm state (None unless asked for). Differentiable in all tensors.
+
+    Raises:
+        TypeError: an argument that is no tensor.
+        ValueError: directions or states that do not go together.
     """
     if tuple(reverse) not in ((False,), (True,), (False, True)) or len(directions) != len(reverse):
         raise ValueError(f"mamba_block: {len(directions)} directions with reverse {reverse}; allowed: one, or (False, True)")
@@ -89,9 +93,22 @@ def mamba_block(
         raise ValueError("mamba_block: a sequence shared by several ranks carries no state in or out")
     tensors = (x, mask, conv_state, ssm_state, norm_weight, in_weight, in_bias, out_weight, out_bias)
     tensors += tuple(t for direction in directions for t in direction)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    spec = cuda.Spec(epsilon, tuple(reverse), residual, compute_dtype(x), return_state, keep, every_state=every_state, ranks=ranks)
-    return cuda.Block.apply(spec, *tensors)
+    try:
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        spec = cuda.Spec(epsilon, tuple(reverse), residual, compute_dtype(x), return_state, keep, every_state=every_state, ranks=ranks)
+        return cuda.Block.apply(spec, *tensors)
+    except (AttributeError, TypeError):  # to ask each tensor first is host time of every call
+        _check_are_tensors(x, norm_weight, in_weight, in_bias, out_weight, out_bias, directions, mask, conv_state, ssm_state)
+        raise
+
+
+def _check_are_tensors(x, norm_weight, in_weight, in_bias, out_weight, out_bias, directions, mask, conv_state, ssm_state) -> None:
+    required = {"x": x, "norm_weight": norm_weight, "in_weight": in_weight, "out_weight": out_weight}
+    optional = {"in_bias": in_bias, "out_bias": out_bias, "mask": mask, "conv_state": conv_state, "ssm_state": ssm_state}
+    for i, direction in enumerate(directions):
+        for name, t in direction._asdict().items():
+            (optional if name == "conv_bias" else required)[f"directions[{i}].{name}"] = t
+    dispatch.check_are_tensors("mamba_block", (*required, *optional), (*required.values(), *optional.values()), len(required))
 
 
 def mamba_stack(x: Tensor, blocks: list[tuple], mask: Tensor | None = None) -> Tensor:

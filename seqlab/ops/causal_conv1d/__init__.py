@@ -57,13 +57,18 @@ def causal_conv1d(
         Differentiable in every tensor argument, through y and through the final state.
 
     Raises:
+        TypeError: an argument that is no tensor.
         ValueError: an argument of the wrong shape, dtype or device, or an unknown back end.
         RuntimeError: the back end asked for cannot run this; lists every back end with its reason.
     """
     given = x, weight, bias, initial_state, mask
-    if not torch.compiler.is_compiling() and dispatch.transforming():
-        backend = dispatch.differentiable("causal_conv1d", backend, given)
-    layout = None if return_final_state else dispatch.layout(backend, given, activation, reverse)
+    try:
+        if not torch.compiler.is_compiling() and dispatch.transforming():
+            backend = dispatch.differentiable("causal_conv1d", backend, given)
+        layout = None if return_final_state else dispatch.layout(backend, given, activation, reverse)
+    except (AttributeError, TypeError):  # what is no tensor has no layout
+        _check(x, weight, bias, activation, initial_state, mask)
+        raise
     if layout is not None and (call := _known.get(layout)) is not None:
         return cuda.execute(call, *given)
     _check(x, weight, bias, activation, initial_state, mask)
@@ -160,6 +165,8 @@ def _last_real(x: Tensor, mask: Tensor, width: int, initial_state: Tensor | None
 
 
 def _check(x, weight, bias, activation, initial_state, mask) -> None:
+    names = "x", "weight", "bias", "initial_state", "mask"
+    dispatch.check_are_tensors("causal_conv1d", names, (x, weight, bias, initial_state, mask), 2)
     if x.dim() != 3:
         raise ValueError(f"causal_conv1d: x must be (batch length channels), got shape {tuple(x.shape)}")
     if x.dtype == torch.float16:

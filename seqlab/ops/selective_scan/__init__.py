@@ -69,21 +69,26 @@ def selective_scan(
     delta, z, B and C are cast to u's dtype, A, D, delta_bias and the initial state to the state's.
 
     Raises:
+        TypeError: an argument that is no tensor.
         ValueError: an argument of the wrong shape, dtype or device, or an unknown back end.
         RuntimeError: the back end asked for cannot run this; lists every back end with its reason.
 
     Source: Gu and Dao 2023 (arXiv 2312.00752), sections 3.2-3.3; argument names are the authors'.
     """
     given = u, delta, A, B, C, D, z, delta_bias, initial_state, mask
-    if not torch.compiler.is_compiling() and dispatch.transforming():
-        backend = dispatch.differentiable("selective_scan", backend, given)
     options = delta_softplus, reverse, return_final_state
     absent = D is None, z is None, delta_bias is None, initial_state is None, mask is None
-    call = _recent.find(backend, given, options, absent)
-    if call is None:
-        layout = dispatch.layout(backend, given, *options)
-        if layout is not None and (call := _known.get(layout)) is not None and call.recipe.aligned:
-            _recent.keep(call, backend, given, options, absent)
+    try:
+        if not torch.compiler.is_compiling() and dispatch.transforming():
+            backend = dispatch.differentiable("selective_scan", backend, given)
+        call = _recent.find(backend, given, options, absent)
+        if call is None:
+            layout = dispatch.layout(backend, given, *options)
+            if layout is not None and (call := _known.get(layout)) is not None and call.recipe.aligned:
+                _recent.keep(call, backend, given, options, absent)
+    except (AttributeError, TypeError):  # what is no tensor has no layout; to ask each one first is host time of every call
+        _check(*given)
+        raise
     if call is not None:
         y, final_state = cuda.execute(call, *given)
         return (y, final_state) if return_final_state else y
@@ -157,6 +162,8 @@ def _apply_mask(mask, u, delta, B, C, z, delta_bias, delta_softplus):
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, mask) -> None:
+    names = "u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "mask"
+    dispatch.check_are_tensors("selective_scan", names, (u, delta, A, B, C, D, z, delta_bias, initial_state, mask), 5)
     if u.dim() != 3:
         raise ValueError(f"selective_scan: u must be (batch length channels), got shape {tuple(u.shape)}")
     if u.dtype == torch.float16:
