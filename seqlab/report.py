@@ -38,24 +38,24 @@ def evaluation_rows(evaluation: Any) -> tuple[list[str], list[list[str]]]:
     for context, score in evaluation.contexts.items():
         note = " (trained)" if context == evaluation.trained_context else ""
         rows.append(row(f"context {context:,}{note}", score))
-    best = evaluation.best_baseline[0]
-    for name, score in evaluation.baselines.items():
-        rows.append(row(f"{name}{' (best)' if name == best else ''}", score))
+    best = evaluation.best_baseline
+    for baseline in evaluation.baselines:
+        rows.append(row(f"{baseline.name}{' (best)' if baseline == best else ''}", baseline.score))
     return header, rows
 
 
 def evaluation_verdict(evaluation: Any) -> str:
     """One honest sentence: who won, by how much."""
     context, score = evaluation.best
-    name, baseline = evaluation.best_baseline
-    order = name.removeprefix("Markov order ")
-    gap = baseline.bits - score.bits
+    baseline = evaluation.best_baseline
+    bits, is_markov = baseline.score.bits, baseline.kind == "markov"
+    gap = bits - score.bits
     where = f"{evaluation.bases:,} bases of the {evaluation.split} split"
     if gap > 0:
-        what = f"Markov model (order {order}, {baseline.bits:.4f})" if order != name else f"counts of k-mers ({name}: {baseline.bits:.4f})"
+        what = f"Markov model (order {baseline.order}, {bits:.4f})" if is_markov else f"counts of k-mers ({baseline.name}: {bits:.4f})"
         return f"The model needs {score.bits:.4f} bits per base at context {context:,}, {gap:.4f} fewer than the best {what} on the same {where}."
-    what = f"The Markov model of order {order} wins" if order != name else f"Counts of k-mers win ({name})"
-    return f"{what}: {baseline.bits:.4f} bits per base against {score.bits:.4f} for the model at context {context:,}, on the same {where}."
+    what = f"The Markov model of order {baseline.order} wins" if is_markov else f"Counts of k-mers win ({baseline.name})"
+    return f"{what}: {bits:.4f} bits per base against {score.bits:.4f} for the model at context {context:,}, on the same {where}."
 
 
 def evaluation_dict(evaluation: Any) -> dict:
@@ -112,18 +112,20 @@ def plot_evaluation(evaluation: Any, path: Path) -> Path:
     contexts = list(evaluation.contexts)
     bits = [s.bits for s in evaluation.contexts.values()]
     axes.plot(contexts, bits, "o-", color=MODEL, linewidth=2, markersize=5, label="model", zorder=3)
-    best, baseline = evaluation.best_baseline
-    axes.axhline(baseline.bits, color=BASELINE, linewidth=1.6, label=f"best of k-mer counts ({best})")
-    others = {f"order {o}": evaluation.markov[o].bits for o in (0, 3, 6, 9, 12) if o in evaluation.markov and f"Markov order {o}" != best}
-    low, high = min(bits + [baseline.bits]), max(bits + [baseline.bits])
+    best = evaluation.best_baseline
+    best_bits = best.score.bits
+    axes.axhline(best_bits, color=BASELINE, linewidth=1.6, label=f"best of k-mer counts ({best.name})")
+    others = [other for other in evaluation.baselines if other.kind == "markov" and other.order in (0, 3, 6, 9, 12) and other != best]
+    low, high = min([*bits, best_bits]), max([*bits, best_bits])
     room = max(0.02, 0.5 * (high - low))
-    labelled = [baseline.bits]
-    for name, level in others.items():
+    labelled = [best_bits]
+    for other in others:
+        level = other.score.bits
         is_clear = all(abs(level - taken) > 0.04 * (high - low + 2 * room) for taken in labelled)
         if low - room <= level <= high + room and is_clear:
             labelled.append(level)
             axes.axhline(level, color=BASELINE, linewidth=0.8, linestyle=":")
-            axes.annotate(name, (contexts[-1], level), fontsize=7, color=BASELINE, ha="right", va="bottom")
+            axes.annotate(f"order {other.order}", (contexts[-1], level), fontsize=7, color=BASELINE, ha="right", va="bottom")
     axes.set_xscale("log", base=2)
     axes.set_ylim(low - room, high + room)
     if evaluation.trained_context in evaluation.contexts:

@@ -102,7 +102,7 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
     report.plot_evaluation(evaluation, plots / f"{name}.png")
     write_json(out / f"{name}.json", evaluation_dict(evaluation))
     header, rows = report.evaluation_rows(evaluation)
-    baseline, best = evaluation.best_baseline
+    best = evaluation.best_baseline
     lines = [f"# {run_dir.name}", "", report.evaluation_verdict(evaluation), "", report.markdown_table(header, rows), ""]
     lines += [
         f"{evaluation.bases:,} bases of the {evaluation.split} split scored, {evaluation.soft_masked:,} of them soft-masked; "
@@ -112,7 +112,7 @@ def write_report(run_dir: Path, evaluation: Evaluation, name: str = "evaluation"
         f"![bits per base by context](plots/{name}.png)",
         "",
     ]
-    level = (f"best of k-mer counts ({baseline}), test", best.bits)
+    level = (f"best of k-mer counts ({best.name}), {evaluation.split}", best.score.bits)
     lines += report.training_lines(run_dir, read_run_facts(run_dir), LanguageModeling.metric, plots, level)
     write_text(path := report.report_path(out, name), "\n".join(lines))
     return path

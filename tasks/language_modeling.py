@@ -369,6 +369,20 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """What counts k-mers of the training split, and its score on the bases that the model is scored on."""
+
+    kind: Literal["markov", "both sides"]
+    order: int  # bases that it sees: before the one that it predicts, or on either side
+    score: Score
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return f"Markov order {self.order}" if self.kind == "markov" else f"both sides, {self.order} base{'s' * (self.order > 1)} each"
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Scores of a language model by context length, with baselines that count k-mers on exactly the same bases."""
 
@@ -386,15 +400,14 @@ class Evaluation:
         return min(self.contexts.items(), key=lambda item: item[1].bits)
 
     @property
-    def baselines(self) -> dict[str, Score]:
-        """What the model is measured against, by what tables call it."""
-        return {f"Markov order {order}": score for order, score in self.markov.items()} | {
-            f"both sides, {k} base{'s' * (k > 1)} each": score for k, score in self.both_sides.items()
-        }
+    def baselines(self) -> list[Baseline]:
+        """What the model is measured against."""
+        counted = [Baseline("markov", order, score) for order, score in self.markov.items()]
+        return counted + [Baseline("both sides", k, score) for k, score in self.both_sides.items()]
 
     @property
-    def best_baseline(self) -> tuple[str, Score]:
-        return min(self.baselines.items(), key=lambda item: item[1].bits)
+    def best_baseline(self) -> Baseline:
+        return min(self.baselines, key=lambda baseline: baseline.score.bits)
 
 
 def default_contexts(trained: int, longest: int, limit: int, is_causal: bool) -> list[int]:

@@ -260,17 +260,23 @@ def test_a_masked_model_is_measured_against_what_sees_both_sides(tmp_path):
     result = evaluate(trained_like(run), run, store, markov, contexts=[128])
     assert list(result.both_sides) == [1, 2]
     assert min(score.bits for score in result.both_sides.values()) < min(score.bits for score in result.markov.values()) - 0.02
-    name, best = result.best_baseline
-    assert name.startswith("both sides") and best is result.both_sides[int(name.split()[2])]
-    assert f"Counts of k-mers win ({name})" in report.evaluation_verdict(result)
-    assert [f"{name} (best)" in row for row, *_ in report.evaluation_rows(result)[1]].count(True) == 1
+    best = result.best_baseline
+    assert best.kind == "both sides" and best.score is result.both_sides[best.order]
+    assert best.name == f"both sides, {best.order} base{'s' * (best.order > 1)} each"
+    assert f"Counts of k-mers win ({best.name})" in report.evaluation_verdict(result)
+    assert [f"{best.name} (best)" in row for row, *_ in report.evaluation_rows(result)[1]].count(True) == 1
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     (tmp_path / "run" / "metrics.csv").write_text("step\n")
     written = write_report(tmp_path / "run", result)
-    assert written.name == "report.md" and f"Counts of k-mers win ({name})" in written.read_text()
+    assert written.name == "report.md" and f"Counts of k-mers win ({best.name})" in written.read_text()
     causal = evaluate(trained_like(config()), config(), store, markov, contexts=[128])
-    assert causal.both_sides == {} and "Markov order" in causal.best_baseline[0]
+    best = causal.best_baseline
+    assert causal.both_sides == {} and best.kind == "markov" and best.score is causal.markov[best.order]
+    better = dataclasses.replace(causal, contexts={128: dataclasses.replace(best.score, bits=best.score.bits - 0.5)})
+    for evaluation, told in ((causal, "The Markov model of order {} wins: "), (better, "0.5000 fewer than the best Markov model (order {}, ")):
+        assert told.format(best.order) in report.evaluation_verdict(evaluation)
+    assert [row for row, *_ in report.evaluation_rows(causal)[1]].count(f"Markov order {best.order} (best)") == 1
 
 
 def test_evaluation_refuses_what_it_cannot_do(store):
