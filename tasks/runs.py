@@ -17,7 +17,7 @@ tasks/commands/evaluate.py calls `evaluate_run`, whose arguments differ a little
 
 import importlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +31,7 @@ from seqlab.dataset import TokenStore, read_manifest
 from seqlab.errors import UserError
 from seqlab.files import write_text
 from seqlab.processes import is_main_process
-from seqlab.training.checkpoint import OtherModel, load_model
+from seqlab.training.checkpoint import OtherModel, check_model, load_model
 from seqlab.training.facts import FitResult, git_commit, read_run_facts, write_run_facts
 from seqlab.training.task import Task
 from tasks.run_directory import held, is_held
@@ -189,6 +189,11 @@ def load_run(path: Path, *, task: str | None = None) -> LoadedRun:
     Raises:
         UserError: no run, a damaged one, or one of another task than `task` (None: any).
     """
+    return _run(path, task, load_model)
+
+
+def _run(path: Path, task: str | None, load: Callable[[torch.nn.Module, Path], None]) -> LoadedRun:
+    """As `load_run`, its model filled by `load`, or only checked."""
     checkpoint = find_checkpoint(path)
     directory = next((p for p in checkpoint.parents if (p / "run.json").is_file()), checkpoint.parent)
     config_path = checkpoint.parent / "config.yaml"
@@ -203,7 +208,7 @@ def load_run(path: Path, *, task: str | None = None) -> LoadedRun:
     config = own_config(module, data, config_path, facts)
     model = module.build_model(config)
     try:
-        load_model(model, checkpoint)
+        load(model, checkpoint)
     except OtherModel as error:
         raise UserError(f"{checkpoint}: {error.what}; {advice}" if (advice := other_version(facts)) else str(error)) from None
     return LoadedRun(directory, name, config, facts, model, checkpoint)
@@ -231,7 +236,7 @@ def check_weights(run_dir: Path) -> None:
     """UserError if the last weights of a run, or of one of its seeds, are none of this version's model: known before a resumed run
     has prepared anything."""
     for path in sorted(Path(run_dir).glob("**/checkpoints/last/model.safetensors"))[:1]:
-        load_run(path)
+        _run(path, None, check_model)  # `--resume` reads the weights themselves with the rest of trainer.pt
 
 
 def discard_empty(run_dir: Path) -> None:

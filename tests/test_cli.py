@@ -739,6 +739,24 @@ def test_a_run_of_another_version_that_cannot_be_read_says_so(trained, tmp_path)
         assert "model.width: unknown" in message and advice in message
 
 
+def test_a_resumed_run_is_checked_by_names_and_shapes_before_its_weights_are_read(trained, tmp_path, monkeypatch):
+    from seqlab.training import checkpoint
+    from tasks import runs
+
+    shutil.copytree(trained, tmp_path / "run")
+    weights = tmp_path / "run" / "checkpoints" / "last" / "model.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_file", lambda path: pytest.fail(f"{path} was read"))
+        runs.check_weights(tmp_path / "run")
+    whole, config = weights.read_bytes(), weights.with_name("config.yaml")
+    for length in (4, 1000, len(whole) - 1):  # the header's length, the header, the last weight
+        weights.write_bytes(whole[:length])
+        assert "damaged or not a safetensors file" in error_of("train", "dna", "--resume", "--out", tmp_path / "run")
+    weights.write_bytes(whole)
+    config.write_text(config.read_text().replace("d_model: 16", "d_model: 24"))
+    assert "is [32, 4] there and [48, 4] in this model" in error_of("train", "dna", "--resume", "--out", tmp_path / "run")
+
+
 def test_loss_turning_nan_is_one_line_and_keeps_the_last_good_checkpoint(trained, tmp_path):
     # a learning rate that no model survives
     sets = ["--set", "optim.lr=1e30", "--set", "optim.clip=0", "--set", "optim.warmup=0", "--set", "train.validate_every=1"]

@@ -12,6 +12,8 @@ Every file is replaced by rename (seqlab/files.py). Only `trainer.pt` is read fo
 anything else, so no pair of files has to be consistent.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -57,26 +59,36 @@ class OtherModel(UserError):
 
 
 def load_model(model: nn.Module, path: Path) -> None:
-    """Load `model.safetensors` strictly: every weight present, every shape equal. Raises UserError, OtherModel where the file is
-    whole.
+    """Load `model.safetensors` strictly: every weight present, every shape equal. Raises what `check_model` raises.
 
     A module may name parts of itself in `may_be_absent`: parts that checkpoints older than them lack, and that change
     nothing as they are made.
     """
+    check_model(model, path)
+    with _whole(path):
+        weights = load_file(path)
+    model.load_state_dict(weights, strict=False)
+
+
+def check_model(model: nn.Module, path: Path) -> None:
+    """Whether `load_model` could, by the names and shapes at the file's beginning: no weight is read.
+
+    Raises:
+        UserError: no such file, or none that is whole.
+        OtherModel: the weights of another model.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give a run directory that `seqlab train` has written")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({str(error)[:80]}); use another checkpoint") from None
+    with _whole(path), safe_open(path, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
     own = model.state_dict()
-    for name, tensor in weights.items():
+    for name, shape in shapes.items():
         if name not in own:
             raise OtherModel(path, f"{name} is there and not in this model")
-        if own[name].shape != tensor.shape:
-            raise OtherModel(path, f"{name} is {list(tensor.shape)} there and {list(own[name].shape)} in this model")
-    pointers = {own[name].data_ptr() for name in weights}
+        if list(own[name].shape) != shape:
+            raise OtherModel(path, f"{name} is {shape} there and {list(own[name].shape)} in this model")
+    pointers = {own[name].data_ptr() for name in shapes}
     absent = [name for name, tensor in own.items() if tensor.data_ptr() not in pointers and tensor.numel()]
     newer = tuple(
         f"{name}.{part}.".lstrip(".") for name, module in model.named_modules() for part in getattr(module, "may_be_absent", ())
@@ -85,4 +97,12 @@ def load_model(model: nn.Module, path: Path) -> None:
     if absent:
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         raise OtherModel(path, f"{absent[0]}{more} is in this model and not there")
-    model.load_state_dict(weights, strict=False)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Safetensors' own complaints about a file, in our words."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({str(error)[:80]}); use another checkpoint") from None
