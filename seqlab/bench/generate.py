@@ -3,7 +3,7 @@
 First a parity gate: log-probabilities by the decoder's steps against the parallel forward pass on the same tokens, for
 every back end, shape and number type that will be timed. What fails is reported and not timed. Then tokens a second for
 several numbers of streams, drawing included, untrained weights of an equal stack everywhere (speed does not depend on
-their values); and the time a prompt takes.
+their values); and the time a prompt takes. All shapes take minutes, so every row is told as soon as it is there.
 
 The peer is mamba_ssm's own generation: its language model, bfloat16, CUDA graphs (`cg=True`), drawing at temperature 1. It has no U-Net, so
 it is only timed on isotropic stacks. Both sides are timed in the same two ways, once everything is compiled and recorded:
@@ -150,8 +150,11 @@ def peer(shape: str, batch: int, settings: Settings) -> tuple[float, float]:
     return rates(lambda n: model.generate(input_ids=ids, max_length=n + 1, cg=True, top_k=0, temperature=1.0), settings)
 
 
-def run(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Result:
-    """Gate, then time everything. Raises UserError if nothing of ours passes the gate."""
+def run(
+    settings: Settings, progress: Callable[[str], None] = lambda text: None, say: Callable[[str], None] = lambda text: None
+) -> Result:
+    """Gate, then time everything. `progress` is told what is being done, `say` what has been found. Raises UserError if nothing of
+    ours passes the gate."""
     shown = dataclasses.asdict(settings) | {"dtypes": [_name(dtype) for dtype in settings.dtypes]}
     result = Result(shown, machine(settings.device), torch.__version__, {})
     for shape in settings.shapes:
@@ -159,8 +162,7 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
         for batch in settings.batches:
             for dtype in settings.dtypes:
                 for backend in _backends(model, batch, dtype, settings):
-                    progress(f"{shape}, {batch} streams, {backend}, {_name(dtype)}")
-                    key = f"{shape}, {batch} streams, {backend}, {_name(dtype)}"
+                    progress(key := f"{shape}, {batch} streams, {backend}, {_name(dtype)}")
                     why = unavailable(Request(model, batch, _device(model), dtype)).get(backend)
                     if why is not None:
                         result.absent[key] = why
@@ -170,14 +172,22 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
                         result.absent[key] = f"not timed: log-probabilities differ by {result.errors[key]:.2g}"
                         continue
                     decoder = Decoder(model, batch, backend=backend, dtype=dtype)
-                    result.rows.append(_row(shape, batch, backend, _name(dtype), _rates(decoder, settings)))
+                    result.rows.append(row := _row(shape, batch, backend, _name(dtype), _rates(decoder, settings)))
+                    say(f"{_told(row)}, parity {result.errors[key]:.1e}")
                     result.state_bytes[shape] = decoder.state_bytes_per_stream
-            _peer_row(shape, batch, settings, result, progress)
+            _peer_row(shape, batch, settings, result, progress, say)
         if settings.prompt:
+            progress(f"{shape}, prompt of {settings.prompt:,}")
             result.prompt_seconds[shape] = _prompt_seconds(model, settings)
+            say(f"{shape}, prompt of {settings.prompt:,}: {result.prompt_seconds[shape]:.3f} s")
     if not result.rows:
         raise UserError("bench generate: nothing was timed: " + "; ".join(f"{k}: {v}" for k, v in result.absent.items()))
     return result
+
+
+def _told(row: Row) -> str:
+    rates = f"{row.per_stream:,.0f} further tokens/s of a stream, {row.total:,.0f} in total, {row.whole:,.0f} by whole calls"
+    return f"{row.shape}, {row.batch:,} streams, {row.backend}, {row.dtype}: {rates}"
 
 
 def _row(shape: str, batch: int, backend: str, dtype: str, timed: tuple[float, float]) -> Row:
@@ -201,7 +211,9 @@ def _backends(model, batch: int, dtype: torch.dtype, settings: Settings) -> list
     return list(dict.fromkeys(first if name == "auto" else name for name in settings.backends))
 
 
-def _peer_row(shape: str, batch: int, settings: Settings, result: Result, progress: Callable[[str], None]) -> None:
+def _peer_row(
+    shape: str, batch: int, settings: Settings, result: Result, progress: Callable[[str], None], say: Callable[[str], None]
+) -> None:
     if PEER in result.absent or SHAPES[shape].get("architecture") == "unet":
         return
     if settings.device != "cuda":
@@ -213,7 +225,8 @@ def _peer_row(shape: str, batch: int, settings: Settings, result: Result, progre
     except Exception as e:  # a peer may fail in any way; that is its row
         result.absent[PEER] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
         return
-    result.rows.append(_row(shape, batch, PEER, "bf16", timed))
+    result.rows.append(row := _row(shape, batch, PEER, "bf16", timed))
+    say(_told(row))
 
 
 def _prompt_seconds(model, settings: Settings) -> float:

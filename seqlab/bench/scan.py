@@ -4,7 +4,7 @@ First a parity gate: output and every gradient of each contender against the flo
 model has. A contender that fails is reported and not timed; if one of our own fails, nothing is. Then median times of
 forward and forward + backward at (batch, l, d_inner) over a range of lengths, all contenders on the same values in the
 same run. A contender is dropped at the length where it runs out of memory, or where it is expected to need more than the
-time allowed, by how its time grew with the last length.
+time allowed, by how its time grew with the last length. Long ones take minutes, so every length is told as soon as it is there.
 """
 
 import contextlib
@@ -237,8 +237,10 @@ def _clock(device: str) -> Iterator[Callable[[], float]]:
         end = time.perf_counter() - start
 
 
-def run(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Result:
-    """Parity, then times. `progress` is told what is being done.
+def run(
+    settings: Settings, progress: Callable[[str], None] = lambda text: None, say: Callable[[str], None] = lambda text: None
+) -> Result:
+    """Parity, then times. `progress` is told what is being done, `say` what has been found.
 
     Raises:
         UserError: one of our own back ends failed the gate; nothing was timed.
@@ -258,6 +260,8 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
                 )
             dropped[name] = f"failed the parity gate: {of[worst]:.1e} in {worst}"
             del calls[name]
+    largest = max(max(of.values()) for name, of in errors.items() if name in calls)
+    say(f"parity with the float64 reference: largest error {largest:.1e}; forward / forward + backward follow")
     times: dict[int, dict[str, Time]] = {}
     for length in settings.lengths:
         times[length] = {}
@@ -278,6 +282,8 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
             gc.collect()
             if settings.device == "cuda":
                 torch.cuda.empty_cache()
+        if times[length]:
+            say(f"length {length:,}, ms: " + ", ".join(f"{name} {_cell(of)}" for name, of in times[length].items()))
     shown = {**dataclasses.asdict(settings), "dtype": str(settings.dtype).removeprefix("torch.")}
     return Result(shown, machine(settings.device), torch.__version__, errors, absent, times, dropped)
 
@@ -303,9 +309,13 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
         names.append("attention")
     rows = []
     for length, of in result.times.items():
-        cells = [f"{of[n].forward_ms:,.2f} / {of[n].both_ms:,.2f}" if n in of else "" for n in names]
+        cells = [_cell(of[n]) if n in of else "" for n in names]
         rows.append([f"{length:,}", *cells])
     return ["length", *names], rows
+
+
+def _cell(time: Time) -> str:
+    return f"{time.forward_ms:,.2f} / {time.both_ms:,.2f}"
 
 
 def error_table(result: Result) -> tuple[list[str], list[list[str]]]:

@@ -69,7 +69,7 @@ def bench_scan(
         seed=seed,
     )
     with status_line() as show:
-        result = scan.run(settings, show)
+        result = scan.run(settings, show, note)
     if plot is not None:
         scan.plot(result, plot)
 
@@ -128,7 +128,7 @@ def bench_generate(
         seed=seed,
     )
     with status_line() as show:
-        result = generate.run(settings, show)
+        result = generate.run(settings, show, note)
 
     def human() -> None:
         print_table(f"Generation, {result.machine}", *generate.table(result))

@@ -25,7 +25,8 @@ def settings(**changes) -> generate.Settings:
 
 
 def test_every_shape_and_number_of_streams_is_checked_and_timed():
-    result = generate.run(settings(backends=("auto", "reference")))
+    told = []
+    result = generate.run(settings(backends=("auto", "reference")), say=told.append)
     assert len(result.rows) == 8 and all(row.total == row.per_stream * row.batch > 0 and row.whole > 0 for row in result.rows)
     assert len(result.errors) == 8 and max(result.errors.values()) < 1e-4
     assert result.prompt_seconds["toy"] > 0 and result.state_bytes["toy"] == 32 * (16 + 3) * 4
@@ -33,6 +34,10 @@ def test_every_shape_and_number_of_streams_is_checked_and_timed():
     json.dumps(result.as_dict())
     header, rows = generate.table(result)
     assert all(len(row) == len(header) for row in rows) and "x mamba_ssm" not in header
+    assert [line for line in told if "prompt of 40" in line] == told[4::5]  # of a shape, after its rows
+    del told[4::5]
+    for line, (shape, streams, backend, dtype, each, total, whole) in zip(told, rows, strict=True):  # the table's rows, in words
+        assert line.startswith(f"{shape}, {streams} streams, {backend}, {dtype}: {each} further") and f"{total} in total, {whole} by whole" in line
 
 
 def test_both_ways_of_timing(monkeypatch):
@@ -82,5 +87,6 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(app, [*args, "--json", str(out)])
     assert done.exit_code == 0, done.output
     assert json.loads(out.read_text())["rows"][0]["shape"] == "toy"
+    assert "toy, 1 streams, " in done.stderr and "further tokens/s of a stream" in done.stderr
     bad = CliRunner().invoke(app, [*args, "--backend", "graf"])
     assert bad.exit_code == 1 and "graph" in bad.output

@@ -45,20 +45,28 @@ def test_a_wrong_back_end_of_ours_stops_everything(monkeypatch):
 
 
 def test_run_times_every_contender_and_says_what_is_absent():
-    result = scan.run(TOY)
+    told = []
+    result = scan.run(TOY, say=told.append)
     assert set(result.times) == {16, 64}
     assert {"torch loop", "torch parallel", "attention"} <= set(result.times[64])
     assert all(t.forward_ms > 0 and t.both_ms > 0 and t.peak_gib is None for t in result.times[64].values())
     if not torch.cuda.is_available():
         assert "GPU" in result.absent["cuda"]
     assert json.loads(json.dumps(result.as_dict()))["times"]
+    header, rows = scan.table(result)
+    assert told[0].startswith("parity") and len(told) == 1 + len(rows)
+    for line, (length, *cells) in zip(told[1:], rows, strict=True):  # the table's rows, in words
+        assert line.startswith(f"length {length}, ms: ")
+        assert all(f"{name} {cell}" in line for name, cell in zip(header[1:], cells, strict=True))
 
 
 def test_slow_contenders_are_dropped_with_a_reason():
     times = {16: {"x": scan.Time(1.0, 100.0, None)}, 64: {"x": scan.Time(4.0, 1600.0, None)}}
     assert scan._expected_seconds(times, "x", 256) == pytest.approx(3 * 25.6)  # quadratic: it grew 16 times for 4
     assert scan._expected_seconds(times, "y", 256) == 0
-    result = scan.run(scan.Settings(d_inner=8, min_length=16, max_length=64, device="cpu", dtype=torch.float32, seconds=1e-9))
+    told = []
+    result = scan.run(scan.Settings(d_inner=8, min_length=16, max_length=64, device="cpu", dtype=torch.float32, seconds=1e-9), say=told.append)
+    assert [line.split(",")[0] for line in told[1:]] == ["length 16"]  # nothing is told of a length that nothing reached
     assert result.times[64] == {} and all("64" in why for why in result.dropped.values())
 
 
@@ -67,6 +75,7 @@ def test_the_command_prints_tables_writes_a_plot_and_one_json_line(tmp_path):
     args = ["bench", "scan", "--d-inner", "8", "--d-state", "2", "--min-length", "16", "--max-length", "32"]
     done = CliRunner().invoke(app, [*args, "--device", "cpu", "--plot", str(plot), "--json", str(out)])
     assert done.exit_code == 0, done.output
+    assert "length 16, ms: " in done.stderr and "length 32, ms: " in done.stderr and "ms: cpu" not in done.stdout
     assert plot.read_bytes()[:4] == b"\x89PNG" and json.loads(out.read_text())["settings"]["d_inner"] == 8
     bad = CliRunner().invoke(app, [*args, "--device", "cpu", "--precision", "fp16"])
     assert bad.exit_code == 1 and "fp16" in bad.output
