@@ -130,6 +130,8 @@ def prepare_labelled(
     out = Path(out)
     if not 0 <= test_share < 1:
         raise UserError(f"--test-share {test_share}: must lie in [0, 1)")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: must lie in [0, 2^63)")
     if duplicates not in ("drop", "keep", "error"):
         raise UserError(f"--duplicates {duplicates}: unknown; use drop, keep or error")
     if near_copies not in ("apart", "together"):
@@ -645,17 +647,18 @@ class Reader:
             yield Record(place, name, letters, (found.group(1) or "").strip(), split)
 
     def fasta_with_label_file(
-        self, path: Path, table: Path, *, label_column: str | None = None, name_column: str | None = None,
+        self, paths: dict[int | None, Path], table: Path, *, label_column: str | None = None, name_column: str | None = None,
         split_column: str | None = None,
     ) -> Iterator[Record]:  # fmt: skip
-        """Labels by name from a CSV or TSV with a name and a label column (and a split column, if there is one)."""
+        """Labels by name from a CSV or TSV with a name and a label column (and a split column, if there is one) for the records of
+        FASTA files. `paths` maps a split code (None: not said) to its file."""
         lines = self.lines(table, "CSV or TSV file with a name and a label column")
         first = next(lines, "")
         delimiter = _delimiter(table, first)
         header = _header(first, delimiter)
         name = _column(table, header, name_column, ("name", "id", "sequence", "sequence_name"), "--name-column", "name")
         label = _column(table, header, label_column, LABEL_NAMES, "--label-column", "label")
-        chosen = _split_column(table, header, split_column)
+        chosen = _split_column(table, header, split_column) if None in paths else None
         labels: dict[str, tuple[str, int | None]] = {}
         for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=2):
             if not any(cell.strip() for cell in row):
@@ -668,14 +671,17 @@ class Reader:
                 raise UserError(f"{place}: {key[:60]!r} has a label already; names must differ")
             labels[key] = row[label].strip(), None if chosen is None else _split_code(place, row[chosen])
         found = 0
-        for number, (header_text, letters) in enumerate(self.fasta(path), start=1):
-            key = (header_text.split() or [""])[0]
-            if key not in labels:
-                raise UserError(f"{path}: record {number}, {key[:60]!r}, has no label in {table}; {nearest(key, labels)}")
-            found += 1
-            yield Record(f"{path}: record {number} ({key[:40]!r})", key, letters, *labels[key])
+        for split, path in paths.items():
+            for number, (header_text, letters) in enumerate(self.fasta(path), start=1):
+                key = (header_text.split() or [""])[0]
+                if key not in labels:
+                    raise UserError(f"{path}: record {number}, {key[:60]!r}, has no label in {table}; {nearest(key, labels)}")
+                found += 1
+                its_label, its_split = labels[key]
+                yield Record(f"{path}: record {number} ({key[:40]!r})", key, letters, its_label, its_split if split is None else split)
         if found < len(labels):
-            raise UserError(f"{table}: {len(labels) - found:,} of its {len(labels):,} names are not in {path}; give the right FASTA")
+            where = " or ".join(map(str, paths.values()))
+            raise UserError(f"{table}: {len(labels) - found:,} of its {len(labels):,} names are not in {where}; give the right FASTA")
 
     # -- BED -------------------------------------------------------------------------------------------------------
     def bed(
@@ -930,25 +936,32 @@ def read_files(
     `files` maps a split code (None: not said) to its file."""
     if label_from not in (None, "column", "header"):
         raise UserError(f"--label-from {label_from}: unknown; use column or header")
+    given = {
+        "--genome": genome, "--labels": labels, "--label-from": label_from, "--label-pattern": label_pattern,
+        "--sequence-column": sequence_column, "--label-column": label_column, "--name-column": name_column,
+        "--split-column": split_column, "--columns": columns, "--where": where,
+    }  # fmt: skip
+    layouts = {}
     for split, path in files.items():
         check_source(path, "CSV, TSV, FASTA, BED or parquet file of labelled sequences")
-        name = path.name.lower().removesuffix(".gz").removesuffix(".bgz")
-        if genome is not None or name.endswith(".bed"):
-            if genome is None:
-                raise UserError(f"{path}: a BED file needs the genome that it belongs to: --genome FASTA")
+        layouts[split] = layout = _layout(path, genome, labels, label_from == "header" or label_pattern is not None)
+        for option, value in given.items():
+            if value and option not in _MEANT[layout]:
+                raise UserError(f"{option}: says nothing about {path}, which is read as {layout}; leave it out")
+    if _FASTA_AND_TABLE in layouts.values():  # all of them are
+        yield from reader.fasta_with_label_file(
+            files, labels, label_column=label_column, name_column=name_column, split_column=split_column
+        )
+        return
+    for split, path in files.items():
+        if layouts[split] == _BED:
             for record in reader.bed(path, genome, label_column=label_column, split_column=split_column):
                 if split is not None:
                     record.split, record.name = split, f"{SPLITS[split]}-{record.name}"
                 yield record
-        elif labels is not None:
-            yield from reader.fasta_with_label_file(
-                path, labels, label_column=label_column, name_column=name_column, split_column=split_column
-            )
-        elif label_from == "header" or label_pattern is not None:
+        elif layouts[split] == _FASTA:
             yield from reader.fasta_with_header_labels(path, label_pattern or HEADER_PATTERN, split)
-        elif name.endswith((".fa", ".fasta", ".fna")):
-            raise UserError(f"{path}: where are the labels of this FASTA? Give --label-from header, or --labels FILE")
-        elif name.endswith(".parquet"):
+        elif layouts[split] == _PARQUET:
             yield from reader.parquet(
                 path, sequence_column=sequence_column, label_column=label_column, name_column=name_column,
                 split_column=split_column, split=split, where=where,
@@ -958,3 +971,33 @@ def read_files(
                 path, sequence_column=sequence_column, label_column=label_column, name_column=name_column,
                 split_column=split_column, columns=columns, split=split, where=where,
             )  # fmt: skip
+
+
+_BED, _FASTA, _FASTA_AND_TABLE, _PARQUET, _TABLE = (
+    "BED", "FASTA with labels in its headers", "FASTA with a table of labels", "parquet", "a table",
+)  # fmt: skip
+_COLUMNS = ("--label-from", "--sequence-column", "--label-column", "--name-column", "--split-column", "--where")
+_MEANT = {
+    _BED: ("--genome", "--label-column", "--split-column"),
+    _FASTA: ("--label-from", "--label-pattern"),
+    _FASTA_AND_TABLE: ("--labels", "--label-column", "--name-column", "--split-column"),
+    _PARQUET: _COLUMNS,
+    _TABLE: (*_COLUMNS, "--columns"),
+}
+"""What a file is read as -> the options that its reader looks at; another one would be passed over in silence."""
+
+
+def _layout(path: Path, genome: Path | None, labels: Path | None, has_header_labels: bool) -> str:
+    """What a file is read as, one of _MEANT. Raises UserError where that takes an option that was not given."""
+    name = path.name.lower().removesuffix(".gz").removesuffix(".bgz")
+    if genome is not None:
+        return _BED
+    if name.endswith(".bed"):
+        raise UserError(f"{path}: a BED file needs the genome that it belongs to: --genome FASTA")
+    if labels is not None:
+        return _FASTA_AND_TABLE
+    if has_header_labels:
+        return _FASTA
+    if name.endswith((".fa", ".fasta", ".fna")):
+        raise UserError(f"{path}: where are the labels of this FASTA? Give --label-from header, or --labels FILE")
+    return _PARQUET if name.endswith(".parquet") else _TABLE

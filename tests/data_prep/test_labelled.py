@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.labelled import LabelOptions, Reader, prepare_labelled, read_files
 from seqlab.classification.dataset import LabelledStore, sequence_key, strata, stratified_parts
-from seqlab.dataset import TokenStore
+from seqlab.dataset import SPLITS, TokenStore
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
 
@@ -354,6 +354,44 @@ def test_bad_fasta_labels_are_one_line(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             prepare(fasta, tmp_path / "d", reading=reading)
+
+
+def test_a_table_of_labels_serves_the_fasta_files_of_all_splits(tmp_path):
+    """Each file was to hold every name of the table, and its split was forgotten."""
+    rows = random_rows(30)
+    files = {0: tmp_path / "train.fa", 1: tmp_path / "valid.fa", 2: tmp_path / "test.fa"}
+    for i, (split, path) in enumerate(files.items()):
+        path.write_text("".join(f">{path.stem}{j}\n{sequence}\n" for j, (sequence, _) in enumerate(rows[i::3])))
+    table = [(f"{path.stem}{j}", label) for i, path in enumerate(files.values()) for j, (_, label) in enumerate(rows[i::3])]
+    reading = {"labels": write_csv(tmp_path / "l.csv", table, ("name", "label"))}
+    store = prepare(None, tmp_path / "d", files=files, reading=reading)
+    assert list(store.manifest["splits"].values()) == [10, 10, 10]
+    assert [name.rstrip("0123456789") for name in store.names()] == [SPLITS[code] for code in store.split]
+    assert [store.classes[label] for label in store.labels] == [label for _, label in table]
+    write_csv(tmp_path / "l.csv", [*table, ("else", "a")], ("name", "label"))
+    with pytest.raises(UserError, match="1 of its 31 names are not in .*train.fa or .*valid.fa or .*test.fa"):
+        prepare(None, tmp_path / "e", files=files, reading=reading)
+
+
+def test_an_option_that_a_reader_would_pass_over_is_refused(tmp_path):
+    """`--where` chose nothing among the records of a FASTA, and all of them became the dataset."""
+    (tmp_path / "a.fa").write_text("".join(f">s{i}|{label}\n{sequence}\n" for i, (sequence, label) in enumerate(random_rows())))
+    (tmp_path / "a.bed").write_text("chr1\t0\t4\tp\n")
+    (tmp_path / "g.fa").write_text(">chr1\nAACCGGTTAC\n")
+    write_csv(tmp_path / "a.csv", random_rows())
+    for file, reading, message in (
+        ("a.fa", {"label_from": "header", "where": {"task": "x"}}, "--where: says nothing about .*a.fa, which is read as FASTA with labels in its headers"),
+        ("a.fa", {"labels": tmp_path / "a.csv", "columns": ("a", "b")}, "--columns: .* read as FASTA with a table of labels"),
+        ("a.bed", {"genome": tmp_path / "g.fa", "name_column": "id"}, "--name-column: .* read as BED"),
+        ("a.bed", {"genome": tmp_path / "g.fa", "labels": tmp_path / "a.csv"}, "--labels: .* read as BED"),
+        ("a.csv", {"label_pattern": "(x)", "split_column": "s"}, "--split-column: .* read as FASTA"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(tmp_path / file, tmp_path / "d", reading=reading)
+    for seed in (-1, 2**63):
+        with pytest.raises(UserError, match=rf"--seed {seed}: must lie in \[0, 2\^63\)"):
+            prepare(tmp_path / "a.csv", tmp_path / "d", seed=seed)
+    assert not (tmp_path / "d").exists()
 
 
 def test_bad_sequences_may_be_skipped(tmp_path):
