@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.labelled import Duplicates, LabelOptions, Reader, Record, prepare_labelled
+from data_prep.labelled import SPLIT_WORDS, Duplicates, LabelOptions, Reader, Record, prepare_labelled
 from seqlab.classification import published
 from seqlab.dataset import nearest
 from seqlab.errors import UserError
@@ -131,9 +131,8 @@ def _is_fasta(path: Path) -> bool:
 def _split_files(folder: Path, suffixes: tuple[str, ...]) -> dict[int, Path] | None:
     """Split code -> file, for the one train, the one test and perhaps the one validation file of a folder."""
     found: dict[int, Path] = {}
-    words = {"train": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2}
     for file in sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().removesuffix(".gz").endswith(suffixes)):
-        codes = {words[part] for part in re.split(r"[-_. ]", file.name.lower()) if part in words}
+        codes = {SPLIT_WORDS[part] for part in re.split(r"[-_. ]", file.name.lower()) if part in SPLIT_WORDS}
         if len(codes) != 1:
             continue
         code = codes.pop()

@@ -83,6 +83,7 @@ def prepare_genome(
     for option, number in (("block", block), ("min-length", min_length)):
         if number is not None and number < 1:
             raise UserError(f"--{option} {number}: must be 1 or more")
+    check_apart(valid, test)
     for path in paths:
         check_source(path)
     bed = None if splits is None else _read_bed(Path(splits))
@@ -100,7 +101,9 @@ def prepare_genome(
         elif bed is not None:
             table, rule = _splits_from_bed(bed, Path(splits), sequences)
         elif valid or test:
-            table, rule = _splits_by_name(sequences, valid, test)
+            table, rule = splits_by_name([s["name"] for s in sequences], sequences, valid, test, "no such sequence")
+            if not table["train"]:
+                raise UserError("--valid and --test name every sequence; leave at least one to train on")
         else:
             table, rule = _splits_by_block(sequences, block)
         if not table["train"] and whole is None:
@@ -113,12 +116,7 @@ def prepare_genome(
             "kind": "dna",
             "tokenizer": "nucleotide",
             "vocab": list(nucleotide.VOCAB),
-            "total": writer.total,
-            "counts": {key: sum(s["counts"][key] for s in sequences) for key in writer.COUNTED},
-            "soft_masked": sum(s["soft_masked"] for s in sequences),
-            "sha256": writer.sha256.hexdigest(),
-            "sample_rate": None,
-            "skipped": {"sequences": writer.skipped, "bases": writer.skipped_bases, "min_length": min_length},
+            **writer.facts(),
             "split_rule": rule,
             "duplicates": {"pairs": len(pairs), "example": [sequences[i]["name"] for i in pairs[0][:2]] if pairs else []},
             "sources": sources,
@@ -330,6 +328,13 @@ def _not_fasta(path: Path, text: bytes) -> UserError:
 
 # -- writing -------------------------------------------------------------------------------------------------------
 STRAY_LETTER, STRAY_BYTE = 254, 255
+CODES = "ACGTUN, RYSWKMBDHVX, gaps -.*"
+"""What a sequence may consist of, for messages."""
+
+
+def shown_byte(byte: int) -> str:
+    """A byte that does not belong in a sequence, for messages: itself, or its number if it cannot be seen."""
+    return repr(chr(byte)) if 32 < byte < 127 else f"byte 0x{byte:02x}"
 
 
 def strict_table() -> bytes:
@@ -453,6 +458,17 @@ class _Writer:
         for file in (self._tokens, self._runs):
             sync(file)
 
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of all sequences together."""
+        return {
+            "total": self.total,
+            "counts": {key: sum(s["counts"][key] for s in self.sequences) for key in self.COUNTED},
+            "soft_masked": sum(s["soft_masked"] for s in self.sequences),
+            "sha256": self.sha256.hexdigest(),
+            "sample_rate": None,
+            "skipped": {"sequences": self.skipped, "bases": self.skipped_bases, "min_length": self.min_length},
+        }
+
     def _flush(self) -> None:
         held, first = self._held, self._record_first
         if self._record is not None and self._record["length"] < self.min_length and self._before is None:
@@ -537,11 +553,9 @@ class _Writer:
                 f"{where} looks like protein: {share:.0%} of its letters are not nucleotide codes "
                 f"({' '.join(sorted(set(strays)))}); give a nucleotide FASTA"
             )
-        byte = letters[index]
-        seen = repr(chr(byte)) if 32 < byte < 127 else f"byte 0x{byte:02x}"
         return UserError(
-            f"{where} has {seen} at base {before + index - int(starts[which]) + 1:,}, which is no nucleotide code "
-            "(ACGTUN, RYSWKMBDHVX, gaps -.*); mend it or write N there"
+            f"{where} has {shown_byte(letters[index])} at base {before + index - int(starts[which]) + 1:,}, which is no nucleotide code "
+            f"({CODES}); mend it or write N there"
         )
 
 
@@ -602,21 +616,26 @@ def _default_block(total: int) -> int:
     return max(1, size // 64 * 64 if size >= 64 else size)
 
 
-def _splits_by_name(sequences: list[dict[str, Any]], valid: list[str], test: list[str]) -> tuple[Table, str]:
-    names = {s["name"]: i for i, s in enumerate(sequences)}
+def check_apart(valid: list[str], test: list[str]) -> None:
+    """UserError for a name that is to validate and to test."""
+    if both := sorted(set(valid) & set(test)):
+        raise UserError(f"{both[0]!r} is in --valid and in --test; splits share no base: leave it out of one")
+
+
+def splits_by_name(
+    names: list[str], sequences: list[dict[str, Any]], valid: list[str], test: list[str], absent: str
+) -> tuple[Table, str]:
+    """Sequences, of these names (of several species: some may be the same), validate and test as they are listed; the others train.
+    `absent` says what is wrong with a listed name that is not there."""
+    known = dict.fromkeys(names)
     for option, chosen in (("valid", valid), ("test", test)):
         for name in chosen:
-            if name not in names:
-                raise UserError(f"--{option} {name}: no such sequence; {nearest(name, names)}")
-    both = sorted(set(valid) & set(test))
-    if both:
-        raise UserError(f"{both[0]!r} is in --valid and in --test; splits share no base: leave it out of one")
+            if name not in known:
+                raise UserError(f"--{option} {name}: {absent}; {nearest(name, known)}")
     table: Table = {name: [] for name in SPLITS}
-    for name, index in names.items():
+    for i, (name, sequence) in enumerate(zip(names, sequences, strict=True)):
         split = "test" if name in test else "valid" if name in valid else "train"
-        table[split].append([index, 0, sequences[index]["length"]])
-    if not table["train"]:
-        raise UserError("--valid and --test name every sequence; leave at least one to train on")
+        table[split].append([i, 0, sequence["length"]])
     return table, f"by sequence: valid {', '.join(valid) or 'none'}; test {', '.join(test) or 'none'}; the others train"
 
 

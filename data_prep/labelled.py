@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from data_prep.files import SourceFile, check_source, output_directory, sync, write_synced
-from data_prep.genome import WHITESPACE, is_count, parse_records
+from data_prep.genome import CODES, WHITESPACE, is_count, parse_records, shown_byte
 from data_prep.intervals import Interval, chains, joined, sharing
 from data_prep.near_copies import copied, families, sketch
 from seqlab.classification.dataset import sequence_key, strata, stratified_parts
@@ -227,8 +227,8 @@ def prepare_labelled(
 
 
 # -- one record ----------------------------------------------------------------------------------------------------
-_CODES = b"RYSWKMBDHVX-.*"
-_ALLOWED = b"ACGTUN" + _CODES + b"acgtun" + _CODES.lower()
+_AMBIGUOUS = b"RYSWKMBDHVX-.*"
+_ALLOWED = b"ACGTUN" + _AMBIGUOUS + b"acgtun" + _AMBIGUOUS.lower()
 _LOWER = bytes(range(ord("a"), ord("z") + 1))
 
 
@@ -237,10 +237,8 @@ def _encode(record: Record, summary: Summary, skip_bad: bool, needs_label: bool)
     text = record.text.translate(None, WHITESPACE)
     problem = None
     if strays := text.translate(None, _ALLOWED):
-        shown = repr(chr(strays[0])) if 32 < strays[0] < 127 else f"byte 0x{strays[0]:02x}"
         raise UserError(
-            f"{record.where}: {shown} in the sequence is no nucleotide code (ACGTUN, RYSWKMBDHVX, gaps -.*); mend it, or "
-            "is this the wrong column?"
+            f"{record.where}: {shown_byte(strays[0])} in the sequence is no nucleotide code ({CODES}); mend it, or is this the wrong column?"
         )
     if needs_label and not record.label:
         problem = "no label"

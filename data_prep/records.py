@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.files import SourceFile, check_source
-from data_prep.genome import STRAY_LETTER, STRICT, WHITESPACE, genbank_events
+from data_prep.genome import CODES, STRAY_LETTER, STRICT, WHITESPACE, genbank_events, shown_byte
 from seqlab.errors import UserError
 
 
@@ -49,11 +49,10 @@ def read_records(path: Path | str) -> Iterator[tuple[str, np.ndarray]]:
             tokens = np.frombuffer(bytearray(letters.translate(STRICT, WHITESPACE)), np.uint8)
             if len(tokens) and tokens.max() >= STRAY_LETTER:
                 at = int(np.flatnonzero(tokens >= STRAY_LETTER)[0])
-                byte = letters.translate(None, WHITESPACE)[at]
-                seen = repr(chr(byte)) if 32 < byte < 127 else f"byte 0x{byte:02x}"
+                seen = shown_byte(letters.translate(None, WHITESPACE)[at])
                 raise UserError(
-                    f"{shown}: record {name[:60]!r} has {seen} at base {at + 1:,}, which is no nucleotide code (ACGTUN, "
-                    "RYSWKMBDHVX, gaps -.*); give nucleotide sequences"
+                    f"{shown}: record {name[:60]!r} has {seen} at base {at + 1:,}, which is no nucleotide code ({CODES}); give "
+                    "nucleotide sequences"
                 )
             yield name, tokens
 

@@ -27,13 +27,20 @@ from typing import Any
 import numpy as np
 
 from data_prep.files import Table, check_source, output_directory, write_synced
-from data_prep.genome import Progress, find_duplicates, manifest_text, write_sequences
+from data_prep.genome import (
+    DEFAULT_BLOCK,
+    Progress,
+    check_apart,
+    find_duplicates,
+    manifest_text,
+    splits_by_name,
+    write_sequences,
+)
 from data_prep.kmers import KMER, kmer_hashes, sampled
-from seqlab.dataset import FORMAT, SPLITS, VERSION, nearest
+from seqlab.dataset import FORMAT, SPLITS, VERSION
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
 
-DEFAULT_BLOCK = 65_536
 SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".gb", ".gbk", ".gbff")
 
 
@@ -165,9 +172,7 @@ def prepare_species(
     for name, number in (("block", block), ("min-length", min_length)):
         if number is not None and number < 1:
             raise UserError(f"--{name} {number}: must be 1 or more")
-    both = sorted(set(valid) & set(test))
-    if both:
-        raise UserError(f"{both[0]!r} is in --valid and in --test; splits share no base: leave it out of one")
+    check_apart(valid, test)
     classes = sorted({source.species for source in sources})
     with output_directory(out, overwrite) as directory:
         prefixed = [(source.species + "/", source.path) for source in sources]
@@ -182,7 +187,8 @@ def prepare_species(
                 table[sources[sequence["source"]].split].append([i, 0, sequence["length"]])
             rule = "by file"
         elif valid or test:
-            table, rule = _by_name(sequences, valid, test)
+            names = [s["name"].split("/", 1)[1] for s in sequences]
+            table, rule = splits_by_name(names, sequences, valid, test, "no species has such a sequence")
         else:
             table, rule = _by_blocks(classes, sequences, block, test_share, valid_share)
         tokens = np.memmap(directory / "tokens.bin", np.uint8, "r")
@@ -202,12 +208,7 @@ def prepare_species(
             "tokenizer": "nucleotide",
             "vocab": list(nucleotide.VOCAB),
             "classes": classes,
-            "total": writer.total,
-            "counts": {key: sum(s["counts"][key] for s in sequences) for key in writer.COUNTED},
-            "soft_masked": sum(s["soft_masked"] for s in sequences),
-            "sha256": writer.sha256.hexdigest(),
-            "sample_rate": None,
-            "skipped": {"sequences": writer.skipped, "bases": writer.skipped_bases, "min_length": min_length},
+            **writer.facts(),
             "split_rule": rule,
             "class_bases": known,
             "duplicates": [[sequences[a]["name"], sequences[b]["name"]] for a, b, _ in duplicates],
@@ -229,19 +230,6 @@ def _check_classes(classes: list[str], sequences: list[dict], sources: list[Sour
             raise UserError(f"species {name}: no sequence in {files} (after --min-length); a FASTA file holds '>name' and bases")
         if not any(s["counts"][base] for s in mine for base in "ACGT"):
             raise UserError(f"species {name}: its sequences in {files} hold no A, C, G or T; leave it out or give another file")
-
-
-def _by_name(sequences: list[dict], valid: list[str], test: list[str]) -> tuple[Table, str]:
-    short = [s["name"].split("/", 1)[1] for s in sequences]
-    for option, chosen in (("valid", valid), ("test", test)):
-        for name in chosen:
-            if name not in short:
-                raise UserError(f"--{option} {name}: no species has such a sequence; {nearest(name, dict.fromkeys(short))}")
-    table: Table = {name: [] for name in SPLITS}
-    for i, (name, sequence) in enumerate(zip(short, sequences)):
-        split = "test" if name in test else "valid" if name in valid else "train"
-        table[split].append([i, 0, sequence["length"]])
-    return table, f"by sequence: valid {', '.join(valid) or 'none'}; test {', '.join(test) or 'none'}; the others train"
 
 
 def _by_blocks(

@@ -363,6 +363,12 @@ def test_a_sequence_on_both_sides_of_a_split_is_told(tmp_path, turn):
     assert pairs("bed", splits=bed)["pairs"] == 0
 
 
+def test_a_name_on_both_sides_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.SourceFile, "__enter__", lambda source: pytest.fail(f"{source.path} was read"))
+    with pytest.raises(UserError, match="'chr1' is in --valid and in --test"):
+        prepared(tmp_path, ">chr1\nAAAA\n", valid=["chr1"], test=["chr1"])
+
+
 def test_splits_by_name(tmp_path):
     text = ">chr1\nAAAA\n>chr2\nCCC\n>chr3\nGG\n"
     store = prepared(tmp_path, text, valid=["chr3"], test=["chr1"])
