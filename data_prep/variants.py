@@ -45,7 +45,8 @@ def read_vcf(path: Path) -> Iterator[str | Record]:
     with SourceFile(path, lambda read: None) as source:
         for number, raw in enumerate(text_lines(source.blocks()), 1):
             if number == 1 and not raw.startswith(b"##fileformat=VCF"):
-                raise UserError(f"{path}: starts with {raw[:40]!r}; a VCF starts with ##fileformat=VCF (for BCF: bcftools view)")
+                seen = raw[:40].decode("utf-8", "replace")
+                raise UserError(f"{path}: starts with {seen!r}; a VCF starts with ##fileformat=VCF (for BCF: bcftools view)")
             line = raw.decode("utf-8", "replace")
             if line.startswith("#"):
                 if line.startswith(f"##INFO=<ID={KEY},"):

@@ -771,6 +771,20 @@ def test_eval_at_an_impossible_context(trained, context, expected):
     assert expected in error_of("eval", trained, "--context", context)
 
 
+def test_a_preset_that_does_not_exist_is_named_as_it_was_typed(tmp_path):
+    """`seqlab plan NAME` was told of a --config that plan does not have."""
+    told = "no such file or preset; did you mean dna_small? presets: "
+    for words in (["plan", "dna_smal"], ["bench", "train", "dna_smal"]):
+        assert error_of(*words, within=tmp_path).startswith(f"error: dna_smal: {told}")
+    assert error_of("train", "dna", "--config", "dna_smal", within=tmp_path).startswith(f"error: --config dna_smal: {told}")
+
+
+def test_standard_output_is_for_one_of_two(trained, tmp_path):
+    genome(tmp_path / "x.fa", 100)
+    for words, taken in ((["generate", "dna", trained], "FASTA"), (["embed", trained, tmp_path / "x.fa"], "table")):
+        assert f"--json -: standard output is taken by the {taken}; give --out FILE" in error_of(*words, "--json", "-")
+
+
 def test_a_back_end_that_cannot_be_had_is_one_line(trained, monkeypatch):
     import torch
 

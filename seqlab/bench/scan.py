@@ -48,12 +48,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("batch", "d_inner", "d_state", "min_length", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"bench scan: {name.replace('_', '-')} is {getattr(self, name)}; it must be 1 or more")
+            if (value := getattr(self, name)) < 1:
+                option = name if name == "repeats" else f"--{name.replace('_', '-')}"
+                raise UserError(f"bench scan: {option} must be 1 or more, got {value}")
+        if not self.seconds > 0:
+            raise UserError(f"bench scan: --seconds must be above 0, got {self.seconds:g}")
         if self.max_length < self.min_length:
             raise UserError(f"bench scan: --max-length {self.max_length} is below --min-length {self.min_length}")
         if self.d_state > 256:
-            raise UserError(f"bench scan: --d-state {self.d_state}: at most 256")
+            raise UserError(f"bench scan: --d-state must be at most 256, got {self.d_state}")
 
     @property
     def lengths(self) -> list[int]:

@@ -9,6 +9,7 @@ import typer
 from seqlab.errors import UserError
 from tasks.commands.options import (
     BenchSeed,
+    Device,
     Json,
     Overwrite,
     Precision,
@@ -31,7 +32,7 @@ def bench_scan(
     d_state: Annotated[int, typer.Option("--d-state", help="States a channel.")] = 16,
     min_length: Annotated[str, typer.Option("--min-length", help="The shortest; others are four times as long, and so on.")] = "1024",
     max_length: Annotated[Optional[str], typer.Option("--max-length", help="The longest. Default: 1,048,576 on a GPU, 16,384 on a CPU.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     precision: Precision = None,
     seconds: Annotated[float, typer.Option("--seconds", help="Most time a contender may take at one length.")] = 10.0,
     attention: Annotated[bool, typer.Option("--attention/--no-attention", help="Causal attention of the same width too.")] = True,
@@ -91,7 +92,7 @@ def bench_generate(
     shape: Annotated[Optional[list[str]], typer.Option("--shape", help="Model shape; may be repeated. Default: all.")] = None,
     batch: Annotated[Optional[list[int]], typer.Option("--batch", help="Streams side by side; may be repeated.")] = None,
     backend: Annotated[Optional[list[str]], typer.Option("--backend", help="Back end; may be repeated. Default: auto.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     prompt: Annotated[
         Optional[str], typer.Option("--prompt", help="Length of the prompt that is timed; 0: none. Default: 160,000 on a GPU, 16,000 on a CPU.")
     ] = None,
@@ -145,7 +146,7 @@ def bench_generate(
 def bench_train(
     config: Annotated[str, typer.Argument(help="Preset or YAML file.")] = "dna_small",
     context: Annotated[Optional[str], typer.Option("--context", help="Window length; default: the config's.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     precision: Precision = None,
     seconds: Annotated[float, typer.Option("--seconds", help="About how long a contender's steps are timed.")] = 5.0,
     seed: Seed = None,
@@ -163,7 +164,7 @@ def bench_train(
     from tasks import planning
 
     device = resolve_device(device)
-    module = planning.plannable(str(load_yaml(find_config(config)).get("task", "dna")))
+    module = planning.plannable(str(load_yaml(find_config(config, option="")).get("task", "dna")))
     run = load_config(module.Config, config, set_ or [], train_options(context=context, precision=precision, seed=seed))
     half = run.train.precision == "bfloat16" or (run.train.precision == "auto" and device == "cuda")
     step = planning.step_of(run)

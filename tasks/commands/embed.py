@@ -8,16 +8,24 @@ import typer
 
 from seqlab.errors import UserError
 from seqlab.files import is_stream, write_atomic
-from tasks.commands.options import Json, Overwrite, resolve_device
-from tasks.commands.terminal import check_output_file, emit, note, progress_bar, text_output
+from tasks.commands.options import BatchSize, Device, Json, Overwrite, resolve_device
+from tasks.commands.terminal import (
+    check_one_takes_stdout,
+    check_output_file,
+    emit,
+    note,
+    progress_bar,
+    rates,
+    text_output,
+)
 
 
 def embed(
     run: Annotated[Path, typer.Argument(help="Run directory or checkpoint of train dna, species or classify.")],
     reads: Annotated[str, typer.Argument(help="FASTA, FASTQ or GenBank, plain or gzip; - for standard input.")],
     out: Annotated[str, typer.Option("--out", help="TSV or .npz (names, embeddings, lengths) to write; - for TSV.")] = "-",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences looked at together; changes no answer.")] = 1024,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    batch_size: BatchSize = 1024,
+    device: Device = "auto",
     overwrite: Overwrite = False,
     json_out: Json = None,
 ) -> None:
@@ -31,8 +39,7 @@ def embed(
 
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be 1 or more")
-    if out == "-" and json_out == "-":
-        raise UserError("--json -: standard output is taken by the table; give --out FILE, or --json FILE")
+    check_one_takes_stdout(out, json_out, "table")
     if out != "-" and Path(out).suffix not in (".npz", ".tsv") and not is_stream(Path(out)):
         raise UserError(f"--out {out}: give a name that ends in .npz or .tsv, or - for TSV on standard output")
     check_output_file(out, "--out", overwrite)
@@ -61,10 +68,7 @@ def embed(
                     n, total = n + 1, total + length
                     update(total, None)
     seconds = max(time.monotonic() - started, 1e-9)
-    note(
-        f"{n:,} sequences, {total:,} bases in {seconds:.1f} s: {n / seconds:,.0f} sequences/s, {total / seconds:,.0f} bases/s "
-        f"on the {device.upper()}."
-    )
+    note(rates(n, total, seconds, device))
     summary = {"sequences": n, "bases": total, "seconds": seconds, "d_model": width, "device": device}
     emit(json_out, summary, human=lambda: None)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from seqlab.errors import UserError
-from tasks.commands.options import DATASETS, Fasta, Json, Overwrite, parse_context, resolve_device
+from tasks.commands.options import DATASETS, Device, Fasta, Json, Overwrite, parse_context, resolve_device
 from tasks.commands.prep import prepare_dna
 from tasks.commands.settings import lay_over
 from tasks.commands.terminal import check_output_file, emit, note, print_table, progress_bar
@@ -24,7 +24,7 @@ def eval_(
     split: Annotated[Optional[str], typer.Option("--split", help="train, valid or test.")] = None,
     context: Annotated[Optional[list[str]], typer.Option("--context", help="Context length; may be repeated.")] = None,
     set_: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, for example eval.max_bases=100000.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     out: Annotated[
         Optional[Path], typer.Option("--out", help="Where to put the report and plots; default: in the run, in the place of earlier ones.")
     ] = None,

@@ -7,8 +7,9 @@ from typing import Annotated, Optional
 import typer
 
 from seqlab.errors import UserError
-from tasks.commands.options import Json, Overwrite, resolve_device
+from tasks.commands.options import Backend, Device, Json, Overwrite, resolve_device
 from tasks.commands.terminal import (
+    check_one_takes_stdout,
     check_output_file,
     command,
     emit,
@@ -52,8 +53,8 @@ def generate_audio(
     runaway: Annotated[str, typer.Option("--runaway", help="What has run away: mark it, or resample it.")] = "mark",
     batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Samples made side by side.")] = 256,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished generation in --out.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    backend: Annotated[str, typer.Option("--backend", help="Back end of the decoder; auto: the fastest.")] = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
     overwrite: Overwrite = False,
     json_out: Json = None,
 ) -> None:
@@ -156,8 +157,8 @@ def generate_dna(
     top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest bases of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
     batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Sequences made side by side.")] = 256,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    backend: Annotated[str, typer.Option("--backend", help="Back end of the decoder; auto: the fastest.")] = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
     overwrite: Overwrite = False,
     json_out: Json = None,
 ) -> None:
@@ -170,8 +171,7 @@ def generate_dna(
 
     device = resolve_device(device)
     check_output_file(out, "--out", overwrite)
-    if out == "-" and json_out == "-":
-        raise UserError("--out - and --json -: both go to standard output; give a file for one of them")
+    check_one_takes_stdout(out, json_out, "FASTA")
     try:
         sampling = Sampling(temperature, top_k, top_p, seed)
     except ValueError as error:

@@ -14,6 +14,9 @@ Test = Annotated[Optional[list[str]], typer.Option("--test", help="Sequence to t
 Block = Annotated[Optional[int], typer.Option("--block", help="Bases in a block of the default split.")]
 MinLength = Annotated[int, typer.Option("--min-length", help="Leave out shorter sequences.")]
 Json = Annotated[Optional[str], typer.Option("--json", help="Write results as JSON to this file; - for standard output.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Backend = Annotated[str, typer.Option("--backend", help="Back end of the decoder; auto: the fastest.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Sequences looked at together; changes no answer.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 # of every `seqlab train`
 RunOut = Annotated[Optional[Path], typer.Option("--out", help="Run directory; default runs/NAME-TIME.")]

@@ -31,7 +31,7 @@ def plan(
     from seqlab.training import planner
     from tasks import planning
 
-    module = planning.plannable(str(load_yaml(find_config(config)).get("task", "dna")))
+    module = planning.plannable(str(load_yaml(find_config(config, option="")).get("task", "dna")))
     options = train_options(context=context, device=device, devices=devices, context_parallel=context_parallel, seed=seed)
     settings = load_config(module.Config, config, set_ or [], options)
     with progress_bar("measuring", "")[0]:

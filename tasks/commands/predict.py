@@ -7,16 +7,24 @@ from typing import Annotated
 import typer
 
 from seqlab.errors import UserError
-from tasks.commands.options import Json, Overwrite, resolve_device
-from tasks.commands.terminal import check_output_file, emit, note, progress_bar, text_output
+from tasks.commands.options import BatchSize, Device, Json, Overwrite, resolve_device
+from tasks.commands.terminal import (
+    check_one_takes_stdout,
+    check_output_file,
+    emit,
+    note,
+    progress_bar,
+    rates,
+    text_output,
+)
 
 
 def predict(
     run: Annotated[Path, typer.Argument(help="Run directory or checkpoint of a classifier.")],
     reads: Annotated[str, typer.Argument(help="FASTA, FASTQ or GenBank, plain or gzip; - for standard input.")],
     out: Annotated[str, typer.Option("--out", help="TSV to write; - for standard output.")] = "-",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences looked at together; changes no answer.")] = 1024,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    batch_size: BatchSize = 1024,
+    device: Device = "auto",
     overwrite: Overwrite = False,
     json_out: Json = None,
 ) -> None:
@@ -30,8 +38,7 @@ def predict(
 
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be 1 or more")
-    if out == "-" and json_out == "-":
-        raise UserError("--json -: standard output is taken by the table; give --out FILE, or --json FILE")
+    check_one_takes_stdout(out, json_out, "table")
     check_output_file(out, "--out", overwrite)
     device = resolve_device(device)
     from data_prep.records import read_records
@@ -64,10 +71,7 @@ def predict(
         if len(unknown) == n:
             raise UserError(f"{reads}: none of its {n:,} sequences holds an A, C, G or T, so none has a label")
     seconds = max(time.monotonic() - started, 1e-9)
-    note(
-        f"{n:,} sequences, {total:,} bases in {seconds:.1f} s: {n / seconds:,.0f} sequences/s, {total / seconds:,.0f} bases/s "
-        f"on the {device.upper()}."
-    )
+    note(rates(n, total, seconds, device))
     if unknown:
         note(f"{len(unknown):,} without any A, C, G or T have no label (first: {unknown[0]}).")
     summary = {"sequences": n, "bases": total, "seconds": seconds, "labels": dict(counts), "device": device}

@@ -7,8 +7,15 @@ from typing import Annotated, Optional
 import typer
 
 from seqlab.errors import UserError
-from tasks.commands.options import Json, Overwrite, parse_context, resolve_device
-from tasks.commands.terminal import check_output_file, emit, note, progress_bar, text_output
+from tasks.commands.options import Device, Json, Overwrite, parse_context, resolve_device
+from tasks.commands.terminal import (
+    check_one_takes_stdout,
+    check_output_file,
+    emit,
+    note,
+    progress_bar,
+    text_output,
+)
 
 
 def score(
@@ -23,7 +30,7 @@ def score(
     skip_mismatches: Annotated[
         bool, typer.Option("--skip-mismatches", help="Leave variants whose REF is not the genome's without a score, instead of stopping.")
     ] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     overwrite: Overwrite = False,
     json_out: Json = None,
 ) -> None:
@@ -38,8 +45,7 @@ def score(
     from seqlab.inference.variants import Variant, score_variants
     from tasks import runs
 
-    if out == "-" and json_out == "-":
-        raise UserError("--json -: standard output is taken by the VCF; give --out FILE, or --json FILE")
+    check_one_takes_stdout(out, json_out, "VCF")
     if out.endswith((".gz", ".bgz", ".bcf")):
         raise UserError(f"--out {out}: is written as text; give a name that ends in .vcf and bgzip it")
     check_output_file(out, "--out", overwrite)

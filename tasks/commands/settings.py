@@ -20,8 +20,8 @@ def presets(task: Optional[str] = None) -> list[str]:
     return [path.stem for path in paths if task in (None, load_yaml(path).get("task", "dna"))]
 
 
-def find_config(name: str) -> Path:
-    """A preset's name or a path -> the YAML file."""
+def find_config(name: str, option: str = "--config ") -> Path:
+    """A preset's name or a path -> the YAML file. `option`: what stands before it on the command line, for the message."""
     if (CONFIGS / f"{name}.yaml").is_file():
         return CONFIGS / f"{name}.yaml"
     path = Path(name)
@@ -31,7 +31,7 @@ def find_config(name: str) -> Path:
 
     close = difflib.get_close_matches(name, presets(), n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise UserError(f"--config {name}: no such file or preset; {hint}presets: {', '.join(presets())}")
+    raise UserError(f"{option}{name}: no such file or preset; {hint}presets: {', '.join(presets())}")
 
 
 def load_config(cls: type, name: str, overrides: list[str], options: dict):

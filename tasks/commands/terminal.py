@@ -152,6 +152,12 @@ def check_output_file(name: Optional[str], option: str, overwrite: bool) -> None
         raise UserError(f"{option} {name}: {parent} is not writable; give another file")
 
 
+def check_one_takes_stdout(out: str, json_out: Optional[str], what: str) -> None:
+    """UserError where --out and --json are both -: `what` --out writes would have JSON in it."""
+    if out == "-" and json_out == "-":
+        raise UserError(f"--json -: standard output is taken by the {what}; give --out FILE, or --json FILE")
+
+
 @contextlib.contextmanager
 def text_output(out: str):
     """--out of a command that writes lines: standard output for -, or a file that appears only when it is complete. (One that may
@@ -187,6 +193,12 @@ def note(message: str = "") -> None:
     if not is_main_process():
         return
     Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(message, markup=False)
+
+
+def rates(sequences: int, bases: int, seconds: float, device: str) -> str:
+    """The last words of a command that reads sequences."""
+    each, all_ = sequences / seconds, bases / seconds
+    return f"{sequences:,} sequences, {bases:,} bases in {seconds:.1f} s: {each:,.0f} sequences/s, {all_:,.0f} bases/s on the {device.upper()}."
 
 
 def emit(json_out: Optional[str], data: dict, *, human) -> None:

@@ -1,5 +1,6 @@
 """`seqlab bench scan`: the gate, the contenders, what is dropped and why, the command."""
 
+import dataclasses
 import json
 import math
 
@@ -17,6 +18,16 @@ TOY = scan.Settings(d_inner=8, d_state=3, min_length=16, max_length=64, device="
 def test_lengths_end_at_the_longest():
     assert TOY.lengths == [16, 64]
     assert scan.Settings(min_length=16, max_length=100, device="cpu").lengths == [16, 64, 100]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"batch": 0}, "--batch must be 1 or more, got 0"), ({"d_inner": -1}, "--d-inner must be 1 or more, got -1"),
+    ({"repeats": 0}, "scan: repeats must be"), ({"seconds": 0.0}, "--seconds must be above 0, got 0"), ({"seconds": float("nan")}, "got nan"),
+    ({"d_state": 257}, "--d-state must be at most 256, got 257"), ({"max_length": 8}, "--max-length 8 is below --min-length 16"),
+])  # fmt: skip
+def test_impossible_settings_are_one_clear_line(change, words):
+    with pytest.raises(UserError, match=words):
+        dataclasses.replace(TOY, **change)
 
 
 def test_the_parallel_scan_of_plain_torch_is_the_reference():

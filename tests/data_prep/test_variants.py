@@ -60,7 +60,7 @@ def test_an_ambiguity_code_of_the_genome_agrees_with_any_ref(tmp_path):
     "text, said",
     [
         ("", "is empty"),
-        ("chr1\t5\tA\n", "a VCF starts with ##fileformat=VCF"),
+        ("chr1\t5\tA\n", r"x.vcf: starts with 'chr1\\t5\\tA'; a VCF starts with ##fileformat=VCF"),
         ("##fileformat=VCFv4.2\nc\t1\t.\tA\tT\t.\t.\t.\n", "line 2: a record before the line of columns"),
         ("##fileformat=VCFv4.2\n", "no line of columns"),
         (f"##fileformat=VCFv4.2\n{COLUMNS}\nc 1 . A T . . .\n", "line 3: 1 columns"),
