@@ -264,6 +264,15 @@ def test_a_run_is_trained_by_one_process_at_a_time(trained, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_resumed_run_takes_from_itself_is_refused_by_name(trained, tmp_path):
+    """--splits, --valid and --test were passed over; of the others all were named, also those that nobody had given."""
+    for words, named in (
+        (["--test", "chr"], "--test"), (["--splits", tmp_path / "s.bed", "--valid", "chr"], "--splits, --valid"),
+        (["--context", 64, "--seed", 0, "--fasta", tmp_path / "g.fa"], "--fasta, --context, --seed"),
+    ):  # fmt: skip
+        assert error_of("train", "dna", "--resume", "--out", trained, *words).endswith(f"run's own data and settings; leave out {named}")
+
+
 @pytest.mark.parametrize("change", ["model.d_model=24", "model.direction=bidirectional", "data.context=32", "train.seed=9"])
 def test_a_resumed_run_stays_what_it_is(trained, change):
     """A model of another size was a RuntimeError, "unexpected"; the others went on as another run."""

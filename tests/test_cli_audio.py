@@ -1,6 +1,7 @@
 """prep audio, train audio, eval and generate audio as a user types them."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import signal
@@ -263,12 +264,26 @@ def test_stopped_and_resumed_equals_uninterrupted(number, trained, tmp_path):
         (["--prompt-start", "2"], "go with --prompt"),
         (["--resume"], "nothing to resume"),
         (["--resume", "--seconds", "3", "--seed", "1"], "leave out --seconds, --seed"),
+        (["--resume", "--class", "high", "--rank", "2", "--rank-by", "class"], "leave out --class, --rank, --rank-by"),
         (["--backend", "magic"], "magic"),
     ],
 )
 def test_wrong_options_are_one_line_and_leave_nothing(trained, arguments, expected, tmp_path):
     assert expected in error_of("generate", "audio", trained / "run", "--out", tmp_path / "s", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_generation_is_resumed_without_any_option_of_its_own():
+    """Options that a command line does not have are told by their defaults, which Settings has once more."""
+    import inspect
+
+    from tasks.audio_generation import Settings
+    from tasks.commands.generate import generate_audio
+
+    options = inspect.signature(generate_audio).parameters
+    for field in dataclasses.fields(Settings):
+        default = options[{"classes": "class_", "candidates": "rank"}.get(field.name, field.name)].default
+        assert field.default == (() if field.name == "classes" else default), field.name
 
 
 def test_other_wrong_input(trained, tmp_path):

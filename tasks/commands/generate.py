@@ -69,43 +69,24 @@ def generate_audio(
     if to_stdout and (num != 1 or rank is not None or resume or json_out == "-"):
         raise UserError("--out -: one sample goes to standard output; leave out --num, --rank, --resume and --json -")
     folder = Path(out)
+    asked = {
+        "seconds": seconds, "num": num, "prompt": None if prompt is None else str(prompt.resolve()), "prompt_start": prompt_start,
+        "prompt_seconds": prompt_seconds, "with_prompt": with_prompt, "classes": tuple(class_ or ()), "temperature": temperature,
+        "top_k": top_k, "top_p": top_p, "guidance": guidance, "hold": hold, "seed": seed, "candidates": rank, "rank_by": rank_by,
+        "runaway": runaway, "batch": batch,
+    }  # fmt: skip
     if resume:
-        given = {
-            "--seconds": seconds != 10.0, "--num": num != 1, "--prompt": prompt is not None, "--prompt-start": prompt_start != 0,
-            "--prompt-seconds": prompt_seconds is not None, "--with-prompt": with_prompt, "--class": bool(class_),
-            "--temperature": temperature != 1, "--top-k": top_k != 0, "--top-p": top_p != 1, "--seed": seed != 0,
-            "--guidance": guidance != 0, "--rank": rank is not None, "--rank-by": rank_by != "likelihood", "--runaway": runaway != "mark",
-            "--batch": batch != 256, "--hold": hold is not None,
-        }  # fmt: skip
-        if any(given.values()):
-            names = ", ".join(name for name, is_given in given.items() if is_given)
-            raise UserError(f"--resume: goes on with the settings that it was stopped with; leave out {names}")
+        usual, called = audio_generation.Settings(), {"classes": "class", "candidates": "rank"}
+        given = [called.get(name, name).replace("_", "-") for name, value in asked.items() if value != getattr(usual, name)]
+        if given:
+            raise UserError(f"--resume: goes on with the settings that it was stopped with; leave out --{', --'.join(given)}")
         audio_generation.load_state(folder)
         checkpoint, settings = audio_generation.load_settings(folder)
         checkpoint = run or checkpoint
     else:
         if run is None:
             raise UserError("which run? give the directory that `seqlab train audio` wrote")
-        checkpoint = run
-        settings = audio_generation.Settings(
-            seconds=seconds,
-            num=num,
-            prompt=None if prompt is None else str(prompt.resolve()),
-            prompt_start=prompt_start,
-            prompt_seconds=prompt_seconds,
-            with_prompt=with_prompt,
-            classes=tuple(class_ or ()),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance=guidance,
-            hold=hold,
-            seed=seed,
-            candidates=rank,
-            rank_by=rank_by,
-            runaway=runaway,
-            batch=batch,
-        )
+        checkpoint, settings = run, audio_generation.Settings(**asked)
     loaded = runs.load_run(checkpoint, task=audio.NAME)
     if settings.classes == ("all",):
         import dataclasses

@@ -96,7 +96,8 @@ def train_dna(
     )  # fmt: skip
     with contextlib.ExitStack() as undo:
         if resume:
-            run = resumed_run(dna, out, data, set_, options, {"--fasta": fasta, "--config": config, "--init": init})
+            refused = {"--fasta": fasta, "--config": config, "--init": init, "--splits": splits, "--valid": valid, "--test": test}
+            run = resumed_run(dna, out, data, set_, options, refused)
         else:
             checkpoint = None if init is None else runs.find_checkpoint(init)
             run = _new_dna_run(out, data, fasta, config, set_, train_options(**options), splits, valid, test, checkpoint, overwrite, undo)
@@ -395,8 +396,8 @@ def resumed_run(module: ModuleType, out: Optional[Path], data: Optional[Path], s
     from seqlab.training.facts import read_run_facts
     from tasks import runs
 
-    own = {**refused, "--context": given.get("context"), "--seed": given.get("seed")}
-    if any(value not in (None, [], ()) for value in own.values()):
+    refused = {**refused, "--context": given.get("context"), "--seed": given.get("seed")}
+    if own := [option for option, value in refused.items() if value not in (None, [], ())]:
         raise UserError(f"--resume: goes on with the run's own data and settings; leave out {', '.join(own)}")
     run_dir = out or newest_run()
     facts = read_run_facts(run_dir)
