@@ -55,7 +55,7 @@ def generate(
     bases = np.array(nucleotide.BASES, np.uint8)
     if not np.isin(start, [*nucleotide.BASES, nucleotide.N]).all():
         at = int(np.flatnonzero(~np.isin(start, [*nucleotide.BASES, nucleotide.N]))[0])
-        raise UserError(f"--prompt: {prompt[at]!r} at {at + 1} is no base; use A, C, G, T and N")
+        raise UserError(f"--prompt: {prompt[at]!r} at {at + 1} is no base; use A, C, G, T and N, or the name of a FASTA file that holds them")
     first = bases[np.random.default_rng(sampling.seed).integers(0, 4, num)]
     sequences, done, began, used = [], 0, time.monotonic(), ""
     for at in range(0, num, batch):

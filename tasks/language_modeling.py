@@ -468,7 +468,7 @@ def evaluate(
         targets.append(store.tokens[start + extra : end][chosen])
     all_positions = np.concatenate(positions) if positions else np.empty(0, np.int64)
     if not len(all_positions):
-        raise UserError(f"the {split} split holds no A, C, G or T to score; choose other splits")
+        raise UserError(f"the {split} split holds no A, C, G or T to score; choose another split, or give sequences that do")
     soft = np.concatenate([store.soft_mask(start + extra, end)[p - start - extra] for (start, end), p in zip(spans, positions)])
     scored_targets = sum(end - start - extra for start, end in spans)
     not_scored = scored_targets - sum(int(is_base(store.tokens[s + extra : e]).sum()) for s, e in spans)

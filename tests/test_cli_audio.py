@@ -375,7 +375,8 @@ def test_dna_is_drawn_as_fasta(dna, tmp_path):
         assert float(header.split("log_likelihood=")[1].split()[0]) == pytest.approx(expected, abs=2e-3)
     free = run("generate", "dna", dna, "--length", 50, "--num", 2)[0]
     assert [len(part.split("\n", 1)[1].replace("\n", "")) for part in free.split(">")[1:]] == [50, 50]
-    assert "is no base" in error_of(*base, "--prompt", "ACGX")
+    assert "'X' at 4 is no base; use A, C, G, T and N, or the name of a FASTA file" in error_of(*base, "--prompt", "ACGX")
+    assert error_of(*base, "--backend", "refrence").startswith("error: --backend 'refrence' is not a back end; allowed: auto, ")
     assert "must be 1 or more" in error_of("generate", "dna", dna, "--length", 0)
     assert "exists" in error_of(*base, "--out", tmp_path / "a.fa")
     assert "--temperature: must be" in error_of(*base, "--temperature", -1)

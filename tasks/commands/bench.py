@@ -15,6 +15,7 @@ from tasks.commands.options import (
     Precision,
     Seed,
     Set,
+    check_decoder,
     parse_context,
     parse_precision,
     resolve_device,
@@ -108,13 +109,10 @@ def bench_generate(
     import torch
 
     from seqlab.bench import generate
-    from seqlab.dataset import nearest
-    from seqlab.ops import decode
 
     device = resolve_device(device)
     for name in backend or []:
-        if name not in ("auto", *decode.BACKENDS):
-            raise UserError(f"--backend {name}: unknown; {nearest(name, ('auto', *decode.BACKENDS))}")
+        check_decoder(name)
     on_gpu = device == "cuda"
     prompt = prompt or ("160000" if on_gpu else "16000")
     settings = generate.Settings(

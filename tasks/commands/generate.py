@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from seqlab.errors import UserError
-from tasks.commands.options import Backend, Device, Json, Overwrite, resolve_device
+from tasks.commands.options import Backend, Device, Json, Overwrite, check_decoder, resolve_device
 from tasks.commands.terminal import (
     check_one_takes_stdout,
     check_output_file,
@@ -65,6 +65,7 @@ def generate_audio(
     from tasks import audio, audio_generation, runs
 
     device = resolve_device(device)
+    check_decoder(backend)
     to_stdout = out == "-"
     if to_stdout and (num != 1 or rank is not None or resume or json_out == "-"):
         raise UserError("--out -: one sample goes to standard output; leave out --num, --rank, --resume and --json -")
@@ -151,6 +152,7 @@ def generate_dna(
     from tasks import dna_generation, runs
 
     device = resolve_device(device)
+    check_decoder(backend)
     check_output_file(out, "--out", overwrite)
     check_one_takes_stdout(out, json_out, "FASTA")
     try:

@@ -66,6 +66,13 @@ def parse_precision(text: str) -> str:
     return names[text]
 
 
+def check_decoder(backend: str) -> None:
+    """UserError for a --backend that no decoder has."""
+    from seqlab.ops import decode, dispatch
+
+    dispatch.check_name(backend, decode.BACKENDS, "--backend")
+
+
 def check_device(device: str) -> None:
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: unknown; use auto, cpu or cuda")

@@ -198,7 +198,7 @@ def note(message: str = "") -> None:
 def rates(sequences: int, bases: int, seconds: float, device: str) -> str:
     """The last words of a command that reads sequences."""
     each, all_ = sequences / seconds, bases / seconds
-    return f"{sequences:,} sequences, {bases:,} bases in {seconds:.1f} s: {each:,.0f} sequences/s, {all_:,.0f} bases/s on the {device.upper()}."
+    return f"{sequences:,} sequence{'s' * (sequences != 1)}, {bases:,} bases in {seconds:.1f} s: {each:,.0f} sequences/s, {all_:,.0f} bases/s on the {device.upper()}."
 
 
 def emit(json_out: Optional[str], data: dict, *, human) -> None:

@@ -89,4 +89,4 @@ def test_the_command(tmp_path):
     assert json.loads(out.read_text())["rows"][0]["shape"] == "toy"
     assert "toy, 1 streams, " in done.stderr and "further tokens/s of a stream" in done.stderr
     bad = CliRunner().invoke(app, [*args, "--backend", "graf"])
-    assert bad.exit_code == 1 and "graph" in bad.output
+    assert bad.exit_code == 1 and "error: --backend 'graf' is not a back end; " in bad.output and "did you mean 'graph'?" in bad.output
