@@ -12,6 +12,7 @@ It must cost nothing to import: numba, triton, compiled extensions and the like 
 import difflib
 import functools
 import logging
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,13 @@ try:  # what guards compiled code: whether tensors are of the kind that others w
     from torch._C._dynamo.guards import TensorGuards
 except ImportError:  # torch's own affair, which may go; then `layout` looks at them one by one
     TensorGuards = None
+try:
+    from torch._C import _len_torch_dispatch_stack as dispatch_modes
+except ImportError:
+
+    def dispatch_modes() -> int:
+        return 1  # that there may be some
+
 
 ORDER = ("cuda", "mamba_ssm", "cpu", "reference")
 """What "auto" tries, fastest first."""
@@ -190,33 +198,30 @@ def remember(known: dict, layout: tuple | None, given: tuple, used: tuple, find:
         memorise(known, layout, find(given, *options))
 
 
-class Recent:
-    """What is left to do of the calls made last, by all that their checks depend on but alignment, like `layout` in a
-    fifth of the time: five of the fifty microseconds that a short kernel takes from call to launch."""
+class Alike:
+    """What is left to do of calls whose tensors look alike to torch's guards, for the MOST of them that came last. The same
+    tensors are None in all of them."""
 
     MOST = 4
-    """Calls kept apart by their tensors alone."""
 
-    def __init__(self):
-        self._memory: dict[tuple, list] = {}
+    def __init__(self, tensors: tuple[torch.Tensor | None, ...]):
+        present = [i for i, x in enumerate(tensors) if x is not None]
+        self._present = operator.itemgetter(slice(1)) if present == [0] else operator.itemgetter(*present)
+        self._kept: tuple[tuple, ...] = ()
 
-    def find(self, backend: str, tensors: tuple[torch.Tensor | None, ...], *options):
-        """What `keep` was given for such a call, or None. `options` tell which of the tensors are None."""
-        if torch.compiler.is_compiling() or not tensors[0].is_cuda:
-            return None
-        kept = self._memory.get(self._key(backend, options))
-        if kept is not None:
-            present = [x for x in tensors if x is not None]
-            for guards, found in kept:
-                if guards.check(*present):
-                    return found
+    def find(self, tensors: tuple[torch.Tensor | None, ...]):
+        """What `keep` was given for tensors like these, or None."""
+        present = self._present(tensors)
+        for guards, found in self._kept:
+            if guards.check(*present):
+                return found
         return None
 
-    def keep(self, found, backend: str, tensors: tuple[torch.Tensor | None, ...], *options) -> None:
-        """Of what `find` was just asked for; only away from torch.compile and on a GPU."""
-        if TensorGuards is None:
+    def keep(self, found, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """Not inside of a dispatch mode, which wants to see what a call is made of; the guards of others say no there."""
+        if TensorGuards is None or dispatch_modes():
             return
-        present = [x for x in tensors if x is not None]
+        present = self._present(tensors)
         sizes, strides = [list(x.shape) for x in present], [list(x.stride()) for x in present]
         try:
             guards = TensorGuards(*present, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
@@ -224,13 +229,32 @@ class Recent:
                 return
         except Exception:  # a torch whose guards are others
             return
-        key = self._key(backend, options)
-        memorise(self._memory, key, [(guards, found), *self._memory.get(key, ())][: self.MOST])
+        self._kept = ((guards, found), *self._kept)[: self.MOST]
 
-    @staticmethod
-    def _key(backend: str, options: tuple) -> tuple:
+
+class Recent:
+    """What is left to do of the calls made last, by all that their checks depend on but alignment, like `layout` in a
+    fifth of the time: five of the fifty microseconds that a short kernel takes from call to launch."""
+
+    MOST = Alike.MOST
+    """Calls kept apart by their tensors alone."""
+
+    def __init__(self):
+        self._memory: dict[tuple, Alike] = {}
+
+    def find(self, backend: str, tensors: tuple[torch.Tensor | None, ...], *options):
+        """What `keep` was given for such a call, or None. `options` tell which of the tensors are None."""
+        if torch.compiler.is_compiling() or not tensors[0].is_cuda:
+            return None
         asked = os.environ.get(ENVIRONMENT) if backend == "auto" else backend
-        return asked, torch.cuda.current_device(), torch.is_grad_enabled(), options
+        kept = self._memory.get((asked, torch.cuda.current_device(), torch.is_grad_enabled(), options))
+        return None if kept is None else kept.find(tensors)
+
+    def keep(self, found, backend: str, tensors: tuple[torch.Tensor | None, ...], *options) -> None:
+        """Of what `find` was just asked for; only away from torch.compile and on a GPU."""
+        asked = os.environ.get(ENVIRONMENT) if backend == "auto" else backend
+        key = asked, torch.cuda.current_device(), torch.is_grad_enabled(), options
+        (self._memory.get(key) or memorise(self._memory, key, Alike(tensors))).keep(found, tensors)
 
     def clear(self) -> None:
         self._memory.clear()

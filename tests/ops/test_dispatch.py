@@ -293,6 +293,26 @@ def test_recent_calls_are_told_apart_by_everything_but_values(monkeypatch):
     assert recent.find("cuda", (x, y, None), True) is None and recent.find("cuda", (torch.randn(5, 3), y, None), True) == 0
 
 
+def test_recent_calls_are_neither_found_nor_kept_in_a_dispatch_mode(monkeypatch):
+    """It would not see the tensors that a call found again makes."""
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    recent, x = dispatch.Recent(), torch.randn(2)
+    with Watch():
+        recent.keep("inside", "cuda", (x,))
+        assert recent.find("cuda", (x,)) is None
+    assert recent.find("cuda", (x,)) is None
+    recent.keep("outside", "cuda", (x,))
+    with Watch():
+        assert recent.find("cuda", (x,)) is None
+    assert recent.find("cuda", (x,)) == "outside"
+
+
 def test_recent_calls_are_none_without_torchs_guards(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -57,6 +57,9 @@ class Module:
         call = getattr(self._library, f"run_{kernel}")
         call(ctypes.c_uint(grid), ctypes.c_uint(block), ctypes.c_ulong(shared), ctypes.byref(params))
 
+    def launcher(self, *what):
+        return functools.partial(self.launch, *what)
+
 
 class Device:
     """Stands in for a back end's device: a GPU of `multiprocessors` that hold `resident` blocks each."""

@@ -1,5 +1,7 @@
 """The host side of the native kernels: parameters, planning, reasons."""
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -190,6 +192,63 @@ def test_states_are_kept_at_every_tile_where_they_fit(monkeypatch):
         monkeypatch.setenv(scan.KEEP_LIMIT, text)
         with pytest.raises(ValueError, match="SEQLAB_SCAN_KEEP is .*; allowed: a number of GiB"):
             scan.keep_limit(140 << 30)
+
+
+def test_a_launch_is_prepared_once_for_every_stream_and_sets_the_context_where_a_thread_has_none(monkeypatch):
+    prepared, launched, current, made = [], [], [7], []
+    answers = iter((0, 0, nvrtc.NO_CONTEXT, 0, 0))
+
+    def queue(config, function, arguments, extra):
+        launched.append((config, arguments[0]))
+        return next(answers)
+
+    module = object.__new__(nvrtc.Module)
+    module.device, module._launches = 3, {}
+    monkeypatch.setattr(module, "_prepare", lambda *what: prepared.append(what) or (queue, what[4], None))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: current[0] + 10 * device, raising=False)
+    monkeypatch.setattr(nvrtc, "make_current", made.append)
+    params = nvrtc.params_type(scan.SOURCE)()
+    launch, address = module.launcher("kernel", 2, 32, 0), ctypes.addressof(params)
+    launch(params)
+    launch(params)
+    current[0] = 8
+    launch(params)  # tried twice: this thread has no context yet
+    assert launched == [(37, address)] * 2 + [(38, address)] * 2 and made == [3]
+    assert prepared == [("kernel", 2, 32, 0, stream, False) for stream in (37, 38)]
+    module.launch("kernel", 2, 32, 0, params)
+    module.launch("kernel", 0, 32, 0, params)  # no blocks: nothing to launch
+    assert len(launched) == 5 and len(module._launches) == 2
+
+
+def test_memory_is_seen_by_dispatch_modes(monkeypatch):
+    """What compiled code takes memory with goes past them."""
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    quick, seen = object(), []
+    monkeypatch.setattr(nvrtc, "_empty_strided_cuda", quick)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert nvrtc.memory(gpu) is quick and nvrtc.memory(cpu) is not quick
+    with Watch():
+        assert nvrtc.memory(gpu) is not quick
+        x = nvrtc.memory(cpu)((2, 3), (3, 1), torch.bfloat16)
+    assert seen and x.shape == (2, 3) and x.is_contiguous() and x.dtype == torch.bfloat16
+    monkeypatch.setattr(nvrtc, "_empty_strided_cuda", None)
+    assert nvrtc.memory(gpu) is not None
+
+
+def test_results_have_no_gaps():
+    for shape in ((2, 5, 6), (1, 1, 1), (1, 7, 1)):
+        u = torch.empty(*shape, dtype=torch.bfloat16)
+        batch, length, channels = shape
+        what = scan._results(u, 3, 4)
+        wanted = (batch, length, channels), (batch, length, 3), (channels, 3), (channels,), (batch, channels, 3), (batch, 4, 3, channels)
+        for (sizes, strides, dtype), shape, half in zip(what[1:], wanted, (True, True, False, False, False, False), strict=True):
+            alike = torch.empty(shape)
+            assert sizes == shape and strides == alike.stride() and dtype == (u.dtype if half else torch.float32)
 
 
 def test_rows_of_results_are_as_aligned_as_those_read():

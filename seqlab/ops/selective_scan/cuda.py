@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from seqlab.ops import nvrtc
-from seqlab.ops.dispatch import Recent, Request, memorise
+from seqlab.ops.dispatch import Alike, Recent, Request, memorise
 
 NATIVE_MASK = True
 SOURCE = "selective_scan/scan.cu"
@@ -344,6 +344,32 @@ _recent = Recent()
 """Recipes of the backward passes run last."""
 
 
+class _Results(NamedTuple):
+    """Where results are, and their sizes, strides and dtypes as `nvrtc.memory` takes them, all without gaps. Made once for a kind of
+    call."""
+
+    device: torch.device
+    data: tuple  # y, du, ddelta, dz (b l d)
+    vectors: tuple  # dB, dC (b l n)
+    A: tuple  # dA (d n)
+    channel: tuple  # dD, dbias (d)
+    state: tuple  # final state, dinitial (b d n)
+    kept: tuple  # states for the backward pass (b segments n d)
+
+
+def _results(u: Tensor, n: int, segments: int) -> _Results:
+    batch, length, channels = u.shape
+
+    def packed(dtype: torch.dtype, *sizes: int) -> tuple:
+        return sizes, tuple(math.prod(max(1, size) for size in sizes[i + 1 :]) for i in range(len(sizes))), dtype
+
+    data, state = u.dtype, torch.float32
+    return _Results(
+        u.device, packed(data, batch, length, channels), packed(data, batch, length, n), packed(state, channels, n),
+        packed(state, channels), packed(state, batch, channels, n), packed(state, batch, segments, n, channels),
+    )  # fmt: skip
+
+
 @dataclass
 class _Recipe:
     """How to run one kind of call; `params` is complete but for the addresses."""
@@ -352,14 +378,17 @@ class _Recipe:
     params: ctypes.Structure
     cut: Plan
     keep: bool  # forward: states for the backward pass; backward: dB and dC go straight to where they belong
+    results: _Results
     work: int  # floats of workspace
     sums: int  # where in it the chunks' sums start, in bytes; the states at chunk borders are at its start
     launches: tuple[tuple[str, int, int, int], ...]  # kernel, blocks, threads, bytes of shared memory
-    kept: tuple[int, ...] = ()  # shape of the states kept for the backward pass
     ungated: bool = False  # keep the output before the gate, too
     aligned: bool = False  # it was found for rows of data aligned to 16 bytes, and takes no others
     parts: tuple[tuple[str, int], ...] = ()  # of the workspace: a field of the parameters, where it starts in bytes
 
+    def __post_init__(self):
+        self.copy = functools.partial(type(self.params).from_buffer_copy, self.params)
+        self.queue = [self.module.launcher(*what) for what in self.launches]  # called with the parameters
 
 def _kind(device, what: str, tensors: tuple[Tensor | None, ...], *options) -> tuple:
     """What a recipe depends on. `tensors` begins with u and A."""
@@ -442,9 +471,9 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _outputs(x: Tensor, mask: Tensor | None) -> Tensor:
-    """An output like x; the kernels leave masked positions alone, so they must be 0 beforehand."""
-    return _like(x) if mask is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+def _zeros(new):
+    """`new`, but 0 everywhere: kernels leave masked positions alone."""
+    return lambda *what: new(*what).zero_()
 
 
 def _short_recipe(device, sides, kernel: str, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, scans: int, *rows):
@@ -478,8 +507,7 @@ def _short_forward_recipe(
     if found is None:
         return None
     module, cut, p, launch = found
-    kept = (batch, p.all_segments, n, channels)
-    return _Recipe(module, p, cut, segment > 0, 0, 0, (launch,), kept, aligned=_aligned(u, delta, z, B, C))
+    return _Recipe(module, p, cut, segment > 0, _results(u, n, p.all_segments), 0, 0, (launch,), aligned=_aligned(u, delta, z, B, C))
 
 
 def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int) -> _Recipe:
@@ -513,9 +541,9 @@ def _forward_recipe(device, kind, u, delta, A, B, C, z, softplus: bool, reverse:
     launches.append(("scan_forward", p.items, cut.threads, shared))
     borders = batch * cut.chunks * n * channels if cut.chunks > 1 else 0
     work = borders + batch * cut.chunks * channels if borders else 0
-    kept = (batch, p.all_segments, n, channels)
+    results = _results(u, n, p.all_segments)
     found = _Recipe(
-        module, p, cut, segment > 0, work, 4 * borders, tuple(launches), kept, fine and z is not None, _aligned(u, delta, z, B, C)
+        module, p, cut, segment > 0, results, work, 4 * borders, tuple(launches), fine and z is not None, _aligned(u, delta, z, B, C)
     )
     return memorise(_recipes, kind, found)
 
@@ -539,29 +567,29 @@ def _find_forward(device, tensors, softplus: bool, reverse: bool, segment: int):
 def _run_forward(recipe: _Recipe, u, delta, A, B, C, D, z, bias, initial, mask, final: bool):
     """y, the final state, and what the backward pass needs: states, the output before the gate (None where not wanted); None
     if the recipe takes aligned data and these are not."""
-    p = type(recipe.params).from_buffer_copy(recipe.params)
+    p = recipe.copy()
     if not _fill(p, u, delta, B, C, z, None, A, D, bias, initial, None, mask) and recipe.aligned:
         return None
-    launch = recipe.module.launch
-    *first_passes, outputs = recipe.launches
+    results, (*first_passes, outputs), new = recipe.results, recipe.queue, nvrtc.memory(recipe.results.device)
+    blank = new if mask is None else _zeros(new)
     if recipe.work:
-        work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
+        work = new((recipe.work,), (1,), torch.float32)
         p.ends = work.data_ptr()
         p.sums = p.ends + recipe.sums
-    for what in first_passes:  # the GPU works while the rest is allocated
-        launch(*what, p)
-    y, states, last, ungated = _outputs(u, mask), None, None, None
+    for launch in first_passes:  # the GPU works while the rest is allocated
+        launch(p)
+    y, states, last, ungated = blank(*results.data), None, None, None
     p.y = y.data_ptr()
     if final:
-        last = A.new_empty(u.shape[0], *A.shape)
+        last = new(*results.state)
         p.final = last.data_ptr()
     if recipe.keep:
-        states = A.new_empty(*recipe.kept)
+        states = new(*results.kept)
         p.segments = states.data_ptr()
         if recipe.ungated:
-            ungated = _like(u)
+            ungated = new(*results.data)
             p.ungated = ungated.data_ptr()
-    launch(*outputs, p)
+    outputs(p)
     return y, last, states, ungated
 
 
@@ -592,7 +620,8 @@ def _short_backward_recipe(
     outputs = batch * 2 * n * length + (n + 2) * channels
     launches = (launch, ("short_reduce" + ("_pair" if scans > 1 else ""), scans * math.ceil(outputs / 256), 256, 0))
     parts, work = _workspace(blocks=cut.channel_blocks * batch * 2 * n * length, partial=batch * sides.blocks * (n + 2) * channels)
-    return _Recipe(module, p, cut, False, work, 0, launches, aligned=_aligned(dy, u, delta, z, B, C), parts=parts)
+    results = _results(u, n, p.all_segments)
+    return _Recipe(module, p, cut, False, results, work, 0, launches, aligned=_aligned(dy, u, delta, z, B, C), parts=parts)
 
 
 def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, n: int, grouped):
@@ -633,7 +662,8 @@ def _backward_recipe(device, dy, u, delta, A, B, C, z, softplus: bool, reverse: 
         **({"dB": sums, "dC": sums} if several else {}),
     )
     aligned = _aligned(dy, u, delta, z, B, C)
-    return _Recipe(module, p, cut, not several, work, 0, tuple(launches), aligned=aligned, parts=parts)
+    results = _results(u, A.shape[1], p.all_segments)
+    return _Recipe(module, p, cut, not several, results, work, 0, tuple(launches), aligned=aligned, parts=parts)
 
 
 def _workspace(**floats: int) -> tuple[tuple[tuple[str, int], ...], int]:
@@ -681,30 +711,31 @@ def _take_workspace(recipe: _Recipe, p, work: int, states: Tensor, ungated: Tens
         p.ungated = ungated.data_ptr()
 
 
-def _take_first_outputs(p, u, delta, z, initial, mask):
+def _take_first_outputs(new, results: _Results, p, z, initial, mask):
     """du, ddelta, dz, dinitial, which the gradients' own kernel writes, their addresses in the parameters."""
-    du, ddelta = _outputs(u, mask), _outputs(delta, mask)
+    blank, data = new if mask is None else _zeros(new), results.data
+    du, ddelta = blank(*data), blank(*data)
     p.du, p.ddelta = du.data_ptr(), ddelta.data_ptr()
     dz = dinitial = None
     if z is not None:
-        dz = _outputs(z, mask)
+        dz = blank(*data)
         p.dz = dz.data_ptr()
     if initial is not None:
-        dinitial = _like(initial)
+        dinitial = new(*results.state)
         p.dinitial = dinitial.data_ptr()
     return du, ddelta, dz, dinitial
 
 
-def _take_sums(p, A, B, C, D, bias):
+def _take_sums(new, results: _Results, p, D, bias):
     """dA, dB, dC, dD, dbias, which are added up at the end (dB and dC at once if there is nothing to add), likewise."""
-    dA, dB, dC = _like(A), _like(B), _like(C)
+    dA, dB, dC = new(*results.A), new(*results.vectors), new(*results.vectors)
     p.dA, p.into_B, p.into_C = dA.data_ptr(), dB.data_ptr(), dC.data_ptr()
     dD = dbias = None
     if D is not None:
-        dD = _like(D)
+        dD = new(*results.channel)
         p.dD = dD.data_ptr()
     if bias is not None:
-        dbias = _like(bias)
+        dbias = new(*results.channel)
         p.dbias = dbias.data_ptr()
     return dA, dB, dC, dD, dbias
 
@@ -713,24 +744,23 @@ def _run_backward(recipe: _Recipe, dy, dfinal, u, delta, A, B, C, D, z, bias, in
     """All gradients by one recipe; None if it takes aligned data and these are not.
 
     A kernel is launched as soon as what it writes has a place: the GPU works while the rest is allocated."""
-    p = type(recipe.params).from_buffer_copy(recipe.params)
+    p = recipe.copy()
     if not _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask) and recipe.aligned:
         return None
-    launch = recipe.module.launch
-    *first_passes, gradients, sums = recipe.launches
-    work = A.new_empty(recipe.work)  # a cheaper call than torch.empty
+    results, (*first_passes, gradients, sums), new = recipe.results, recipe.queue, nvrtc.memory(recipe.results.device)
+    work = new((recipe.work,), (1,), torch.float32)
     _take_workspace(recipe, p, work.data_ptr(), states, ungated)
-    for what in first_passes:
-        launch(*what, p)
-    du, ddelta, dz, dinitial = _take_first_outputs(p, u, delta, z, initial, mask)
+    for launch in first_passes:
+        launch(p)
+    du, ddelta, dz, dinitial = _take_first_outputs(new, results, p, z, initial, mask)
     if recipe.keep:
-        dA, dB, dC, dD, dbias = _take_sums(p, A, B, C, D, bias)
+        dA, dB, dC, dD, dbias = _take_sums(new, results, p, D, bias)
         p.dB, p.dC = p.into_B, p.into_C
-        launch(*gradients, p)
+        gradients(p)
     else:
-        launch(*gradients, p)
-        dA, dB, dC, dD, dbias = _take_sums(p, A, B, C, D, bias)
-    launch(*sums, p)
+        gradients(p)
+        dA, dB, dC, dD, dbias = _take_sums(new, results, p, D, bias)
+    sums(p)
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
 
 
@@ -741,12 +771,12 @@ def _run_backward_groups(recipes: tuple[_Recipe, ...], dy, dfinal, u, delta, A, 
     make = torch.empty if mask is None else torch.zeros  # the kernels leave masked positions alone
     du, ddelta, dz = (None if x is None else make(x.shape, **new) for x in (u, delta, z if ungated is None else None))
     if ungated is not None:
-        dz = _outputs(z, mask)
+        dz = _like(z) if mask is None else torch.zeros_like(z, memory_format=torch.contiguous_format)
     dB, dC, dA = _like(B), _like(C), _like(A)
     dD, dinitial = (None if x is None else _like(x) for x in (D, initial))
     dbias = None if bias is None else torch.empty((len(recipes), channels), **new)
     for part, recipe in enumerate(recipes):
-        p = type(recipe.params).from_buffer_copy(recipe.params)
+        p = recipe.copy()
         work = A.new_empty(recipe.work)
         _fill(p, u, delta, B, C, z, dy, A, D, bias, initial, dfinal, mask)
         _take_workspace(recipe, p, work.data_ptr(), states, ungated)
@@ -770,8 +800,8 @@ def _run_backward_groups(recipes: tuple[_Recipe, ...], dy, dfinal, u, delta, A, 
                 p.dbias += 4 * part * channels
         if recipe.keep:
             p.dB, p.dC = p.into_B, p.into_C
-        for what in recipe.launches:
-            recipe.module.launch(*what, p)
+        for launch in recipe.queue:
+            launch(p)
     du, ddelta, dz = (None if x is None else x.to(u.dtype) for x in (du, ddelta, dz))
     return du, ddelta, dA, dB, dC, dD, dz, None if bias is None else dbias.sum(0), dinitial
 
@@ -786,12 +816,17 @@ def backward(
     recipe = _recent.find("cuda", given, options, absent)
     if recipe is not None and (grads := _run_backward(recipe, *given, states, ungated)) is not None:
         return grads
-    recipes, tensors = _find_backward(_device(u), given, *options)
-    if len(recipes) == 1:
-        if recipes[0].aligned and tensors is given and dy.is_cuda and recipe is None:
-            _recent.keep(recipes[0], "cuda", given, options, absent)
-        return _run_backward(recipes[0], *tensors, states, ungated)
-    return _run_backward_groups(recipes, *tensors, states, ungated)
+    return _backward_anew(given, states, options, ungated, lambda found: recipe or _recent.keep(found, "cuda", given, options, absent))
+
+
+def _backward_anew(given: tuple[Tensor | None, ...], states: Tensor, options: tuple, ungated: Tensor | None, keep):
+    """The same, found out by looking at the tensors; keep(recipe) where it alone is all that there was to find out."""
+    recipes, tensors = _find_backward(_device(given[2]), given, *options)
+    if len(recipes) > 1:
+        return _run_backward_groups(recipes, *tensors, states, ungated)
+    if recipes[0].aligned and tensors is given and given[0].is_cuda:
+        keep(recipes[0])
+    return _run_backward(recipes[0], *tensors, states, ungated)
 
 
 # ------------------------------------------------------------------------------------------- both directions at once
@@ -834,17 +869,17 @@ def forward_pair(scans: tuple[tuple[Tensor | None, ...], ...], mask: Tensor | No
     )
     if recipe is None:
         return [forward(*t, softplus, i > 0, segment, False)[:3:2] for i, t in enumerate(tidy)]
-    p, results = type(recipe.params).from_buffer_copy(recipe.params), []
+    p, new, pair = recipe.copy(), nvrtc.memory(recipe.results.device), []
     for mine, (u, delta, A, B, C, D, z, bias, initial, mask) in zip(p, tidy, strict=True):
         _fill(mine, u, delta, B, C, z, None, A, D, bias, initial, None, mask)
-        y, states = _outputs(u, mask), A.new_empty(*recipe.kept if recipe.keep else (0,))
+        y, states = (new if mask is None else _zeros(new))(*recipe.results.data), new(*recipe.results.kept) if recipe.keep else A.new_empty(0)
         mine.y = y.data_ptr()
         if recipe.keep:
             mine.segments = states.data_ptr()
-        results.append((y, states))
-    for what in recipe.launches:
-        recipe.module.launch(*what, p)
-    return results
+        pair.append((y, states))
+    for launch in recipe.queue:
+        launch(p)
+    return pair
 
 
 def backward_pair(dy: Tensor, scans, mask: Tensor | None, states, softplus: bool, segment: int):
@@ -861,19 +896,20 @@ def backward_pair(dy: Tensor, scans, mask: Tensor | None, states, softplus: bool
     )
     if recipe is None:
         return [backward(dy, None, *t, kept, softplus, i > 0, segment) for i, (t, kept) in enumerate(zip(tidy, states, strict=True))]
-    p, work = type(recipe.params).from_buffer_copy(recipe.params), A.new_empty(recipe.work)
+    p, results, new = recipe.copy(), recipe.results, nvrtc.memory(recipe.results.device)
+    work = new((recipe.work,), (1,), torch.float32)
     start = work.data_ptr()
     grads = []
     for mine, tensors, kept in zip(p, tidy, states, strict=True):
         u, delta, A, B, C, D, z, bias, initial, mask = tensors
         _fill(mine, u, delta, B, C, z, dy, A, D, bias, initial, None, mask)
         _take_workspace(recipe, mine, start, kept)
-        du, ddelta, dz, _ = _take_first_outputs(mine, u, delta, z, None, mask)
-        dA, dB, dC, dD, dbias = _take_sums(mine, A, B, C, D, bias)
+        du, ddelta, dz, _ = _take_first_outputs(new, results, mine, z, None, mask)
+        dA, dB, dC, dD, dbias = _take_sums(new, results, mine, D, bias)
         grads.append((du, ddelta, dA, dB, dC, dD, dz, dbias, None))
         start += 2 * recipe.work  # bytes of half of it
-    for what in recipe.launches:
-        recipe.module.launch(*what, p)
+    for launch in recipe.queue:
+        launch(p)
     return grads
 
 
@@ -1019,6 +1055,7 @@ class Call(NamedTuple):
     segment: int  # 0: no gradients wanted
     final: bool  # the final state is wanted
     recipe: _Recipe | None = None  # known: the tensors lie as it wants them
+    alike: Alike | None = None  # known: recipes of its backward passes, by the gradient of y, None and the tensors
 
 
 def _execute(call: Call, tensors: tuple[Tensor | None, ...]):
@@ -1028,6 +1065,19 @@ def _execute(call: Call, tensors: tuple[Tensor | None, ...]):
     return nvrtc.on_device(forward, *tensors, call.softplus, call.reverse, call.segment, call.final)
 
 
+def _execute_backward(call: Call, dy: Tensor | None, dfinal: Tensor | None, tensors, states: Tensor, ungated: Tensor | None):
+    """The gradients of a call's tensors but for the mask; on their GPU. Tensors kept may have come back in another layout
+    (checkpointing, offloading), so they are looked at again."""
+    dy, options = _incoming(dy, tensors[0]), call[:3]
+    if call.alike is None or dfinal is not None:
+        return backward(dy, dfinal, *tensors, states, *options, ungated)
+    given = dy, None, *tensors
+    recipe = call.alike.find(given)
+    if recipe is not None and (grads := _run_backward(recipe, *given, states, ungated)) is not None:
+        return grads
+    return _backward_anew(given, states, options, ungated, lambda found: recipe or call.alike.keep(found, given))
+
+
 class _Eager(torch.autograd.Function):
     """The same operator without torch.library's wrapping, which costs more than a short scan does."""
 
@@ -1035,27 +1085,39 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, call, *tensors):
         y, final, *kept = _execute(call, tensors)
         ctx.save_for_backward(*tensors, *kept)
-        ctx.options = call[:3]
+        ctx.call = call
         ctx.set_materialize_grads(False)
         return y if final is None else (y, final)
 
     @staticmethod
     @nvrtc.once_differentiable
     def backward(ctx, dy, dfinal=None):
-        *saved, ungated = ctx.saved_tensors  # once: under checkpointing every look recomputes
-        return None, *nvrtc.on_device(backward, _incoming(dy, saved[0]), dfinal, *saved, *ctx.options, ungated), None
+        *tensors, states, ungated = ctx.saved_tensors  # once: under checkpointing every look recomputes
+        call = ctx.call
+        if tensors[0].device.index == torch.cuda.current_device():
+            return None, *_execute_backward(call, dy, dfinal, tensors, states, ungated), None
+        with torch.cuda.device(tensors[0].device):
+            return None, *_execute_backward(call, dy, dfinal, tensors, states, ungated), None
 
 
 _apply_plain = super(torch.autograd.Function, _Eager).apply
 """_Eager.apply without torch.func's look at every argument: seven of the sixty microseconds of a call."""
 
 
+def repeat(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor | tuple[Tensor, Tensor]:
+    """y or, where it is wanted, y and the final state of a `known` call: its tensors have been seen to be plain ones, and need no care for
+    torch.func's."""
+    if call.segment:
+        return _apply_plain(call, *tensors)
+    y, final, _, _ = _execute(call, tensors)
+    return (y, final) if call.final else y
+
+
 def execute(call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """y and, where wanted, the final state, of a call outside of torch.compile; tensors as for `forward`."""
     if not call.segment:
         return _execute(call, tensors)[:2]
-    # what was looked up has been seen to be plain tensors, and needs no care for torch.func's
-    found = (_Eager.apply if call.recipe is None else _apply_plain)(call, *tensors)
+    found = _Eager.apply(call, *tensors)
     return found if call.final else (found, None)
 
 
@@ -1077,7 +1139,9 @@ def known(tensors: tuple[Tensor | None, ...], softplus: bool, reverse: bool, fin
         return None
     segment = _segment(tensors[:9])
     recipe, tidy = _find_forward(_device(u), tensors, softplus, reverse, segment)
-    return Call(softplus, reverse, segment, final, recipe) if tidy is tensors else None
+    if tidy is not tensors:
+        return None
+    return Call(softplus, reverse, segment, final, recipe, Alike((u, None, *tensors)) if segment else None)
 
 
 def _call(*inputs):
