@@ -466,20 +466,19 @@ FIT_SHARE, MOST_FIT = 1, 64_000_000
 def calibrate(
     run_dir: Path, store: TokenStore, gene_models: list[genes.GeneModel] | None = None, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, float]:
-    """Fit the biases and the length scale of the best checkpoint's head, and what repeats, likeness and composition count, on fixed windows
+    """Fit the biases and the length scale of a run's head, and what repeats, likeness and composition count, on fixed windows
     of the validation split (`calibration_windows`), likeness and composition themselves before that, on windows of the training
-    split; the checkpoint is replaced. Nothing else of the model changes (vector scaling without the vector,
-    Guo et al. 2017). A checkpoint that was calibrated before (its run was resumed at its end) is calibrated anew, from what
-    training left, to the same values. `gene_models` are fitted anew where they are not given; `say` is told what is done. Returns the
-    cross-entropy (nats) before and after, which are written into run.json."""
+    split; the best checkpoint is replaced. Nothing else of the model changes (vector scaling without the vector,
+    Guo et al. 2017). The network is the best checkpoint's, or the last one's where that is better once calibrated: what it was chosen by in
+    training grows with overconfidence, which calibration takes away. A checkpoint that was calibrated before (its run was resumed at its end) is
+    calibrated anew, from what training left, to the same values. `gene_models` are fitted anew where they are not given; `say` is told what is
+    done. Returns the cross-entropy (nats) before and after, which are written into run.json."""
     run = runs.load_run(run_dir, task=NAME)
     config, model = run.config, run.model
     left = json.loads(read_notes(run.checkpoint).get("before_calibration", "{}"))
     with torch.no_grad():
         for name, values in left.items():
             model.head.get_parameter(name).copy_(torch.tensor(values))
-    fitted_names = ("linear.bias", *(() if model.head.length_scale is None else ("length_scale",)))
-    left = json.dumps({name: model.head.get_parameter(name).tolist() for name in fitted_names})
     windows = ClassWindows(store, "valid", config.data.max_unknown)
     facts = read_run_facts(run.directory)
     trained = (facts.get("result") or {}).get("tokens", 0)
@@ -488,7 +487,7 @@ def calibrate(
     if not lengths:
         return {}
     device = "cuda" if config.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    predictor = Predictor(model, device, config.train.precision)
+    networks = {name: Predictor(network, device, config.train.precision) for name, network in _networks(run).items()}
     beside = _beside(model)  # now that it lies where it will be calibrated: moving a model makes new buffers
     for scale, _ in beside:
         scale.zero_()
@@ -498,36 +497,101 @@ def calibrate(
             model.genes.fit(gene_models or SpeciesTask(config, store).gene_models())
         fitted_at = words.fit_lengths(training, config.data.min_context or config.data.context)
         words.fit(model, training, fitted_at, min(MOST_FIT, int(trained / FIT_SHARE)), config.train.seed, say)
-    parts, since = [], time.perf_counter()
-    for length in lengths:
-        fixed, _ = windows.fixed(length, chosen[length])
-        said = _said_beside(model, fixed, windows)
-        outputs = np.stack(list(predictor.outputs(fixed.sequence(store, i) for i in range(len(fixed)))))
-        # each length counts as much as another, and each species within it
-        weight = 1 / (np.bincount(fixed.label, minlength=len(config.classes))[fixed.label] * len(config.classes) * len(lengths))
-        parts.append((outputs, fixed.label, np.full(len(fixed), float(length)), weight, said))
-    outputs, label, length, weight, said = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts))
-    outputs, weight = outputs.double(), weight.double()
-    head = model.head
+    since = time.perf_counter()
+    fixed = {length: windows.fixed(length, chosen[length])[0] for length in lengths}
+    said = {length: _said_beside(model, fixed[length], windows) for length in lengths}
+    outputs: dict[str, dict[int, np.ndarray]] = {name: {} for name in networks}
+
+    def fit_to(name: str, lengths: list[int]) -> _Scales:
+        read = outputs[name]
+        for length in lengths:
+            if length not in read:
+                read[length] = np.stack(list(networks[name].outputs(fixed[length].sequence(store, i) for i in range(len(fixed[length])))))
+        parts = [(read[length], fixed[length].label, fixed[length].length, said[length]) for length in lengths]
+        columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts))
+        return _fit_scales(networks[name].model.head, *columns, beside)
+
+    # the network is chosen at the lengths of training; the longer windows, which cost the most, are read by that one alone
+    trials = {name: fit_to(name, [length for length in lengths if length <= config.data.context]) for name in networks}
+    name = min(trials, key=lambda name: trials[name].after)
+    fit, network = fit_to(name, lengths), networks[name]
+    others = "".join(f"; {other} {trials[other].after:.4f} where it has {trials[name].after:.4f}" for other in trials if other != name)
+    say(
+        f"calibrated on {sum(map(len, fixed.values())):,} validation windows of {lengths[0]:,} to {lengths[-1]:,} bases in "
+        f"{time.perf_counter() - since:.0f} s: {fit.before:.4f} to {fit.after:.4f} nats a window ({name} checkpoint{others})"
+    )
+    if not fit.after < fit.before:
+        return {"before": fit.before, "after": fit.before}
+    with torch.no_grad():
+        for weight_name, values in _network(network.model).items():
+            model.get_parameter(weight_name).copy_(values)
+        left = json.dumps({name: model.head.get_parameter(name).tolist() for name in ("linear.bias", *(() if fit.scale is None else ("length_scale",)))})
+        model.head.linear.bias += fit.shift.to(model.head.linear.bias)
+        if fit.scale is not None:
+            model.head.length_scale.copy_(fit.scale)
+        for values, (buffer, _) in zip(fit.beside, beside):
+            buffer.copy_(values.view_as(buffer))
+    save_model(model.cpu(), run.checkpoint.parent, dump_yaml(config), before_calibration=left)
+    calibration = {"before": fit.before, "after": fit.after, "lengths": lengths, "checkpoint": name}
+    write_json(run.directory / "run.json", {**facts, "calibration": calibration})
+    return {"before": fit.before, "after": fit.after}
+
+
+def _network(model: SequenceClassifier) -> dict[str, Tensor]:
+    """What training changes; what is kept beside it and fitted afterwards is frozen as it is made."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _networks(run: runs.LoadedRun) -> dict[str, SequenceClassifier]:
+    """Models of a run's checkpoints: "best", which is `run.model`, and "last" if that has another network; "last" alone where both are one, as
+    they are too after calibration has taken the last for the best."""
+    path = run.directory / "checkpoints" / "last" / "model.safetensors"
+    if not path.is_file() or run.checkpoint.parent.name != "best":
+        return {"best": run.model}
+    last = runs.load_run(path, task=NAME).model
+    same = all(torch.equal(weight, run.model.get_parameter(name)) for name, weight in _network(last).items())
+    return {"last": run.model} if same else {"best": run.model, "last": last}
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """What calibration found: added to the head's biases; its length scale, if it has one; scales of what counts beside the network;
+    cross-entropy (nats) of the network alone as it was, and of everything together."""
+
+    shift: Tensor
+    scale: Tensor | None
+    beside: list[Tensor]
+    before: float
+    after: float
+
+
+def _fit_scales(
+    head: nn.Module, outputs: Tensor, label: Tensor, length: Tensor, said: Tensor, beside: list[tuple[Tensor, Callable]]
+) -> _Scales:
+    """outputs (n classes), label, length (n) of windows; said (n m classes): see `_said_beside`; `beside`: see `_beside`."""
+    outputs, length = outputs.double(), length.double()
+    # each length counts as much as another, and each species within it
+    group = torch.unique(torch.stack([length.long(), label]), dim=1, return_inverse=True)[1]
+    weight = 1.0 / torch.bincount(group)[group].double()
+    weight /= weight.sum()
     has_scale = head.length_scale is not None
     old = head.length_scale.detach().cpu().double() if has_scale else torch.zeros(2, dtype=torch.float64)
     logs = (length / 1024).log()
     raw = outputs / torch.exp(old[0] + old[1] * logs)[:, None]
-    shift = torch.zeros(len(config.classes), dtype=torch.float64, requires_grad=True)
+    shift = torch.zeros(outputs.shape[1], dtype=torch.float64, requires_grad=True)
     scale = old.clone().requires_grad_(has_scale)
-    free = [torch.zeros(scale[None].shape if scale.dim() == 1 else scale.shape, dtype=torch.float64, requires_grad=True) for scale, _ in beside]
-    said = said.split([len(numbers) for numbers in free], 1)
+    free = [torch.zeros(buffer[None].shape if buffer.dim() == 1 else buffer.shape, dtype=torch.float64, requires_grad=True) for buffer, _ in beside]
+    each = said.split([len(numbers) for numbers in free], 1)
 
     def nats(all_of_it: bool = True) -> Tensor:
         answers = (raw + shift) * torch.exp(scale[0] + scale[1] * logs)[:, None]
         if all_of_it:
-            for numbers, (_, limit), log_odds in zip(free, beside, said):
+            for numbers, (_, limit), log_odds in zip(free, beside, each):
                 answers = answers + scaled(log_odds, limit(numbers), length)
         return (F.cross_entropy(answers, label, reduction="none") * weight).sum()
 
-    fitted = [shift, *([scale] if has_scale else []), *free]
-    optimizer = torch.optim.LBFGS(fitted, max_iter=200, line_search_fn="strong_wolfe")
     before = nats(all_of_it=False).item()
+    optimizer = torch.optim.LBFGS([shift, *([scale] if has_scale else []), *free], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -537,22 +601,8 @@ def calibrate(
         return loss
 
     optimizer.step(closure)
-    after = nats().item()
-    say(
-        f"calibrated on {len(label):,} validation windows of {lengths[0]:,} to {lengths[-1]:,} bases in {time.perf_counter() - since:.0f} s: "
-        f"{before:.4f} to {after:.4f} nats a window"
-    )
-    if not after < before:
-        return {"before": before, "after": before}
-    with torch.no_grad():
-        head.linear.bias += shift.detach().to(head.linear.bias)
-        if has_scale:
-            head.length_scale.copy_(scale.detach())
-        for numbers, (scale_buffer, limit) in zip(free, beside):
-            scale_buffer.copy_(limit(numbers.detach()).view_as(scale_buffer))
-    save_model(model.cpu(), run.checkpoint.parent, dump_yaml(config), before_calibration=left)
-    write_json(run.directory / "run.json", {**facts, "calibration": {"before": before, "after": after, "lengths": lengths}})
-    return {"before": before, "after": after}
+    found = [limit(numbers.detach()) for numbers, (_, limit) in zip(free, beside)]
+    return _Scales(shift.detach(), scale.detach() if has_scale else None, found, before, nats().item())
 
 
 def _beside(model: SequenceClassifier) -> list[tuple[Tensor, Callable]]:
@@ -567,17 +617,22 @@ def _beside(model: SequenceClassifier) -> list[tuple[Tensor, Callable]]:
 
 @torch.inference_mode()
 def _said_beside(model: SequenceClassifier, fixed: Windows, windows: ClassWindows) -> np.ndarray:
-    """(n m classes) float64: log-odds of each window, of everything in `_beside`, before they are scaled."""
+    """(n m classes) float64: log-odds of each window, of everything in `_beside`, before they are scaled; of both strands, if the model
+    reads both."""
     device, said = model.head.linear.bias.device, []
+    counters = [counter for counter in (model.homology, model.composition) if counter is not None]
     for part, base in words.batches(windows, fixed, device):
         length = torch.from_numpy(fixed.length[part]).to(device).double()
-        each = [base.new_zeros(len(base), 0, len(windows.classes), dtype=torch.float64)]
-        if model.repeats is not None:
-            each.append(model.repeats(base).double().mean(1, keepdim=True))
-        read = words.reading(model, base) if model.composition is not None else None
-        counters = [counter for counter in (model.homology, model.composition) if counter is not None]
-        each += [counter.unscaled(counter.feed(None, base, None, read), length) for counter in counters]
-        said.append(torch.cat(each, 1).cpu())
+        strands = [base, torch.where(base >= 0, 3 - base, -1).flip(1)] if model.reads_both_strands else [base]
+        found = []
+        for strand in strands:
+            each = [base.new_zeros(len(base), 0, len(windows.classes), dtype=torch.float64)]
+            if model.repeats is not None:
+                each.append(model.repeats(strand).double().mean(1, keepdim=True))
+            read = words.reading(model, strand) if model.composition is not None else None
+            each += [counter.unscaled(counter.feed(None, strand, None, read), length) for counter in counters]
+            found.append(torch.cat(each, 1))
+        said.append(torch.stack(found).mean(0).cpu())
     return torch.cat(said).numpy()
 
 

@@ -29,6 +29,7 @@ PARALLEL_SHARE = 0.5  # of the windows whose place is left out: in all genomes s
 STEPS, BATCH, RATE, DECAY, CLIP = 1500, 512, 3e-3, 0.1, 1.0  # of fitting the network of likeness
 PENALTY = 0.1  # on the squares of the k-mer regression's weights, of shares in standard deviations
 SHORTEST_COMPOSITION = 1024  # bases; shares of k-mers of shorter windows are noise, or the longest ones if none are so long
+COMPOSITION_SHARE = 3  # as many bases as for likeness: k-mers by frame are 16,384 numbers, which more windows always make surer
 MOST_WINDOWS = 48_000  # of a length
 MOST_MEASURED = 4_000  # of them are looked at for how much the counts vary
 FORWARD = 1 << 18  # bases at a time
@@ -50,7 +51,7 @@ def fit(
     model: SequenceClassifier, windows: ClassWindows, lengths: list[int], tokens: int, seed: int, say: Callable[[str], None] = lambda text: None
 ) -> None:
     """Fit model.homology and model.composition, on the device of the model, from about `tokens` bases of random windows of the
-    training split, as many of each length; `say` is told what is done. Their scales stay 0: that is for calibration."""
+    training split, as many of each length (of those that composition alone learns from, COMPOSITION_SHARE times as many); `say` is told what is done. Their scales stay 0: that is for calibration."""
     store, device = windows.store, model.head.linear.bias.device
     genomes = [[nucleotide.DIGITS[store.tokens[a:b]] for a, b in mine.tolist()] for mine in windows.intervals]
     places = _Places(windows)
@@ -63,7 +64,8 @@ def fit(
         lengths = [length for length in lengths if length <= STRETCH]
     for number, length in enumerate(lengths):
         rng = np.random.Generator(np.random.Philox(key=[seed, number]))
-        drawn = windows.sample(rng, int(np.clip(tokens // len(lengths) // length, 64, MOST_WINDOWS)), length)
+        share = tokens if length <= STRETCH else COMPOSITION_SHARE * tokens
+        drawn = windows.sample(rng, int(np.clip(share // len(lengths) // length, 64, MOST_WINDOWS)), length)
         learnt.append(_look(model, windows, drawn, places, indices, rng, least))
     del indices
     number = sum(len(part.label) for part in learnt)

@@ -228,12 +228,37 @@ def test_calibration_moves_biases_alone_and_for_the_better(trained, data, tmp_pa
     weights = load_file(path)
     weights["head.linear.bias"] = weights["head.linear.bias"] + torch.tensor([150.0, 0.0, -150.0])  # spoilt
     save_file(weights, path)
+    (tmp_path / "run" / "checkpoints" / "last" / "model.safetensors").unlink()
     found = species.calibrate(tmp_path / "run", TokenStore.open(data))
     after = load_file(path)
     assert found["after"] < found["before"] - 0.1
     assert {name for name in after if not torch.equal(after[name], weights[name])} <= {"head.linear.bias", "head.length_scale"}
     assert json.loads((tmp_path / "run" / "run.json").read_text())["calibration"]["after"] == found["after"]
     assert json.loads((trained / "run.json").read_text())["calibration"]  # train does it by itself
+
+
+def test_calibration_takes_the_last_network_if_it_is_better_once_calibrated(trained, data, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    best, last = (tmp_path / "run" / "checkpoints" / name / "model.safetensors" for name in ("best", "last"))
+    good, weights, store = load_file(last), load_file(best), TokenStore.open(data)
+
+    def spoil(path, weights):
+        noise = torch.randn(weights["head.next_base.weight"].shape, generator=torch.Generator().manual_seed(0))
+        save_file({**weights, "head.next_base.weight": noise}, path)
+
+    def calibrate():
+        found = species.calibrate(tmp_path / "run", store)
+        noted = json.loads((tmp_path / "run" / "run.json").read_text())["calibration"]
+        return found, noted["checkpoint"], load_file(best)
+
+    spoil(best, weights)
+    found, name, chosen = calibrate()
+    assert name == "last" and torch.equal(chosen["head.next_base.weight"], good["head.next_base.weight"])
+    again, name, twice = calibrate()  # now both are one
+    assert name == "last" and again == found and all(torch.equal(chosen[key], twice[key]) for key in chosen)
+    spoil(last, good)
+    again, name, kept = calibrate()
+    assert name == "best" and again == found and torch.equal(kept["head.next_base.weight"], good["head.next_base.weight"])
 
 
 def test_the_cnn_reads_long_windows_in_pieces(trained, data, monkeypatch, tmp_path):
