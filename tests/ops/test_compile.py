@@ -65,3 +65,20 @@ def test_another_length_does_not_fall_out_of_the_graph():
     for length in (5, 70, 131):
         t = scan_arguments(1, length, 4, 2, torch.float32, softplus=True)
         close(f(t), selective_scan(**t, delta_softplus=True, backend="reference"), torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_every_size_may_be_a_symbol(backend):
+    """torch.compile(dynamic=True) makes symbols of the channels and states that a back end is chosen by, too."""
+    torch._dynamo.reset()
+
+    def f(t, weight):
+        u = causal_conv1d(t["u"], weight, activation="silu", backend=backend)
+        return selective_scan(**{**t, "u": u}, delta_softplus=True, return_final_state=True, backend=backend)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="eager")
+    for length, channels, states in ((5, 4, 2), (9, 6, 3)):
+        t = scan_arguments(2, length, channels, states, torch.float32, softplus=True)
+        weight = torch.randn(channels, 4, generator=torch.Generator().manual_seed(5))
+        for one, other in zip(compiled(t, weight), f(t, weight), strict=True):
+            close(one, other, torch.float32)

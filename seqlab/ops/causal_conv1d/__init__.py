@@ -6,6 +6,7 @@ handling of masks; a back end only convolves.
 Shapes: b batch, l length, d channels, w width.
 """
 
+import operator
 from types import ModuleType
 
 import torch
@@ -72,7 +73,7 @@ def causal_conv1d(
     if layout is not None and (call := _known.get(layout)) is not None:
         return cuda.execute(call, *given)
     _check(x, weight, bias, activation, initial_state, mask)
-    width = int(weight.shape[1])
+    width = operator.index(weight.shape[1])  # as a number, which torch.compile with dynamic=True takes for a symbol
     parameter = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias, initial_state = _cast(weight, parameter), _cast(bias, parameter), _cast(initial_state, x.dtype)
     wants_grad = torch.is_grad_enabled() and any(
@@ -85,7 +86,7 @@ def causal_conv1d(
         backend,
         device=x.device.type,
         dtype=x.dtype,
-        channels=int(weight.shape[0]),
+        channels=operator.index(weight.shape[0]),
         batch=x.shape[0] if known else 0,
         length=x.shape[1] if known else 0,
         width=width,

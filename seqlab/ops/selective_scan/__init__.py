@@ -6,6 +6,7 @@ of masks for back ends that know nothing of them.
 Shapes: b batch, l length, d channels, n states per channel.
 """
 
+import operator
 from types import ModuleType
 
 import torch
@@ -105,10 +106,10 @@ def selective_scan(
         backend,
         device=u.device.type,
         dtype=data,
-        channels=int(A.shape[0]),
+        channels=operator.index(A.shape[0]),
         batch=u.shape[0] if known else 0,
         length=u.shape[1] if known else 0,
-        d_state=int(A.shape[1]),
+        d_state=operator.index(A.shape[1]),
         initial_state=initial_state is not None,
         final_state=return_final_state,
         grad=wants_grad,
