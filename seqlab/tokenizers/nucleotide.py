@@ -52,7 +52,7 @@ def encode(sequence: bytes | str | np.ndarray) -> np.ndarray:
     """Text -> ids (l) uint8, one id per character.
 
     `sequence` is text, bytes, or a uint8 array (of any shape, kept) of character codes. Never fails on content:
-    symbols outside ACGTUN become [UNK].
+    symbols outside ACGTUN become [UNK]. Raises TypeError for anything else: bytes() of a number or a tensor is so many zeros.
     """
     if isinstance(sequence, np.ndarray):
         if sequence.dtype != np.uint8:
@@ -60,6 +60,8 @@ def encode(sequence: bytes | str | np.ndarray) -> np.ndarray:
         return np.frombuffer(bytearray(sequence.tobytes().translate(ENCODE)), np.uint8).reshape(sequence.shape)
     if isinstance(sequence, str):
         sequence = sequence.encode("ascii", "replace")
+    elif not isinstance(sequence, (bytes, bytearray, memoryview)):
+        raise TypeError(f"sequence must be text, bytes or a uint8 array of character codes, got {type(sequence).__name__}")
     # bytes.translate looks up about 2 GB/s, twice what numpy's fancy indexing does; a bytearray keeps it writable
     return np.frombuffer(bytearray(bytes(sequence).translate(ENCODE)), np.uint8)
 
@@ -82,7 +84,7 @@ def reverse_complement(ids: "Ids") -> "Ids":
     """The same molecule read from the other strand: ids (... l), complemented and reversed along the last axis.
 
     Takes and returns a numpy array or a torch tensor of any integer dtype (a copy, the dtype kept). A <-> T and C <-> G;
-    every other id is its own complement. Raises ValueError for ids outside 0 .. 15.
+    every other id is its own complement. Raises ValueError for ids outside 0 .. 15, TypeError for what is no array.
     """
     if isinstance(ids, np.ndarray):
         _check(ids)
@@ -92,6 +94,8 @@ def reverse_complement(ids: "Ids") -> "Ids":
         return np.frombuffer(flipped, np.uint8).reshape(ids.shape)
     import torch
 
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"ids must be an array or a tensor, got {type(ids).__name__}; text: reverse_complement(encode(text))")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"ids must be integers, got {ids.dtype}")
     if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < PADDED_VOCAB_SIZE):

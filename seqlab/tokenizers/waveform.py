@@ -22,18 +22,30 @@ MU = LEVELS - 1
 
 @dataclass(frozen=True)
 class Quantizer:
-    """amplitudes float32, any shape, clamped to [-1, 1] <-> codes uint8. NaN has no code: refuse it before."""
+    """amplitudes float32, any shape, clamped to [-1, 1] <-> codes uint8. NaN has no code: refuse it before.
+
+    Raises ValueError for samples on the scale of integers, which would all be clamped, and for codes that are none.
+    """
 
     name: str
     _encode: Callable[[np.ndarray], np.ndarray]
     _table: np.ndarray  # (256,) float32: what each code stands for
 
     def encode(self, samples: np.ndarray) -> np.ndarray:
-        x = np.clip(np.asarray(samples, np.float32), np.float32(-1), np.float32(1))
+        samples = np.asarray(samples)
+        if samples.dtype.kind in "iu" and samples.size and (samples.min() < -1 or samples.max() > 1):
+            scale = f"/ {-int(np.iinfo(samples.dtype).min)}" if samples.dtype in (np.int16, np.int32) else "on that scale"
+            raise ValueError(f"samples are {samples.dtype}, {samples.min()} .. {samples.max()}; amplitudes lie in [-1, 1]: samples {scale}")
+        x = np.clip(samples.astype(np.float32), np.float32(-1), np.float32(1))
         return self._encode(x).astype(np.uint8)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        return self._table[np.asarray(codes, np.uint8)]
+        codes = np.asarray(codes)
+        if codes.dtype != np.uint8 and codes.size:
+            if codes.dtype.kind not in "iu" or codes.min() < 0 or codes.max() >= LEVELS:
+                seen = f"{codes.min()} .. {codes.max()}" if codes.dtype.kind in "iuf" else "no numbers"
+                raise ValueError(f"codes must be integers in 0 .. {LEVELS - 1}, got {codes.dtype}, {seen}")
+        return self._table[codes.astype(np.uint8)]
 
     @property
     def levels(self) -> np.ndarray:

@@ -86,3 +86,16 @@ def test_ids_outside_the_table_are_refused(make):
         reverse_complement(make([7, 16]))
     with pytest.raises(ValueError, match="integers"):
         reverse_complement(make([7.0]))
+
+
+@pytest.mark.parametrize("sequence", [5, None, ["A"], torch.tensor([65, 67], dtype=torch.uint8)])
+def test_what_is_no_text_is_refused(sequence):
+    """bytes(5), and bytes() of a tensor, are zeros: they were encoded as so many unknown bases."""
+    with pytest.raises(TypeError, match="sequence must be text, bytes or a uint8 array"):
+        encode(sequence)
+
+
+@pytest.mark.parametrize("ids", [[7, 8], "ACGT"])
+def test_the_reverse_complement_of_what_is_no_array_is_refused(ids):
+    with pytest.raises(TypeError, match="ids must be an array or a tensor"):
+        reverse_complement(ids)

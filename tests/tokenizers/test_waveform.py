@@ -76,3 +76,16 @@ def test_silence_is_one_code_and_quiet():
         assert abs(int(quantizer.encode(np.zeros(3))[0]) - quantizer.zero) <= 1
         assert abs(quantizer.decode(np.array([quantizer.zero]))[0]) < 1e-3
     assert QUANTIZERS[DEFAULT].encode(np.zeros(1))[0] == 128
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_integer_samples_and_false_codes_are_refused(name):
+    """Samples of 16 bits all became the loudest codes, and code 300 was decoded as 44."""
+    quantizer = QUANTIZERS[name]
+    with pytest.raises(ValueError, match=r"samples are int16, -1000 .. 1000; amplitudes lie in \[-1, 1\]: samples / 32768"):
+        quantizer.encode(np.array([0, 1000, -1000], np.int16))
+    assert quantizer.encode([0, 1, -1]).dtype == np.uint8  # amplitudes that happen to be whole
+    for codes in ([300], [-1], [1.5]):
+        with pytest.raises(ValueError, match="codes must be integers in 0 .. 255"):
+            quantizer.decode(np.array(codes))
+    assert quantizer.decode(np.array([0, 255])).dtype == np.float32
