@@ -16,10 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from seqlab.config import from_dict
 from seqlab.errors import UserError
-from seqlab.interop.weights import load_weights, read_json, save_weights
+from seqlab.interop.weights import load_weights, padded_vocabulary, read_json, save_weights, ssm_options
 from seqlab.model import LanguageModel, ModelConfig, build_model, language_model
 from seqlab.tokenizers.nucleotide import COMPLEMENT
+
+STRATEGIES = {None: "add", "add": "add", "ew_multiply": "multiply"}
+"""bidirectional_strategy -> our `combine`."""
 
 
 def read_config(path: Path) -> tuple[ModelConfig, Tensor | None, bool]:
@@ -30,16 +34,17 @@ def read_config(path: Path) -> tuple[ModelConfig, Tensor | None, bool]:
     for key in ("vocab_size", "d_model", "n_layer"):
         if not isinstance(data.get(key), int):
             raise UserError(f"{path}: has no {key!r}; it is no config.json of a Caduceus model")
-    ssm = data.get("ssm_cfg") or {}
-    vocab = data["vocab_size"]
-    multiple = data.get("pad_vocab_size_multiple", 8)
-    vocab += -vocab % multiple
+    ssm, vocab = ssm_options(data, path), padded_vocabulary(data, path)
     rcps = _truth(data.get("rcps", False))
     rank = ssm.get("dt_rank", "auto")
     if not _truth(data.get("rms_norm", True)):
         raise UserError(f"{path}: rms_norm false (LayerNorm) is not supported; the released models use RMSNorm")
-    try:
-        config = ModelConfig(
+    strategy = data.get("bidirectional_strategy", "add")
+    if strategy not in STRATEGIES:
+        raise UserError(f"{path}: bidirectional_strategy is {strategy!r}; allowed: 'add', 'ew_multiply'")
+    config = from_dict(
+        ModelConfig,
+        dict(
             d_model=data["d_model"],
             n_layer=data["n_layer"],
             direction="bidirectional" if _truth(data.get("bidirectional", True)) else "causal",
@@ -51,12 +56,12 @@ def read_config(path: Path) -> tuple[ModelConfig, Tensor | None, bool]:
             bias=ssm.get("bias", False),
             norm_epsilon=data.get("norm_epsilon", 1e-5),
             tie_projections=_truth(data.get("bidirectional_weight_tie", True)),
-            combine="add" if data.get("bidirectional_strategy", "add") in (None, "add") else "multiply",
+            combine=STRATEGIES[strategy],
             vocab_size=vocab,
             strand="equivariant" if rcps else "augment",
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+        ),
+        str(path),
+    )
     complement = None
     if data.get("complement_map"):
         complement = torch.arange(vocab)
@@ -69,6 +74,8 @@ def read_config(path: Path) -> tuple[ModelConfig, Tensor | None, bool]:
             is_involution = False
         if not is_involution:
             raise UserError(f"{path}: complement_map is not an involution; the file is damaged")
+    elif rcps:
+        raise UserError(f"{path}: rcps is true and there is no complement_map; the file is damaged")
     return config, complement, rcps and _truth(data.get("fused_add_norm", True))
 
 

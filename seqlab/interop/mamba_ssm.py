@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from seqlab.config import from_dict
 from seqlab.errors import UserError
 from seqlab.files import write_atomic
 from seqlab.interop.transformers_mamba import check_plain
-from seqlab.interop.weights import load_weights, read_json, save_weights
+from seqlab.interop.weights import load_weights, padded_vocabulary, read_json, save_weights, ssm_options
 from seqlab.model import LanguageModel, ModelConfig
 
 
@@ -25,15 +26,14 @@ def read_config(path: Path) -> ModelConfig:
     data = read_json(path, "mamba_ssm's")
     if not is_config(data):
         raise UserError(f"{path}: is no config.json of mamba_ssm, which has d_model, n_layer and vocab_size and no model_type")
-    ssm = dict(data.get("ssm_cfg") or {})
     for key, plain in (("rms_norm", True), ("d_intermediate", 0), ("attn_layer_idx", [])):
         if data.get(key, plain) != plain:
             raise UserError(f"{path}: {key} is {data[key]!r}; a stack of Mamba blocks with RMSNorm has {plain!r}")
-    if (layer := ssm.get("layer", "Mamba1")) != "Mamba1":
-        raise UserError(f"{path}: ssm_cfg.layer is {layer!r}; only Mamba1 is supported")
-    rank, vocab = ssm.get("dt_rank", "auto"), data["vocab_size"]
-    try:
-        return ModelConfig(
+    ssm = ssm_options(data, path)
+    rank = ssm.get("dt_rank", "auto")
+    return from_dict(
+        ModelConfig,
+        dict(
             d_model=data["d_model"],
             n_layer=data["n_layer"],
             d_state=ssm.get("d_state", 16),
@@ -42,11 +42,11 @@ def read_config(path: Path) -> ModelConfig:
             dt_rank=None if rank == "auto" else rank,
             conv_bias=ssm.get("conv_bias", True),
             bias=ssm.get("bias", False),
-            vocab_size=vocab + -vocab % data.get("pad_vocab_size_multiple", 8),
+            vocab_size=padded_vocabulary(data, path),
             tie_embeddings=data.get("tie_embeddings", True),
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+        ),
+        str(path),
+    )
 
 
 def load_mamba_ssm(directory: Path) -> LanguageModel:

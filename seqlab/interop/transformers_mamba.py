@@ -5,6 +5,7 @@ Names differ in one place: `backbone.embeddings.weight` there is `embedding.weig
 
 from pathlib import Path
 
+from seqlab.config import from_dict
 from seqlab.errors import UserError
 from seqlab.interop.weights import load_weights, read_json, save_weights
 from seqlab.model import LanguageModel, ModelConfig
@@ -17,9 +18,13 @@ def read_config(path: Path) -> ModelConfig:
         raise UserError(f"{path}: model_type is {data.get('model_type')!r}, expected 'mamba'")
     if data.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act is {data['hidden_act']!r}; only silu is supported")
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if key not in data:
+            raise UserError(f"{path}: has no {key!r}; it is no config.json of a Mamba model")
     rank = data.get("time_step_rank", "auto")
-    try:
-        return ModelConfig(
+    return from_dict(
+        ModelConfig,
+        dict(
             d_model=data["hidden_size"],
             n_layer=data["num_hidden_layers"],
             d_state=data.get("state_size", 16),
@@ -31,11 +36,9 @@ def read_config(path: Path) -> ModelConfig:
             norm_epsilon=data.get("layer_norm_epsilon", 1e-5),
             vocab_size=data["vocab_size"],
             tie_embeddings=data.get("tie_word_embeddings", True),
-        )
-    except KeyError as error:
-        raise UserError(f"{path}: has no {error}; it is no config.json of a Mamba model") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+        ),
+        str(path),
+    )
 
 
 def load_transformers_mamba(directory: Path) -> LanguageModel:

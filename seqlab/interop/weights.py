@@ -23,6 +23,27 @@ def read_json(path: Path, what: str) -> dict:
     return data
 
 
+def ssm_options(data: dict, path: Path) -> dict:
+    """ssm_cfg of a config.json, empty if there is none. Raises UserError for another kind of layer than Mamba1."""
+    ssm = data.get("ssm_cfg")
+    if not isinstance(ssm, dict | None):
+        raise UserError(f"{path}: ssm_cfg holds no table, but {ssm!r}")
+    ssm = ssm or {}
+    if (layer := ssm.get("layer", "Mamba1")) != "Mamba1":
+        raise UserError(f"{path}: ssm_cfg.layer is {layer!r}; only Mamba1 is supported")
+    return ssm
+
+
+def padded_vocabulary(data: dict, path: Path) -> int:
+    """vocab_size, rounded up to a multiple as those models do. Raises UserError."""
+    sizes = {"vocab_size": data.get("vocab_size"), "pad_vocab_size_multiple": data.get("pad_vocab_size_multiple", 8)}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise UserError(f"{path}: {name}: expected a whole number of 1 or more, got {size!r}")
+    vocab, multiple = sizes.values()
+    return vocab + -vocab % multiple
+
+
 def load_weights(model: nn.Module, path: Path, rename: Callable[[str], str | None]) -> None:
     """The safetensors file into `model`; `rename`: a name there -> ours, None for what is no parameter. What is tied may be
     left out. Raises UserError."""

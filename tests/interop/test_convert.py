@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from cli import app
 from seqlab.errors import UserError
+from seqlab.interop import caduceus, mamba_ssm, transformers_mamba
 from seqlab.interop.caduceus import load_caduceus, save_caduceus
 from seqlab.interop.mamba_ssm import load_mamba_ssm, save_mamba_ssm
 from seqlab.interop.transformers_mamba import load_transformers_mamba, save_transformers_mamba
@@ -244,3 +245,39 @@ def test_an_export_that_fails_leaves_no_folder(data, tmp_path, monkeypatch):
     monkeypatch.setattr("seqlab.interop.weights.save_file", full)
     assert "No space left" in call("export", tmp_path / "run", "--out", tmp_path / "theirs", code=1).stderr
     assert not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("caduceus", {"bidirectional_strategy": "concat"}, "bidirectional_strategy is 'concat'; allowed: 'add', 'ew_multiply'"),
+        ("caduceus", {"ssm_cfg": [1]}, "ssm_cfg holds no table"),
+        ("caduceus", {"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer is 'Mamba2'; only Mamba1"),
+        ("caduceus", {"ssm_cfg": {"expand": 1.5}}, "expand: expected a whole number, got 1.5"),
+        ("caduceus", {"ssm_cfg": {"dt_rank": "all"}}, "dt_rank: expected a whole number, got all"),
+        ("caduceus", {"d_model": True}, "d_model: expected a whole number, got true"),
+        ("caduceus", {"norm_epsilon": "a"}, "norm_epsilon: expected a number, got a"),
+        ("caduceus", {"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple: expected a whole number of 1 or more, got 0"),
+        ("caduceus", {"rcps": True}, "rcps is true and there is no complement_map"),
+        ("mamba_ssm", {"vocab_size": None}, "vocab_size: expected a whole number of 1 or more, got None"),
+        ("mamba_ssm", {"ssm_cfg": [1]}, "ssm_cfg holds no table"),
+        ("mamba_ssm", {"pad_vocab_size_multiple": None}, "pad_vocab_size_multiple: expected a whole number of 1 or more, got None"),
+        ("transformers", {"layer_norm_epsilon": None}, "norm_epsilon: expected a number, got null"),
+        ("transformers", {"expand": 1.5}, "expand: expected a whole number, got 1.5"),
+    ],
+)
+def test_a_config_of_another_kind_is_one_line(kind, changes, message, tmp_path):
+    """Types and kinds that were taken, or ended in a traceback: an unknown strategy was read as a product."""
+    sizes = {"d_model": 8, "n_layer": 1, "vocab_size": 16}
+    plain, read = {
+        "caduceus": ({"model_type": "caduceus", **sizes}, caduceus.read_config),
+        "mamba_ssm": (sizes, mamba_ssm.read_config),
+        "transformers": ({"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 16}, transformers_mamba.read_config),
+    }[kind]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(plain))
+    read(path)
+    path.write_text(json.dumps(plain | changes))
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
