@@ -64,6 +64,8 @@ def find_sources(arguments: Iterable[str]) -> list[Source]:
             sources += _from_folder(path)
         elif "=" in argument and not path.exists():
             name, _, file = argument.partition("=")
+            if not file:
+                raise UserError(f"{argument}: names no file; expected NAME=FILE, for example human=human.fa.gz")
             sources.append(Source(_checked_name(name, argument), Path(file)))
         elif path.exists() and not _is_sequence_file(path):
             sources += _from_table(path)
@@ -92,14 +94,20 @@ def _is_sequence_file(path: Path) -> bool:
 def _from_folder(folder: Path) -> list[Source]:
     sources = []
     subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    beside = sorted(p for p in folder.iterdir() if p.is_file() and _is_sequence_file(p))
     if subfolders:
+        if beside:  # whose species is it?
+            raise UserError(
+                f"{folder}: holds subfolders ({subfolders[0].name}) and sequence files ({beside[0].name}) side by side; give each "
+                "species a subfolder, or each a file"
+            )
         for sub in subfolders:
             files = sorted(p for p in sub.iterdir() if p.is_file() and _is_sequence_file(p))
             if not files:
                 raise UserError(f"{sub}: holds no FASTA file; every subfolder of {folder} is taken for a species")
             sources += [Source(_checked_name(sub.name, str(sub)), file) for file in files]
         return sources
-    for file in sorted(p for p in folder.iterdir() if p.is_file() and _is_sequence_file(p)):
+    for file in beside:
         name = file.name.removesuffix(".gz").removesuffix(".bgz").rsplit(".", 1)[0]
         sources.append(Source(_checked_name(name, str(file)), file))
     if not sources:
@@ -261,8 +269,8 @@ def _by_blocks(
                         table[split].append([i, a, b])
             before += length
     rule = (
-        f"in each species, counted from 0 through its sequences, of every {period} bases the first {block} test, the next "
-        f"{valid} validate, the rest train"
+        f"in each species, counted from 0 through its sequences, of every {period:,} bases the first {block:,} test, the next "
+        f"{valid:,} validate, the rest train"
     )
     for rows in table.values():
         rows.sort()

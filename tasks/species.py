@@ -517,7 +517,7 @@ def calibrate(
     fit, network = fit_to(name, lengths), networks[name]
     others = "".join(f"; {other} {trials[other].after:.4f} where it has {trials[name].after:.4f}" for other in trials if other != name)
     say(
-        f"calibrated on {sum(map(len, fixed.values())):,} validation windows of {lengths[0]:,} to {lengths[-1]:,} bases in "
+        f"calibrated on {sum(map(len, fixed.values())):,} validation windows of {words.in_words(lengths)} bases in "
         f"{time.perf_counter() - since:.0f} s: {fit.before:.4f} to {fit.after:.4f} nats a window ({name} checkpoint{others})"
     )
     if not fit.after < fit.before:
@@ -895,10 +895,11 @@ def evaluation_verdict(evaluation: Evaluation) -> str:
     first, last = evaluation.results[0], evaluation.results[-1]
     best = max(first.details, key=first.accuracy)
     ratio = (1 - first.accuracy("model")) / max(1e-9, 1 - first.accuracy(best))
+    accuracy = f"{100 * first.accuracy('model'):.2f} %"
+    grows = f"accuracy goes from {accuracy} there to {100 * last.accuracy('model'):.2f} % at {last.length:,}"
     return (
         f"No baseline beats the model at any length. At {first.length:,} bases it makes {ratio:.2f} times the errors of the "
-        f"best baseline ({SHOWN[best]}); accuracy goes from {100 * first.accuracy('model'):.2f} % there to "
-        f"{100 * last.accuracy('model'):.2f} % at {last.length:,}."
+        f"best baseline ({SHOWN[best]}); {grows if last is not first else f'accuracy is {accuracy}'}."
     )
 
 

@@ -123,7 +123,7 @@ class ClassWindows:
         return known
 
     def fixed(self, length: int, per_class: int) -> tuple[Windows, list[int]]:
-        """At most `per_class` windows of each class, the same every time, and how many of each class share no base.
+        """At most `per_class` windows of each class, the same every time, and how many of them share no base.
 
         Evenly spread and side by side where the split has room for that many; else overlapping, each starting a quarter of
         its length or more after the one before. Every other window is read from the other strand. Raises UserError if a
@@ -139,7 +139,7 @@ class ClassWindows:
                 places = places[np.arange(20 * per_class) * total // (20 * per_class)]
             looked = len(places)
             places = places[self._is_known(places, np.full(looked, length))]
-            independent.append(round(total * len(places) / max(1, looked)))
+            apart = round(total * len(places) / max(1, looked))  # in the whole split
             if len(places) < per_class:
                 step = max(1, length // 4)
                 overlapping = [np.arange(a, b - length + 1, step) for a, b in intervals.tolist() if b - a >= length]
@@ -152,6 +152,7 @@ class ClassWindows:
                 )
             if len(places) > per_class:
                 places = places[np.arange(per_class) * len(places) // per_class]
+            independent.append(min(apart, len(places)))
             parts.append((places, np.full(len(places), c), np.arange(len(places)) % 2 == 1))
         start, label, reverse = (np.concatenate(column) for column in zip(*parts))
         return Windows(start, np.full(len(start), length), label, reverse), independent

@@ -69,7 +69,7 @@ def fit(
         learnt.append(_look(model, windows, drawn, places, indices, rng, least))
     del indices
     number = sum(len(part.label) for part in learnt)
-    say(f"{number:,} training windows of {lengths[0]:,} to {lengths[-1]:,} bases looked up in {time.perf_counter() - since:.0f} s")
+    say(f"{number:,} training windows of {in_words(lengths)} bases looked up in {time.perf_counter() - since:.0f} s")
     since = time.perf_counter()
     torch_rng = torch.Generator(device="cpu").manual_seed(seed)
     if model.homology is not None:
@@ -81,6 +81,11 @@ def fit(
         _fit_composition(model.composition, [part for _, part in chosen], [length for length, _ in chosen])
         say(f"composition fitted in {time.perf_counter() - since:.0f} s")
     model.to(device)
+
+
+def in_words(lengths: list[int]) -> str:
+    """Ascending lengths, as they are told: "256 to 2,048", or the only one."""
+    return " to ".join(f"{length:,}" for length in dict.fromkeys((lengths[0], lengths[-1])))
 
 
 def fit_lengths(windows: ClassWindows, shortest: int) -> list[int]:

@@ -227,7 +227,8 @@ def train_species(
         announce(run, f"{size}, windows up to {run.settings.data.context:,}")
         if model.gene_order and not resume:
             note(f"A hidden Markov model of each species' genes (order {model.gene_order}) is fitted first")
-        result = species.train(run.settings, run.dataset, run.directory, init=run.init, resume=resume, say=note)
+        with told_how_to_go_on(run.directory, f"train species --resume --out {quoted(run.directory)}"):
+            result = species.train(run.settings, run.dataset, run.directory, init=run.init, resume=resume, say=note)
     finish(run, result, species.SpeciesTask.metric, json_out, lambda _: [f"predict {quoted(run.directory)} reads.fa.gz > labels.tsv"])
 
 
@@ -510,14 +511,28 @@ def finish(run: Begun, result, metric: Optional[str], json_out: Optional[str], h
     split = held_out_split(run.dataset) if task in ("dna", "audio") else "test"
     loaded = runs.load_run(run.directory)
     device = "cuda" if resolve_accelerator(run.settings.train) == "gpu" else "cpu"
-    evaluation = evaluate(loaded, run.dataset, run.dataset, split, (), device)
     if last is result:
         outcome = {"result": last.__dict__}
     else:
         outcome = {"results": {str(seed): each.__dict__ for seed, each in results.items()}}
-    show_evaluation(
-        loaded, evaluation, json_out, lambda found: {"run": str(run.directory), **outcome, "evaluation": found}, hints=_next(hints(evaluation))
-    )  # fmt: skip
+    with told_how_to_go_on(run.directory, f"eval {quoted(run.directory)}"):
+        evaluation = evaluate(loaded, run.dataset, run.dataset, split, (), device)
+        show_evaluation(
+            loaded, evaluation, json_out, lambda found: {"run": str(run.directory), **outcome, "evaluation": found}, hints=_next(hints(evaluation))
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def told_how_to_go_on(run_dir: Path, command_line: str):
+    """Ctrl-C beside the steps of training, which save by themselves: says what of the run is kept, and the command (without the
+    program's name) that does the rest."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (run_dir / "checkpoints" / "last").is_dir():
+            raise  # nothing has been trained yet
+        note(f"Stopped by Ctrl-C; what has been trained is saved. Go on with:  {program()} {command_line}")
+        raise typer.Exit(130) from None
 
 
 def _next(commands: Sequence[str]) -> list[str]:

@@ -140,6 +140,8 @@ def test_what_cannot_be_used_is_one_clear_line(tmp_path):
     twice.write_text(twice.read_text() * 2)
     (tmp_path / "blank.fa").write_text("\n\n")
     (tmp_path / "empty").mkdir()
+    fasta(tmp_path / "mixed" / "one" / "x.fa", {"x": bases(50)})
+    fasta(tmp_path / "mixed" / "two.fa", {"x": bases(50)})
     for arguments, said in [
         ([], "no species"),
         ([f"a={a}"], "one species only"),
@@ -147,6 +149,8 @@ def test_what_cannot_be_used_is_one_clear_line(tmp_path):
         ([f"a={a}", f"b={tmp_path / 'none.fa'}"], "no such file"),
         ([f"a b={a}", f"b={b}"], "no name for a species"),
         ([str(tmp_path / "empty")], "holds no FASTA"),
+        (["a=", f"b={b}"], "a=: names no file; expected NAME=FILE"),  # was the folder it was typed in
+        ([str(tmp_path / "mixed")], r"subfolders \(one\) and sequence files \(two.fa\) side by side"),  # two.fa was left out
     ]:
         with pytest.raises(UserError, match=said):
             find_sources(arguments)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from cli import app, load_config, presets
 from data_prep.species import Source, prepare_species
+from seqlab.classification import words
 from seqlab.dataset import TokenStore
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
@@ -310,6 +311,36 @@ def test_a_run_resumed_at_its_end_is_what_it_was(trained, tmp_path):
     assert json.loads((tmp_path / "again" / "run.json").read_text())["calibration"] == before
     one, other = (load_file(folder / "checkpoints/best/model.safetensors") for folder in (trained, tmp_path / "again"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("module, name, then", [("tasks.species", "calibrate", "train species --resume --out"), ("tasks.commands.train", "evaluate", "eval")])
+def test_ctrl_c_after_training_says_what_goes_on_from_there(trained, tmp_path, monkeypatch, module, name, then):
+    """It said that it was stopped, and neither that the run was there nor how to go on with it."""
+
+    def pressed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(f"{module}.{name}", pressed)
+    _, stderr = run("train", "species", "--resume", "--out", tmp_path / "run", code=130)
+    last = stderr.splitlines()[-1]
+    assert last.startswith("Stopped by Ctrl-C; what has been trained is saved.") and last.endswith(f" {then} {tmp_path / 'run'}")
+
+
+def test_ctrl_c_before_training_leaves_nothing_to_go_on_with(data, tmp_path, monkeypatch):
+    def pressed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(species, "train", pressed)
+    _, stderr = run("train", "species", "--data", data, "--out", tmp_path / "run", *TOY, code=130)
+    assert stderr.splitlines()[-1] == "Stopped by Ctrl-C." and not (tmp_path / "run").exists()
+
+
+def test_one_length_is_told_once(trained):
+    """Accuracy went "from 83.33 % there to 83.33 % at 64", and windows were "of 256 to 256 bases"."""
+    stdout, stderr = run("eval", trained, "--context", 64)
+    assert "at 64" not in stdout + stderr and ("accuracy is" in stdout + stderr or "beats" in stdout + stderr)
+    assert words.in_words([256]) == "256" and words.in_words([256, 512, 2048]) == "256 to 2,048"
 
 
 def test_gene_models_learn_from_the_training_split_and_stay_as_they_are(data, tmp_path, monkeypatch):
