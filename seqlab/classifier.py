@@ -2,7 +2,7 @@
 
     ids (b l) uint8 or int  ->  embedding  ->  causal or bidirectional Mamba  ->  head (pooled or last)  ->  (b n_outputs)
 
-Sequences of any length: `start`, `feed` and `finish` take a sequence in pieces. For a causal backbone that is exact, the
+Sequences of any length: `feed`, piece by piece, and `finish` take a sequence in pieces. For a causal backbone that is exact, the
 state is carried. A bidirectional backbone has no state: each piece is read for itself and the pieces are pooled together,
 which for `mean` is the average of the pieces weighted by their lengths.
 
@@ -267,8 +267,13 @@ class SequenceClassifier(nn.Module):
     def feed(
         self, ids: Tensor, mask: Tensor | None = None, state: StreamState | None = None, more: bool = False
     ) -> StreamState:
-        """One piece of one strand, in order. `more`: further pieces follow, so the backbone's state is made."""
+        """One piece of one strand, in order. `more`: further pieces follow, so the backbone's state is made. Raises ValueError for a
+        piece after one that was fed as the last of a causal model, which would be read as if nothing came before."""
+        if state is not None and ids.shape[1] == 0:
+            return state
         before = StreamState(None, None) if state is None else state
+        if before.position and self.backbone.is_causal and before.backbone is None:
+            raise ValueError("state: the piece before this one was fed as the last; feed it with more=True")
         carried = more and self.backbone.is_causal
         features = self.features(ids, mask, before, carried)
         read = self.head.read(features.value, _base(ids), before.last, features.prior, features.repeats)

@@ -396,3 +396,19 @@ def test_the_centre_is_the_middle_of_the_real_positions(length, places):
         assert torch.equal(pooled.value, head.pool(features[:, :6]).value)
     with pytest.raises(ValueError, match="whole sequence"):
         head.pool(features, None, pooled)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "evidence"])
+def test_an_empty_piece_changes_nothing_and_a_piece_after_the_last_is_refused(pooling):
+    """An empty piece ended in a traceback; after a piece without more=True the next was read as a sequence of its own."""
+    torch.manual_seed(0)
+    config = ClassifierConfig(d_model=8, n_layer=1, d_state=2, strand="none", pooling=pooling, kmer=3)
+    model = SequenceClassifier(config, 3).eval()
+    ids = torch.randint(7, 11, (2, 30))
+    with torch.no_grad():
+        state = model.feed(ids[:, :13], more=True)
+        state = model.feed(ids[:, 13:13], state=state, more=True)
+        state = model.feed(ids[:, 13:], state=state)
+        torch.testing.assert_close(model.finish(model.feed(ids[:, :0], state=state)), model(ids), atol=1e-6, rtol=1e-5)
+        with pytest.raises(ValueError, match="was fed as the last; feed it with more=True"):
+            model.feed(ids, state=state)
