@@ -59,6 +59,7 @@ class SourceFile:
 
     def __init__(self, path: Path, report: Callable[[int], None]):
         self.path, self.report = path, report
+        self.shown = "standard input" if str(path) == "/dev/stdin" else str(path)
         self.bytes_read = 0
         self._hash = hashlib.sha256()
         self._tail = b""  # the last bytes of the file so far
@@ -67,7 +68,7 @@ class SourceFile:
         try:
             self._file = open(self.path, "rb", buffering=0)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{self.shown}: cannot be read ({error.strerror})") from None
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -80,7 +81,7 @@ class SourceFile:
         try:
             data = self._file.read(size)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{self.shown}: cannot be read ({error.strerror})") from None
         self._hash.update(data)
         self._tail = (self._tail + data[-len(_BGZF_END) :])[-len(_BGZF_END) :]
         self.bytes_read += len(data)
@@ -90,17 +91,17 @@ class SourceFile:
     def blocks(self) -> Iterator[bytes]:
         head = self._read(min(READ_SIZE, 1 << 16))
         if not head:
-            raise UserError(f"{self.path}: is empty; give a file that holds something")
+            raise UserError(f"{self.shown}: is empty; give a file that holds something")
         for magic, what, tool in _ARCHIVES:
             if head.startswith(magic):
-                raise UserError(f"{self.path}: is {what}, which is not read; {tool} it first (gzip is fine)")
+                raise UserError(f"{self.shown}: is {what}, which is not read; {tool} it first (gzip is fine)")
         if head.startswith(b"\x1f\x8b"):
             texts = self._gunzip(head)
         else:
             texts = self._plain(head)
         first = next(texts, b"")
         if first.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"{self.path}: is UTF-16 text; save it as plain ASCII or UTF-8")
+            raise UserError(f"{self.shown}: is UTF-16 text; save it as plain ASCII or UTF-8")
         yield first.removeprefix(b"\xef\xbb\xbf")  # the mark some editors put before UTF-8 text
         yield from texts
 
@@ -116,11 +117,11 @@ class SourceFile:
             member = zlib.decompressobj(wbits=31)  # 31: gzip header and checksum
             while not member.eof:
                 if not data:
-                    raise UserError(f"{self.path}: the gzip file is cut short; fetch or copy it again")
+                    raise UserError(f"{self.shown}: the gzip file is cut short; fetch or copy it again")
                 try:
                     text = member.decompress(data, READ_SIZE)
                 except zlib.error:
-                    raise UserError(f"{self.path}: the gzip file is damaged; fetch or copy it again") from None
+                    raise UserError(f"{self.shown}: the gzip file is damaged; fetch or copy it again") from None
                 if text:
                     yield text
                 data = member.unconsumed_tail or (b"" if member.eof else self._read(1 << 16))
@@ -131,9 +132,9 @@ class SourceFile:
             if len(data) == 1:
                 data += self._read(1 << 16)
             if data and not data.startswith(b"\x1f\x8b"):
-                raise UserError(f"{self.path}: there is something else after the gzip data; fetch or copy it again")
+                raise UserError(f"{self.shown}: there is something else after the gzip data; fetch or copy it again")
         if is_bgzf and self._tail != _BGZF_END:
-            raise UserError(f"{self.path}: the bgzip file is cut short (its end mark is missing); fetch it again")
+            raise UserError(f"{self.shown}: the bgzip file is cut short (its end mark is missing); fetch it again")
 
 
 def sync(file: IO) -> None:

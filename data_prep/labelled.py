@@ -842,9 +842,10 @@ def _column(
     for name in usual:
         if name in lower:
             return lower.index(name)
+    bare = "; if the first line is no header, name all columns: --columns label,name,sequence" if what == "sequence" else ""
     raise UserError(
         f"{path}: no column is called {' or '.join(map(repr, usual))}; name the {what} column with {option}, one of "
-        f"{_list(header, 12)}"
+        f"{_list(header, 12)}{bare}"
     )
 
 

@@ -11,6 +11,11 @@ from seqlab.training.history import read_history
 INK, MODEL, BASELINE, FAINT = "#22313f", "#0b6e8f", "#d1791f", "#c9d1d6"
 
 
+def in_words(lengths: list[int]) -> str:
+    """Ascending lengths, as they are told: "256 to 2,048", or the only one."""
+    return " to ".join(f"{length:,}" for length in dict.fromkeys((lengths[0], lengths[-1])))
+
+
 def report_path(directory: Path, name: str) -> Path:
     """Where the report of an evaluation goes: report.md is the run's own, of its test split; others do not take its place."""
     return directory / ("report.md" if name == "evaluation" else f"{name}.md")

@@ -517,7 +517,7 @@ def calibrate(
     fit, network = fit_to(name, lengths), networks[name]
     others = "".join(f"; {other} {trials[other].after:.4f} where it has {trials[name].after:.4f}" for other in trials if other != name)
     say(
-        f"calibrated on {sum(map(len, fixed.values())):,} validation windows of {words.in_words(lengths)} bases in "
+        f"calibrated on {sum(map(len, fixed.values())):,} validation windows of {report.in_words(lengths)} bases in "
         f"{time.perf_counter() - since:.0f} s: {fit.before:.4f} to {fit.after:.4f} nats a window ({name} checkpoint{others})"
     )
     if not fit.after < fit.before:

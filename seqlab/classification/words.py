@@ -22,6 +22,7 @@ from seqlab import genes, homology
 from seqlab.classification.windows import ClassWindows, Windows
 from seqlab.classifier import SequenceClassifier
 from seqlab.heads.homology import LONGEST, STRETCH, Composition, Homology
+from seqlab.report import in_words
 from seqlab.tokenizers import nucleotide
 
 KNOWN_SHARE, STRAIN_SHARE, MOST_SUBSTITUTIONS = 0.2, 0.5, 0.06
@@ -81,11 +82,6 @@ def fit(
         _fit_composition(model.composition, [part for _, part in chosen], [length for length, _ in chosen])
         say(f"composition fitted in {time.perf_counter() - since:.0f} s")
     model.to(device)
-
-
-def in_words(lengths: list[int]) -> str:
-    """Ascending lengths, as they are told: "256 to 2,048", or the only one."""
-    return " to ".join(f"{length:,}" for length in dict.fromkeys((lengths[0], lengths[-1])))
 
 
 def fit_lengths(windows: ClassWindows, shortest: int) -> list[int]:

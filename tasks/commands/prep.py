@@ -233,8 +233,11 @@ def _print_labelled(manifest: dict, dataset: Path) -> None:
     rows.append(["all", *(f"{n:,}" for n in manifest["splits"].values())])
     lengths, counts = manifest["lengths"], manifest["counts"]
     print_table(f"{dataset}: {manifest['n']:,} sequences, {manifest['label_kind']}", ["class", "train", "valid", "test"], rows)
+    from seqlab.report import in_words
+
+    median = f" (median {lengths['median']:,.0f})" if lengths["min"] < lengths["max"] else ""
     note(
-        f"{lengths['min']:,} to {lengths['max']:,} bases (median {lengths['median']:,.0f}); {counts['N']:,} N, {counts['other']:,} "
+        f"{in_words([lengths['min'], lengths['max']])} bases{median}; {counts['N']:,} N, {counts['other']:,} "
         f"ambiguity codes and gaps read as N; {manifest['lower_case']:,} lower-case letters read as upper case."
     )
     if manifest["case_gives_labels_away"]:

@@ -249,7 +249,7 @@ def test_leaking_duplicates(tmp_path, action):
 # -- bad input -----------------------------------------------------------------------------------------------------
 GOOD = "".join(f"{x},{y}\n" for x, y in random_rows(20))
 TABLE = [
-    ("x,y\nACGT,a\n", {}, "no column is called 'sequence' or 'seq' or 'seqs'; name the sequence column .* one of 'x', 'y'"),
+    ("x,y\nACGT,a\n", {}, "no column is called 'sequence' or 'seq' or 'seqs'; name the sequence column .* one of 'x', 'y'; if .* no header.*--columns label,name"),
     ("seq,y\nACGT,a\n", {}, "no column is called 'label' or 'labels'; .*--label-column, one of 'seq', 'y'"),
     ("seq,label\n" + GOOD, {"label_column": "lable"}, "--label-column lable: .* it has 'seq', 'label'"),
     ("seq,label\nACGT,a\nACCC,\n", {}, "line 3: no label; mend it, or .*--skip-bad"),

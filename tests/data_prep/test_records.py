@@ -1,6 +1,8 @@
 """Records down a pipe: every way to write FASTA and FASTQ, any block size, and one clear line for what is neither."""
 
 import gzip
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -84,3 +86,11 @@ def test_memory_holds_one_record(tmp_path):
     assert name == "a" and len(ids) == 40 and ids.dtype == np.uint8
     with pytest.raises(UserError, match="record 'b'"):
         next(records)
+
+
+def test_what_is_wrong_with_standard_input_names_it(tmp_path):
+    """It was "/dev/stdin: is empty", of a user who had typed -."""
+    command = "import sys; from data_prep.records import read_records\ntry: list(read_records('-'))\nexcept Exception as error: print(error)"
+    for piped, said in [(b"", "standard input: is empty"), (gzip.compress(b">a\nACGT\n")[:-9], "standard input: the gzip file is cut short")]:
+        done = subprocess.run([sys.executable, "-c", command], input=piped, capture_output=True, check=True)
+        assert done.stdout.decode().startswith(said)

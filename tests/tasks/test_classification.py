@@ -64,6 +64,8 @@ def data(tmp_path_factory):
         extra = ["--label-separator", ";"] if kind == "multi-label" else []
         stdout, stderr = run("prep", "labelled", write(folder / f"{kind}.csv", kind), "--out", folder / kind, *extra)
         assert kind in stdout and "train classify --data" in stderr
+        (told,) = (line for line in stderr.splitlines() if " bases" in line and "ambiguity" in line)
+        assert ("median" in told) == (" to " in told)  # of sequences as long as each other: their length, once
     return folder
 
 

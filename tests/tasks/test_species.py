@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cli import app, load_config, presets
 from data_prep.species import Source, prepare_species
-from seqlab.classification import words
+from seqlab import report
 from seqlab.dataset import TokenStore
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
@@ -340,7 +340,7 @@ def test_one_length_is_told_once(trained):
     """Accuracy went "from 83.33 % there to 83.33 % at 64", and windows were "of 256 to 256 bases"."""
     stdout, stderr = run("eval", trained, "--context", 64)
     assert "at 64" not in stdout + stderr and ("accuracy is" in stdout + stderr or "beats" in stdout + stderr)
-    assert words.in_words([256]) == "256" and words.in_words([256, 512, 2048]) == "256 to 2,048"
+    assert report.in_words([256]) == "256" and report.in_words([256, 512, 2048]) == "256 to 2,048"
 
 
 def test_gene_models_learn_from_the_training_split_and_stay_as_they_are(data, tmp_path, monkeypatch):
