@@ -34,10 +34,11 @@ def _library(name: str, defines: tuple[tuple[str, int], ...], kernels: tuple[str
     key = hashlib.sha256((text + (HERE / "emulator.h").read_text() + repr(flags)).encode()).hexdigest()[:24]
     target = folder / f"{key}.so"
     if not target.exists():
-        unit = folder / f"{key}.cpp"
-        unit.write_text(text)
-        subprocess.run([COMPILER, *flags, str(unit), "-o", f"{target}.new"], check=True)
-        Path(f"{target}.new").rename(target)
+        with tempfile.TemporaryDirectory(dir=folder) as mine:  # the ranks of a test come here at the same time
+            unit, built = Path(mine) / "unit.cpp", Path(mine) / "unit.so"
+            unit.write_text(text)
+            subprocess.run([COMPILER, *flags, str(unit), "-o", str(built)], check=True)
+            built.replace(target)
     return ctypes.CDLL(str(target))
 
 

@@ -1,5 +1,10 @@
 """The CUDA sources themselves, run on the processor (emulate.py), against the float64 reference: outputs and gradients."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import emulate
 import pytest
 import torch
@@ -490,3 +495,26 @@ def test_second_gradients_are_refused_not_wrong(as_if_on_a_gpu):
     (grad,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+def test_processes_that_compile_the_same_kernels_at_once_do_not_disturb_each_other(tmp_path):
+    """Ranks of a test took each other's half-written library, or found their own renamed away."""
+    code = f"""
+import sys, time
+sys.path[:0] = {[str(Path(emulate.__file__).parent), str(Path(emulate.__file__).parents[2])]}
+import emulate
+from seqlab.ops.causal_conv1d import cuda as conv
+defines = (("WIDTH", 4), ("VEC", 1), ("BF16", 0), ("PAIRED", 0), ("SILU", 1), ("MASKED", 0))
+print("ready", flush=True)
+sys.stdin.readline()
+emulate._library(conv.SOURCE, defines, conv.KERNELS)
+"""
+    pipe = subprocess.PIPE
+    ranks = [subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, stdin=pipe, stdout=pipe, text=True) for _ in range(3)]
+    for rank in ranks:
+        assert rank.stdout.readline() == "ready\n"
+    for rank in ranks:
+        rank.stdin.write("go\n")
+        rank.stdin.flush()
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0, 0]
+    assert [path.suffix for path in (tmp_path / "seqlab-emulated").iterdir()] == [".so"]
