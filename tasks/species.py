@@ -512,8 +512,9 @@ def calibrate(
         return _fit_scales(networks[name].model.head, *columns, beside)
 
     # the network is chosen at the lengths of training; the longer windows, which cost the most, are read by that one alone
-    trials = {name: fit_to(name, [length for length in lengths if length <= config.data.context]) for name in networks}
-    name = min(trials, key=lambda name: trials[name].after)
+    within = [length for length in lengths if length <= config.data.context]
+    trials = {name: fit_to(name, within) for name in networks} if len(networks) > 1 else {}
+    name = min(trials, key=lambda name: trials[name].after) if trials else next(iter(networks))
     fit, network = fit_to(name, lengths), networks[name]
     others = "".join(f"; {other} {trials[other].after:.4f} where it has {trials[name].after:.4f}" for other in trials if other != name)
     say(
@@ -623,7 +624,7 @@ def _said_beside(model: SequenceClassifier, fixed: Windows, windows: ClassWindow
     counters = [counter for counter in (model.homology, model.composition) if counter is not None]
     for part, base in words.batches(windows, fixed, device):
         length = torch.from_numpy(fixed.length[part]).to(device).double()
-        strands = [base, torch.where(base >= 0, 3 - base, -1).flip(1)] if model.reads_both_strands else [base]
+        strands = [base, words.other_strand(base)] if model.reads_both_strands else [base]
         found = []
         for strand in strands:
             each = [base.new_zeros(len(base), 0, len(windows.classes), dtype=torch.float64)]

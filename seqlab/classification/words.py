@@ -167,6 +167,11 @@ def batches(windows: ClassWindows, drawn: Windows, device: torch.device) -> Iter
         yield slice(at, at + rows), torch.where(digits < 4, digits, -1)
 
 
+def other_strand(base: Tensor) -> Tensor:
+    """Of whole sequences (b l): 0 to 3, -1 where not known."""
+    return torch.where(base >= 0, 3 - base, -1).flip(1)
+
+
 @torch.no_grad()
 def reading(model: SequenceClassifier, base: Tensor, fold: Tensor | None = None) -> Tensor | None:
     """See `GenePredictor`: of whole sequences (b l), one strand; None without gene models."""
@@ -177,8 +182,7 @@ def gene_evidence(model: SequenceClassifier, base: Tensor, fold: Tensor) -> Tens
     """(b n_species) float32: log-likelihoods of the gene models, mean of both strands, less the mean over species; 0 without them."""
     if model.genes is None:
         return base.new_zeros(len(base), model.head.linear.out_features, dtype=torch.float32)
-    other = torch.where(base >= 0, 3 - base, -1).flip(1)
-    lead = [model.genes(strand, fold=fold)[0].lead.double().sum(1) for strand in (base, other)]
+    lead = [model.genes(strand, fold=fold)[0].lead.double().sum(1) for strand in (base, other_strand(base))]
     return (0.5 * (lead[0] + lead[1])).float()
 
 

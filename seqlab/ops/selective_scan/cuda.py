@@ -390,6 +390,7 @@ class _Recipe:
         self.copy = functools.partial(type(self.params).from_buffer_copy, self.params)
         self.queue = [self.module.launcher(*what) for what in self.launches]  # called with the parameters
 
+
 def _kind(device, what: str, tensors: tuple[Tensor | None, ...], *options) -> tuple:
     """What a recipe depends on. `tensors` begins with u and A."""
     kind = [device, what, tensors[0].shape, tensors[1].shape[1], tensors[0].dtype, *options]
@@ -471,9 +472,9 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _zeros(new):
-    """`new`, but 0 everywhere: kernels leave masked positions alone."""
-    return lambda *what: new(*what).zero_()
+def _blank(new, mask: Tensor | None):
+    """`new` for outputs: 0 everywhere where there is a mask, as kernels leave masked positions alone."""
+    return new if mask is None else lambda *what: new(*what).zero_()
 
 
 def _short_recipe(device, sides, kernel: str, u, delta, A, B, C, z, softplus: bool, reverse: bool, segment: int, scans: int, *rows):
@@ -571,7 +572,7 @@ def _run_forward(recipe: _Recipe, u, delta, A, B, C, D, z, bias, initial, mask, 
     if not _fill(p, u, delta, B, C, z, None, A, D, bias, initial, None, mask) and recipe.aligned:
         return None
     results, (*first_passes, outputs), new = recipe.results, recipe.queue, nvrtc.memory(recipe.results.device)
-    blank = new if mask is None else _zeros(new)
+    blank = _blank(new, mask)
     if recipe.work:
         work = new((recipe.work,), (1,), torch.float32)
         p.ends = work.data_ptr()
@@ -713,7 +714,7 @@ def _take_workspace(recipe: _Recipe, p, work: int, states: Tensor, ungated: Tens
 
 def _take_first_outputs(new, results: _Results, p, z, initial, mask):
     """du, ddelta, dz, dinitial, which the gradients' own kernel writes, their addresses in the parameters."""
-    blank, data = new if mask is None else _zeros(new), results.data
+    blank, data = _blank(new, mask), results.data
     du, ddelta = blank(*data), blank(*data)
     p.du, p.ddelta = du.data_ptr(), ddelta.data_ptr()
     dz = dinitial = None
@@ -872,7 +873,7 @@ def forward_pair(scans: tuple[tuple[Tensor | None, ...], ...], mask: Tensor | No
     p, new, pair = recipe.copy(), nvrtc.memory(recipe.results.device), []
     for mine, (u, delta, A, B, C, D, z, bias, initial, mask) in zip(p, tidy, strict=True):
         _fill(mine, u, delta, B, C, z, None, A, D, bias, initial, None, mask)
-        y, states = (new if mask is None else _zeros(new))(*recipe.results.data), new(*recipe.results.kept) if recipe.keep else A.new_empty(0)
+        y, states = _blank(new, mask)(*recipe.results.data), new(*recipe.results.kept) if recipe.keep else A.new_empty(0)
         mine.y = y.data_ptr()
         if recipe.keep:
             mine.segments = states.data_ptr()
