@@ -27,6 +27,7 @@ from seqlab.dataset import SPLITS, VERSION, read_manifest
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
 
+RARE = 10  # sequences with one combination of labels, of which too few could be shared out by themselves
 ARRAYS = {"offsets": np.int64, "labels": None, "split": np.uint8, "keys": np.uint64}
 
 
@@ -146,10 +147,12 @@ class LabelledStore:
 
 
 def strata(labels: np.ndarray, kind: Kind) -> np.ndarray:
-    """(n) int64: which sequences a split must share out evenly: the class, the combination of labels, or a tenth of the
-    range of ranks of a regression's values."""
+    """(n) int64: which sequences a split must share out evenly: the class, the combination of labels (those that fewer than RARE
+    sequences have are one stratum), or a tenth of the range of ranks of a regression's values."""
     if kind == "multi-label":
-        return np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+        _, combination, count = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
+        combination = combination.reshape(-1)
+        return np.where(count[combination] < RARE, len(count), combination).astype(np.int64)
     if kind == "regression":
         edges = np.quantile(labels, np.linspace(0.1, 0.9, 9))
         return np.searchsorted(edges, labels).astype(np.int64)

@@ -223,7 +223,16 @@ def test_keys_are_shared_by_both_strands():
 
 def test_strata_of_regression_and_multi_label():
     assert np.bincount(strata(np.arange(100.0), "regression")).tolist() == [10] * 10
-    assert len(np.unique(strata(np.array([[1, 0], [0, 1], [1, 0]]), "multi-label"))) == 2
+    labels = np.array([[1, 0], [0, 1], [1, 0]])
+    assert strata(np.repeat(labels, 10, 0), "multi-label").reshape(3, 10).tolist() == [[1] * 10, [0] * 10, [1] * 10]
+    assert len(np.unique(strata(labels, "multi-label"))) == 1
+
+
+def test_labels_that_hardly_ever_combine_alike_leave_a_test_split():
+    """A combination that one sequence has went to training, so there was nothing to test on."""
+    rng = np.random.default_rng(0)
+    labels, keys = rng.integers(0, 2, (500, 20)), rng.integers(0, 2**63, 500).astype(np.uint64)
+    assert (stratified_parts(strata(labels, "multi-label"), keys, (0.2,), seed=0) == 0).sum() == 100
 
 
 @pytest.mark.parametrize("action", ["drop", "keep", "error"])
