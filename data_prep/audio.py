@@ -197,7 +197,7 @@ def prepare_audio(
 # -- files ---------------------------------------------------------------------------------------------------------
 def natural(text: str) -> list:
     """Sorting key in which take_10 comes after take_9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
 
 
 def find_files(sources: Iterable[Path | str] | Path | str) -> list[tuple[str, Path]]:
@@ -386,7 +386,7 @@ def _match(option: str, patterns: list[str], names: list[str], paths: list[str] 
 def _listed(option: str, path: Path, paths: list[str]) -> set[int]:
     """Which of the paths end with a line of the file."""
     try:
-        lines = {line.strip().removeprefix("./") for line in path.read_text(encoding="utf-8").splitlines()} - {""}
+        lines = {line.strip().removeprefix("./") for line in path.read_text(encoding="utf-8-sig").splitlines()} - {""}
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no text"
         raise UserError(f"{option} @{path}: cannot be read ({reason}); a list has the name of a file a line") from None

@@ -118,7 +118,7 @@ def _from_folder(folder: Path) -> list[Source]:
 def _from_table(path: Path) -> list[Source]:
     """Rows species, file (relative to the table), and perhaps split; # starts a comment, a header line is skipped."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
         raise UserError(f"{path}: not a text file; a table of species holds rows of species<TAB>file[<TAB>split]") from None
     sources = []

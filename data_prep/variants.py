@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.files import SourceFile, check_source
+from data_prep.genome import is_count
 from data_prep.records import read_records, text_lines
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
@@ -64,8 +65,8 @@ def read_vcf(path: Path) -> Iterator[str | Record]:
 def _record(path: Path, number: int, fields: list[str]) -> Record:
     if len(fields) < 8:
         raise UserError(f"{path}: line {number:,}: {len(fields)} columns; a record has at least 8, with tabs between them")
-    if not fields[1].isdecimal() or int(fields[1]) < 1:
-        raise UserError(f"{path}: line {number:,}: POS is {fields[1]!r}, expected a number from 1 on")
+    if not is_count(fields[1]) or int(fields[1]) < 1:
+        raise UserError(f"{path}: line {number:,}: POS is {fields[1][:20]!r}, expected a number from 1 on")
     alts = [] if fields[4] in (".", "") else fields[4].split(",")
     return Record(fields, fields[0], int(fields[1]) - 1, _ids(fields[3]), [_plain(allele) for allele in alts])
 

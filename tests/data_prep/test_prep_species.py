@@ -72,7 +72,8 @@ def test_a_table_gives_files_and_splits(tmp_path):
         for i, split in enumerate(SPLITS):
             fasta(tmp_path / "files" / f"{name}_{split}.fa", {f"s{i}": bases(200, 10 * i + (name == "b"))})
     rows = [f"{name}\tfiles/{name}_{split}.fa\t{split}" for name in "ba" for split in SPLITS]
-    (tmp_path / "t.tsv").write_text("species\tfile\tsplit\n# comment\n" + "\n".join(rows) + "\n")
+    text = "species\tfile\tsplit\n# comment\n" + "\n".join(rows) + "\n"
+    (tmp_path / "t.tsv").write_text(text, encoding="utf-8-sig")  # as spreadsheets save it
     store = TokenStore.open(prepare_species(find_sources([tmp_path / "t.tsv"]), tmp_path / "out"))
     assert store.names == ["a/s0", "a/s1", "a/s2", "b/s0", "b/s1", "b/s2"]
     assert store.manifest["splits"]["valid"] == [[1, 0, 200], [4, 0, 200]]

@@ -66,6 +66,7 @@ def test_an_ambiguity_code_of_the_genome_agrees_with_any_ref(tmp_path):
         (f"##fileformat=VCFv4.2\n{COLUMNS}\nc 1 . A T . . .\n", "line 3: 1 columns"),
         (f"##fileformat=VCFv4.2\n{COLUMNS}\nc\tx\t.\tA\tT\t.\t.\t.\n", "line 3: POS is 'x'"),
         (f"##fileformat=VCFv4.2\n{COLUMNS}\nc\t0\t.\tA\tT\t.\t.\t.\n", "line 3: POS is '0'"),
+        (f"##fileformat=VCFv4.2\n{COLUMNS}\nc\t{'9' * 5000}\t.\tA\tT\t.\t.\t.\n", "line 3: POS is '999"),
         (f"##fileformat=VCFv4.2\n##INFO=<ID=SEQLAB,Number=A>\n{COLUMNS}\n", "has INFO SEQLAB already"),
     ],
 )
