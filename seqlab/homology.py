@@ -62,7 +62,9 @@ def keep(genomes: list[list[np.ndarray]], most: int) -> Genomes:
     room, share, left = most, 0, len(genomes)
     for total in sorted(totals):  # what small genomes leave is for the others
         share = room // left
-        room, left = room - min(total, share), left - 1
+        if total > share:
+            break
+        room, left = room - total, left - 1
     found = []
     for species, (stretches, total) in enumerate(zip(genomes, totals)):
         if total <= share:

@@ -113,6 +113,7 @@ def test_large_genomes_are_kept_in_part_and_small_ones_whole(monkeypatch):
     monkeypatch.setattr(homology, "PIECES", 3)
     assert len(homology.keep([large, small], 2250).pieces) == 3
     assert np.array_equal(homology.unpack(homology.pack(kept.bases), len(kept.bases)), kept.bases)
+    assert len(homology.keep([[digits(90, i)] for i in range(3)], 200).bases) == 198  # what is over of 200 is nobody's
     assert len(homology.keep([[np.full(50, 4, np.uint8)], [digits(10, 0)]], 100).bases) == 0  # nothing known, nothing long enough
 
 
@@ -219,6 +220,7 @@ def test_composition_counts_kmers_of_both_strands_in_pieces():
     part = Composition(2, 3)
     x = np.concatenate([digits(60, 0), [4], digits(20, 1)]).astype(np.uint8)
     found = part.count(base(x, turned(x)[: len(x)]))
+    assert part.count(base(x)[:0]).shape == (0, 32)
     assert found.shape == (2, 32) and torch.equal(found[0], found[1]) and found[0].sum() == 58 + 18
     slow = {}
     for word in words(x, (0, 1, 2)):

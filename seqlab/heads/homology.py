@@ -229,7 +229,7 @@ class Composition(nn.Module):
         column = self.column[torch.where(known, code, 4**self.k)]
         row = torch.arange(rows, device=base.device)[:, None] * (self.n + 1)
         counts = torch.bincount((column + row).flatten(), minlength=rows * (self.n + 1))
-        return counts.view(rows, -1)[:, : self.n].double()
+        return counts.view(rows, self.n + 1)[:, : self.n].double()
 
     def feed(
         self, state: Tensor | None, base: Tensor, before: Tensor | None = None, reading: Tensor | None = None, position: int = 0, real: Tensor | None = None
