@@ -269,8 +269,13 @@ class SequenceClassifier(nn.Module):
     ) -> StreamState:
         """One piece of one strand, in order. `more`: further pieces follow, so the backbone's state is made. Raises ValueError for a
         piece after one that was fed as the last of a causal model, which would be read as if nothing came before."""
-        if state is not None and ids.shape[1] == 0:
-            return state
+        if ids.shape[1] == 0:
+            if state is not None and state.pooled is not None:
+                return state
+            if more:
+                return StreamState(None, None)
+            ids = ids.new_full((len(ids), 1), nucleotide.PAD)  # nothing at all is read as padding alone
+            mask = torch.zeros_like(ids, dtype=torch.bool)
         before = StreamState(None, None) if state is None else state
         if before.position and self.backbone.is_causal and before.backbone is None:
             raise ValueError("state: the piece before this one was fed as the last; feed it with more=True")

@@ -147,6 +147,19 @@ def test_a_sequence_of_padding_alone_answers_with_the_bias():
     assert torch.allclose(outputs[0], model.head.linear.bias)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "centre", "evidence"])
+def test_a_sequence_without_a_base_answers_as_padding_alone(pooling):
+    """Of all poolings but the mean it ended in an IndexError of torch."""
+    direction = "bidirectional" if pooling == "centre" else "causal"
+    model = SequenceClassifier(ClassifierConfig(d_model=8, n_layer=1, d_state=2, direction=direction, pooling=pooling, kmer=3), 3).eval()
+    ids = torch.randint(7, 11, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model(ids[:, :0]), model(ids, torch.zeros(2, 9, dtype=torch.bool)))
+        if direction == "causal":
+            state = model.feed(ids, state=model.feed(ids[:, :0], more=True))
+            assert torch.equal(model.finish(state), model.finish(model.feed(ids)))
+
+
 @pytest.mark.parametrize("strand,is_invariant", [("none", False), ("augment", False), ("average", True), ("equivariant", True)])
 def test_strands(strand, is_invariant):
     model = classifier(strand=strand)
