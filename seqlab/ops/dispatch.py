@@ -279,10 +279,14 @@ def _announce(op: str, name: str, device: str) -> None:
 
 
 def check_are_tensors(op: str, names: tuple[str, ...], values: tuple, required: int) -> None:
-    """Raise TypeError for the first of the arguments `names`, of these `values`, that is no tensor; those after the first `required`
-    may be None."""
+    """Raise TypeError for the first of the arguments `names`, of these `values`, that is no tensor, ValueError for one that is not
+    dense; those after the first `required` may be None."""
     for i, x in enumerate(values):
-        if isinstance(x, torch.Tensor) or (x is None and i >= required):
+        if isinstance(x, torch.Tensor):
+            if x.layout != torch.strided:
+                raise ValueError(f"{op}: {names[i]} is laid out as {x.layout}; it must be dense: {names[i]}.to_dense()")
+            continue
+        if x is None and i >= required:
             continue
         kind, allowed = type(x), "a torch.Tensor" if i < required else "a torch.Tensor or None"
         if x is None:

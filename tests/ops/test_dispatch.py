@@ -192,6 +192,15 @@ def test_what_is_no_tensor_is_refused(call, name, value, message, place, monkeyp
             call(**{name: value})
 
 
+@pytest.mark.parametrize("call, name", [(scan, "u"), (scan, "A"), (scan, "mask"), (conv, "x"), (conv, "bias"), (conv, "mask")])
+def test_what_is_not_dense_is_refused(call, name):
+    """It was a NotImplementedError of torch, about the dispatcher."""
+    shape = {"A": (3, 2), "bias": (3,), "mask": (2, 5)}.get(name, (2, 5, 3))
+    value = torch.ones(shape, dtype=torch.bool if name == "mask" else torch.float32).to_sparse()
+    with pytest.raises(ValueError, match=rf"{name} is laid out as torch.sparse_coo; it must be dense: {name}.to_dense\(\)"):
+        call(**{name: value})
+
+
 @pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d", "hidden_markov"])
 def test_self_check(op, monkeypatch):
     for name in ("cpu", "reference"):

@@ -59,7 +59,7 @@ def causal_conv1d(
 
     Raises:
         TypeError: an argument that is no tensor.
-        ValueError: an argument of the wrong shape, dtype or device, or an unknown back end.
+        ValueError: an argument of the wrong shape, dtype, layout or device, or an unknown back end.
         RuntimeError: the back end asked for cannot run this; lists every back end with its reason.
     """
     given = x, weight, bias, initial_state, mask
@@ -67,7 +67,7 @@ def causal_conv1d(
         if not torch.compiler.is_compiling() and dispatch.transforming():
             backend = dispatch.differentiable("causal_conv1d", backend, given)
         layout = None if return_final_state else dispatch.layout(backend, given, activation, reverse)
-    except (AttributeError, TypeError):  # what is no tensor has no layout
+    except (AttributeError, TypeError, RuntimeError):  # what is no dense tensor has no layout
         _check(x, weight, bias, activation, initial_state, mask)
         raise
     if layout is not None and (call := _known.get(layout)) is not None:

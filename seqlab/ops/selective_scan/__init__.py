@@ -71,7 +71,7 @@ def selective_scan(
 
     Raises:
         TypeError: an argument that is no tensor.
-        ValueError: an argument of the wrong shape, dtype or device, or an unknown back end.
+        ValueError: an argument of the wrong shape, dtype, layout or device, or an unknown back end.
         RuntimeError: the back end asked for cannot run this; lists every back end with its reason.
 
     Source: Gu and Dao 2023 (arXiv 2312.00752), sections 3.2-3.3; argument names are the authors'.
@@ -87,7 +87,7 @@ def selective_scan(
             layout = dispatch.layout(backend, given, *options)
             if layout is not None and (call := _known.get(layout)) is not None and call.recipe.aligned:
                 _recent.keep(call, backend, given, options, absent)
-    except (AttributeError, TypeError):  # what is no tensor has no layout; to ask each one first is host time of every call
+    except (AttributeError, TypeError, RuntimeError):  # what is no dense tensor has no layout; to ask each one first is host time of every call
         _check(*given)
         raise
     if call is not None:
