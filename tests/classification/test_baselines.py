@@ -164,6 +164,15 @@ def test_the_network_gives_the_same_answer_in_any_order():
     assert b == pytest.approx(a[shuffled], abs=1e-5)
 
 
+def test_a_share_that_is_the_same_in_all_training_sequences_says_nothing():
+    """Rounding gave it a deviation of 1e-7, in which one base more or less was all that a sequence was judged by."""
+    rng = np.random.default_rng(1)
+    texts = ["".join(rng.permutation(list(13 * "A" + 11 * "C" + 9 * "G" + 8 * "T"))) for _ in range(301)]
+    train = sequences(texts, (np.arange(301) % 4 > 0).astype(np.int64))
+    result = kmer_baseline(train, train, sequences([texts[0], texts[0][1:] + "A"]), "binary", 2, ks=(1,), strands=(False,), penalties=(1.0,))
+    assert np.allclose(result.predictions[:, 1], 0.75, atol=0.01)
+
+
 def test_a_class_without_training_sequences_has_probability_zero():
     train, valid, test = (planted(30, "binary", seed) for seed in range(3))
     result = kmer_baseline(train, valid, test, "multi-class", 3, ks=(1,), penalties=(1.0,))
