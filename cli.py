@@ -1,8 +1,31 @@
 """The command line: `seqlab`, `python -m cli`, `torchrun -m cli`. The commands themselves are in tasks/commands/."""
 
-import sys
+import contextlib
+import os
+import signal
+import threading
 
-try:
+
+@contextlib.contextmanager
+def ended_by_ctrl_c():
+    """Ctrl-C ends the program on the spot, with one line, while there is nothing to undo: as an exception some imports swallow
+    it, and others make something else of it, or crash."""
+
+    def end(number, frame) -> None:
+        os.write(2, b"Stopped by Ctrl-C.\n")
+        os._exit(130)
+
+    usual = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if usual:
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+with ended_by_ctrl_c():  # these imports are the first 0.2 s of every command
     from typing import Annotated
 
     import typer
@@ -18,10 +41,7 @@ try:
     from tasks.commands.predict import predict
     from tasks.commands.score import score
     from tasks.commands.settings import load_config, presets
-    from tasks.commands.terminal import command, one_line_on_interrupt
-except KeyboardInterrupt:  # these imports are the first 0.2 s of every command
-    print("Stopped by Ctrl-C.", file=sys.stderr)
-    sys.exit(130)
+    from tasks.commands.terminal import command
 
 __all__ = ["app", "load_config", "presets"]
 
@@ -29,22 +49,20 @@ ORDER = "doctor prep train eval generate predict embed score import export plan 
 
 
 class Commands(TyperGroup):
-    """Lists the commands in the order in which they are met (typer has groups last), and says so when Ctrl-C ends one."""
+    """Lists the commands in the order in which they are met (typer has groups last)."""
 
     def list_commands(self, context) -> list[str]:
         return sorted(super().list_commands(context), key=[*ORDER, *self.commands].index)
 
-    # Ctrl-C before the command's own code: reading options imports things too
-    def make_context(self, *arguments, **options):
-        with one_line_on_interrupt():
-            return super().make_context(*arguments, **options)
 
-    def invoke(self, context):
-        with one_line_on_interrupt():
-            return super().invoke(context)
+class App(typer.Typer):
+    # until a command's own code runs: typer builds the commands, and imports things to read their options
+    def __call__(self, *arguments, **options):
+        with ended_by_ctrl_c():
+            return super().__call__(*arguments, **options)
 
 
-app = typer.Typer(
+app = App(
     cls=Commands,
     no_args_is_help=True,
     add_completion=False,

@@ -368,11 +368,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 @pytest.mark.parametrize("module", ["typer", "tasks.commands.terminal"])
 def test_ctrl_c_while_the_command_line_is_imported_is_one_line(module):
     script = f"""
-import sys
+import signal, sys
 class CtrlC:
     def find_spec(self, name, *rest):
         if name == {module!r}:
-            raise KeyboardInterrupt
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt as error:
+                raise RuntimeError from error
 sys.meta_path.insert(0, CtrlC())
 import cli
 """
@@ -380,15 +383,41 @@ import cli
     assert (done.returncode, done.stderr) == (130, "Stopped by Ctrl-C.\n")
 
 
-@pytest.mark.parametrize("part", ["make_context", "invoke"])
-def test_ctrl_c_before_a_command_has_begun_is_one_line(monkeypatch, part):
-    from typer.core import TyperGroup
+@pytest.mark.parametrize("part", ["typer.main.get_command", "typer.core.TyperGroup.make_context", "typer.core.TyperGroup.invoke"])
+def test_ctrl_c_before_a_command_has_begun_is_one_line(part):
+    """While typer built the commands there was a traceback; of an import that it needs to read options it made a RuntimeError."""
+    script = f"""
+import signal, typer.main, cli
+def press(*arguments, **options):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise RuntimeError from error
+{part} = press
+cli.app(["doctor"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "Stopped by Ctrl-C.\n")
 
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(TyperGroup, part, interrupted)  # while options are read: typer said nothing
-    result = CliRunner().invoke(app, ["doctor"])
+def test_ctrl_c_in_an_import_that_swallows_it_comes_after_that(tmp_path, monkeypatch):
+    """An import of training did: the run went on to its end."""
+    import typer
+
+    from tasks.commands.options import Json
+    from tasks.commands.terminal import command
+
+    (tmp_path / "swallows.py").write_text("import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    group = typer.Typer()
+
+    @command(group, "work")
+    def work(json_out: Json = None) -> None:
+        import swallows  # noqa: F401
+
+        time.sleep(10)
+
+    result = CliRunner().invoke(group, [])
     assert (result.exit_code, result.stderr) == (130, "Stopped by Ctrl-C.\n")
 
 

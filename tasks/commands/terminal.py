@@ -76,21 +76,29 @@ def command(group: typer.Typer, name: str):
 @contextlib.contextmanager
 def noticed_interrupts():
     """A list that Ctrl-C adds to while this lasts. Some imports (numpy's and torch's among them) swallow the KeyboardInterrupt and
-    fail a moment later, with an error that says nothing of it."""
+    go on, or fail a moment later with an error that says nothing of it, or crash: so it waits until they are over."""
     pressed = []
 
     def press(number, frame) -> None:
         pressed.append(number)
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+                again.daemon = True
+                again.start()
+                return
+            frame = frame.f_back
         raise KeyboardInterrupt
 
-    usual = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.getsignal(signal.SIGINT)
+    usual = threading.current_thread() is threading.main_thread() and callable(before)  # under nohup it is ignored
     if usual:
         signal.signal(signal.SIGINT, press)
     try:
         yield pressed
     finally:
         if usual:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, before)
 
 
 def in_one_line(error: Exception) -> str:
@@ -173,14 +181,6 @@ def stopped() -> typer.Exit:
     """What ends a command after Ctrl-C, having said so."""
     note("Stopped by Ctrl-C.")
     return typer.Exit(130)
-
-
-@contextlib.contextmanager
-def one_line_on_interrupt():
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise stopped() from None
 
 
 def fail(message: str) -> None:
