@@ -222,12 +222,20 @@ class Validation(Callback):
         self.validated_step = -1
         self.stopped_early = False
 
+    def on_train_start(self, trainer, module) -> None:
+        if trainer.global_step:  # a resumed run may have been stopped after a step and before the end of its validation
+            self._after_step(trainer, module)
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if module.stopping:
             self.save_last(trainer, module)
             return
-        done = trainer.should_stop or trainer.global_step >= self.train_config.max_steps
-        if trainer.global_step % self.train_config.validate_every == 0 or done:
+        self._after_step(trainer, module)
+
+    def _after_step(self, trainer, module) -> None:
+        if trainer.global_step >= self.train_config.max_steps:
+            trainer.should_stop = True
+        if trainer.should_stop or trainer.global_step % self.train_config.validate_every == 0:
             self.validate(trainer, module)
 
     def validate(self, trainer: lightning.Trainer, module: TrainingModule) -> None:

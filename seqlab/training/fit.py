@@ -70,7 +70,7 @@ def fit(
         strategy="ddp" if train.devices > 1 or started else "auto",
         num_nodes=started.nodes if started else 1,
         precision={"float32": "32-true", "bfloat16": "bf16-mixed"}[precision],
-        max_steps=train.max_steps,
+        max_epochs=-1,  # Validation knows when it ends; Lightning would pass over a run that has its steps and lacks their validation
         callbacks=[MemoryChoice(train), clock, history, validation, bar, Termination(lost_contact_advice(whole))],
         logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
         plugins=[AtomicCheckpointIO()],

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,6 +32,22 @@ def _average(decay: float):
         torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
 
     return update
+
+
+@contextlib.contextmanager
+def interrupts_held():
+    """Ctrl-C comes when the block has ended: what it saves must not be half of an update."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 class DivergedError(UserError):
@@ -131,10 +149,11 @@ class TrainingModule(lightning.LightningModule):
         mean = self.trainer.strategy.reduce(loss_sum, reduce_op="sum") / total
         if not torch.isfinite(mean + norm).item():
             raise DivergedError(self._diagnose(batches, step, lr, mean, norm))
-        optimizer.step()
-        optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
+        with interrupts_held():
+            optimizer.step()
+            optimizer.zero_grad()
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
         if stop.item():
             self.stopping = self.trainer.should_stop = True
         return {"loss": mean, "lr": lr, "grad_norm": norm, "tokens": int(tokens)}

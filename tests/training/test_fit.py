@@ -111,6 +111,34 @@ def test_killed_at_any_instant_and_resumed_equals_uninterrupted(tmp_path):
     assert_same(weights(tmp_path / "whole"), weights(run))
 
 
+@pytest.mark.parametrize("place, call", [("update", 7), ("validate", 3)])
+def test_ctrl_c_in_an_update_or_a_validation_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, place, call):
+    """Half an update was saved; a validation that was broken off never came, not even that of the last step."""
+    _, whole = train(tmp_path, "whole", ema_decay=0.9)
+    owner, name = {
+        "update": (torch.optim.swa_utils.AveragedModel, "update_parameters"), "validate": (TrainingModule, "validate"),
+    }[place]  # fmt: skip
+    right, calls = getattr(owner, name), []
+
+    def press(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return right(*arguments)
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        monkeypatch.setattr(owner, name, press)
+        broken, _ = train(tmp_path, "broken", ema_decay=0.9)
+        assert broken.ended == "interrupted" and broken.steps == (7 if place == "update" else 4 * call)
+        result, resumed = train(tmp_path, "broken", resume=True, ema_decay=0.9)
+    finally:
+        signal.signal(signal.SIGINT, before)  # which Lightning ignores from then on
+    assert result.steps == 12 and result.best_step == 12
+    for which in ("last", "best"):
+        assert_same(weights(whole, which), weights(resumed, which))
+
+
 def _saved(run):
     path = run / "checkpoints" / "last" / "trainer.pt"
     return path.stat().st_mtime_ns if path.exists() else None
