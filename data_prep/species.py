@@ -14,6 +14,9 @@ by blocks. The blocks of a species, its sequences laid end to end, with block 4,
 
     |test  4|va 2|train                    14|test  4|va 2|train           ...      one period is block / test share
 
+Fold 2 of 5 moves them along by a fifth of a period, round the end of the species, and so on: with a fifth of a species in test
+blocks five datasets test about every base, each in one of them (species shorter than a period in more).
+
 Sharing no base is not enough: relatives share whole genes, and repeats lie on both sides of a border. So the share of each
 species' test 32-mers (both strands) that the training split of each species holds too is counted from a sample and written
 into the manifest, and identical sequences on the two sides of a split, or in two classes, are refused.
@@ -150,6 +153,7 @@ def prepare_species(
     block: int | None = None,
     test_share: float = 0.1,
     valid_share: float = 0.1,
+    fold: tuple[int, int] = (1, 1),
     min_length: int = 1,
     allow_duplicates: bool = False,
     overwrite: bool = False,
@@ -160,6 +164,7 @@ def prepare_species(
     valid, test: names of sequences (as in the files) that validate and test in every species that has them
     block, test_share, valid_share: see the module; block None: 65,536, or less so that the smallest species has two test
         blocks or more
+    fold: (i, k), the i-th of k ways to lay the blocks, counted from 1
     min_length: shorter sequences are left out
     allow_duplicates: keep identical sequences in two classes or on two sides of a split (they are reported all the same)
 
@@ -175,6 +180,10 @@ def prepare_species(
     for name, share in (("test-share", test_share), ("valid-share", valid_share)):
         if not 0 < share < 1:
             raise UserError(f"--{name} {share}: must lie in (0, 1)")
+    if not 1 <= fold[0] <= fold[1]:
+        raise UserError(f"--fold {fold[0]}/{fold[1]}: expected I/K with I from 1 to K, such as 2/5")
+    if fold[1] > 1 and (has_split_column or valid or test):
+        raise UserError("--fold moves blocks along; the splits of this dataset come from the table or from --valid and --test")
     if test_share + valid_share >= 1:
         raise UserError(f"--test-share {test_share} and --valid-share {valid_share} leave nothing to train on")
     for name, number in (("block", block), ("min-length", min_length)):
@@ -198,7 +207,7 @@ def prepare_species(
             names = [s["name"].split("/", 1)[1] for s in sequences]
             table, rule = splits_by_name(names, sequences, valid, test, "no species has such a sequence")
         else:
-            table, rule = _by_blocks(classes, sequences, block, test_share, valid_share)
+            table, rule = _by_blocks(classes, sequences, block, test_share, valid_share, fold)
         tokens = np.memmap(directory / "tokens.bin", np.uint8, "r")
         duplicates = find_duplicates(tokens, sequences, table, [sequence["class"] for sequence in sequences])
         if duplicates and not allow_duplicates:
@@ -241,7 +250,7 @@ def _check_classes(classes: list[str], sequences: list[dict], sources: list[Sour
 
 
 def _by_blocks(
-    classes: list[str], sequences: list[dict], block: int | None, test_share: float, valid_share: float
+    classes: list[str], sequences: list[dict], block: int | None, test_share: float, valid_share: float, fold: tuple[int, int]
 ) -> tuple[Table, str]:
     totals = [sum(s["length"] for s in sequences if s["class"] == index) for index in range(len(classes))]
     if block is None:
@@ -257,20 +266,24 @@ def _by_blocks(
                 f"species {classes[index]}: {total:,} bases leave nothing to train on beside a test block of {block:,} and "
                 f"{valid:,} to validate; use --block {max(1, int(total * test_share / 2)):,} or less"
             )
-        before = 0  # bases of this species before this sequence
+        moved = (fold[0] - 1) * min(period, total) // fold[1]
+        at = -moved % total  # of the next base in the species that is counted from `moved` on, and round its end
         for i, sequence in enumerate(sequences):
             if sequence["class"] != index:
                 continue
             length = sequence["length"]
-            for first in range(before // period * period, before + length, period):
-                for start, end, split in edges:
-                    a, b = max(first + start - before, 0), min(first + end - before, length)
-                    if a < b:
-                        table[split].append([i, a, b])
-            before += length
+            for low, high in ((at, at + length), (at - total, at + length - total)):  # what lies beyond the end comes first
+                for first in range(max(low, 0) // period * period, min(high, total), period):
+                    for start, end, split in edges:
+                        a, b = max(first + start, low, 0), min(first + end, high, total)
+                        if a < b:
+                            table[split].append([i, a - low, b - low])
+            at = (at + length) % total
+    part = f"{fold[0] - 1}/{fold[1]}"
+    counted = "0" if fold[0] == 1 else f"base {(fold[0] - 1) * period // fold[1]:,} (where it is shorter than {period:,}: {part} of it) and round its end"
     rule = (
-        f"in each species, counted from 0 through its sequences, of every {period:,} bases the first {block:,} test, the next "
-        f"{valid:,} validate, the rest train"
+        f"in each species, counted from {counted} through its sequences, of every {period:,} bases the first {block:,} test, the "
+        f"next {valid:,} validate, the rest train"
     )
     for rows in table.values():
         rows.sort()

@@ -94,6 +94,13 @@ def _note_skipped(manifest: dict) -> None:
         note(f"Left out: {n:,} sequence{'s' * (n != 1)} shorter than {found['min_length']:,}, {found['bases']:,} bases in all.")
 
 
+def _fold(text: str) -> tuple[int, int]:
+    part, _, whole = text.partition("/")
+    if not (part.isdecimal() and whole.isdecimal()):
+        raise UserError(f"--fold {text!r}: expected I/K with I from 1 to K, such as 2/5")
+    return int(part), int(whole)
+
+
 @command(group, "species")
 def prep_species(
     sources: Annotated[list[str], typer.Argument(help="NAME=FASTA pairs, or one TSV (species, file, split), or one folder.")],
@@ -103,6 +110,7 @@ def prep_species(
     block: Annotated[Optional[int], typer.Option("--block", help="Bases in a test block; windows are no longer.")] = None,
     test_share: Annotated[float, typer.Option("--test-share", help="Share of each species in test blocks.")] = 0.1,
     valid_share: Annotated[float, typer.Option("--valid-share", help="Share of each species that validates.")] = 0.1,
+    fold: Annotated[str, typer.Option("--fold", help="I/K, such as 2/5: the I-th of K ways to lay the blocks.")] = "1/1",
     min_length: MinLength = 1,
     allow_duplicates: Annotated[bool, typer.Option("--allow-duplicates", help="Keep identical sequences across a split.")] = False,
     overwrite: Overwrite = False,
@@ -124,6 +132,7 @@ def prep_species(
             block=block,
             test_share=test_share,
             valid_share=valid_share,
+            fold=_fold(fold),
             min_length=min_length,
             allow_duplicates=allow_duplicates,
             overwrite=overwrite,

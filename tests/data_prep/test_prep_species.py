@@ -53,6 +53,36 @@ def test_every_species_has_its_blocks_in_every_split(tmp_path):
     assert known["b"]["train"] + known["b"]["valid"] + known["b"]["test"] == 3000
 
 
+def test_folds_test_every_base_and_share_none_between_splits(tmp_path):
+    # a: ten periods and 150 bases; b: less than a period, in two sequences
+    species = {"a": {"x": bases(10_150, 1)}, "b": {"y": bases(130, 2), "z": bases(370, 3)}}
+    tested = np.zeros(10_650, int)
+    for fold in range(1, 6):
+        store = prepare(tmp_path, species, block=200, test_share=0.2, fold=(fold, 5), overwrite=True)
+        table = np.zeros(store.total, int)
+        for split in SPLITS:
+            for start, end in store.intervals(split):
+                table[start:end] += 1
+                tested[start:end] += split == "test"
+        assert (table == 1).all()
+        if fold == 1:
+            assert store.manifest["splits"] == prepare(tmp_path, species, block=200, test_share=0.2, overwrite=True).manifest["splits"]
+        if fold == 2:  # b moves along by 100 of its 500 bases: 30 of y and 170 of z test
+            assert [row for row in store.manifest["splits"]["test"] if row[0] > 0] == [[1, 100, 130], [2, 0, 170]]
+        if fold == 4:  # from 300 to the end
+            assert [row for row in store.manifest["splits"]["test"] if row[0] > 0] == [[2, 170, 370]]
+            assert [row for row in store.manifest["splits"]["valid"] if row[0] > 0] == [[1, 0, 100]]
+    assert (tested[: 10_000 + 150] >= 1).all() and tested[:10_150].mean() < 1.06 and (tested[10_150:] == 2).all()
+
+
+@pytest.mark.parametrize("fold", [(0, 5), (6, 5), (1, 0)])
+def test_a_fold_that_is_none_is_refused(tmp_path, fold):
+    with pytest.raises(UserError, match=f"--fold {fold[0]}/{fold[1]}: expected I/K .* such as 2/5"):
+        prepare(tmp_path, {"a": {"x": bases(1000, 1)}, "b": {"y": bases(1000, 2)}}, fold=fold)
+    with pytest.raises(UserError, match="--fold moves blocks along"):
+        prepare(tmp_path, {"a": {"x": bases(1000, 1)}, "b": {"y": bases(1000, 2)}}, test=["x"], fold=(2, 5))
+
+
 def test_the_default_block_suits_the_smallest_species(tmp_path):
     store = prepare(tmp_path, {"a": {"x": bases(50_000, 1)}, "b": {"y": bases(4000, 2)}})
     lengths = {b - a for _, a, b in store.manifest["splits"]["test"]}
