@@ -68,8 +68,8 @@ class TrainConfig:
             raise ValueError(f"patience: must be 0 or more, got {self.patience}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: must lie in [0, 1), got {self.ema_decay}")
-        if self.seed < 0:
-            raise ValueError(f"seed: must be 0 or more, got {self.seed}")
+        if not 0 <= self.seed < 2**62:  # other seeds are a few more than this one, or twice as much
+            raise ValueError(f"seed: must lie in [0, 2^62), got {self.seed}")
 
 
 def resolve_accelerator(train: TrainConfig) -> str:

@@ -265,6 +265,12 @@ def test_two_processes_train_as_one(tmp_path):
             torch.testing.assert_close(value, one[key], rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
 
 
+def test_seeds_that_do_not_fit_into_a_generator_are_refused():
+    """A seed of 2^64 was an OverflowError of torch, after the run directory had been made."""
+    with pytest.raises(ValueError, match=r"seed: must lie in \[0, 2\^62\), got 18446744073709551616"):
+        TrainConfig(seed=2**64)
+
+
 def test_weight_decay_spares_norms_biases_and_the_state_matrix():
     module = TrainingModule(ToyTask(TrainConfig()), OptimConfig(), TrainConfig())
     decayed, free = parameter_groups(module.model, 0.1)
