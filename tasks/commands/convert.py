@@ -37,6 +37,10 @@ def import_(
 
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; give the one that config.json and model.safetensors lie in")
+    if not (source / "config.json").exists():
+        is_run = (source / "run.json").is_file()
+        advice = "is a run already; use it as it is" if is_run else "holds no config.json; give the folder that it and model.safetensors lie in"
+        raise UserError(f"{source}: {advice}")
     data = read_json(source / "config.json", "a model's")
     kind = "mamba_ssm" if mamba_ssm.is_config(data) else data.get("model_type")
     if kind == "caduceus":

@@ -203,10 +203,13 @@ def test_wrong_input_is_one_line_and_leaves_nothing(data, tmp_path):
     config = json.loads((tmp_path / "ps" / "config.json").read_text())
     (tmp_path / "ps" / "config.json").write_text(json.dumps({**config, "complement_map": {str(i): i for i in range(16)}}))
     (tmp_path / "file").write_text("x")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "run.json").write_text("{}")
     cases = (
         (tmp_path / "none", "no such folder"),
         (tmp_path / "file", "no such folder"),
-        (data, "cannot be read as a model's config.json"),
+        (data, "holds no config.json; give the folder"),
+        (tmp_path / "made", "is a run already"),
         (folder("broken", "{"), "cannot be read as a model's config.json"),
         (folder("list", "[]"), "holds no table"),
         (folder("bert", {"model_type": "bert"}), "caduceus and mamba are known"),
