@@ -100,6 +100,18 @@ def test_eval_prints_the_model_beside_markov_models(trained):
     assert "on the same" in stderr
 
 
+def test_eval_refuses_to_change_what_was_trained(trained):
+    """It was taken and counted for nothing."""
+    assert "--set model: is as it was in training" in error_of("eval", trained, "--set", "model.n_layer=5")
+    assert "--set optim: is as it was in training" in error_of("eval", trained, "--set", "optim.lr=1")
+
+
+def test_a_run_that_has_ended_is_evaluated_as_resume_says(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    stdout, _ = run("train", "dna", "--resume", "--out", tmp_path / "run", "--set", "eval.max_order=1")
+    assert "Markov order 1" in stdout and "Markov order 2" not in stdout
+
+
 def test_eval_json_on_standard_output_is_json_alone(trained):
     stdout, _ = run("eval", trained, "--context", 64, "--json", "-")
     data = json.loads(stdout)

@@ -45,7 +45,11 @@ def eval_(
     loaded = runs.load_run(run)
     if out is None and not os.access(loaded.directory, os.W_OK):
         raise UserError(f"{loaded.directory}: is not writable; give --out DIR for the report")
-    loaded = dataclasses.replace(loaded, config=lay_over(type(loaded.config), to_dict(loaded.config), {}, set_ or [], "--set"))
+    config = lay_over(type(loaded.config), to_dict(loaded.config), {}, set_ or [], "--set")
+    for section in ("model", "optim", "loss"):
+        if getattr(config, section, None) != getattr(loaded.config, section, None):
+            raise UserError(f"--set {section}: is as it was in training, and cannot be changed any more; set eval values, for example eval.max_order=4")
+    loaded = dataclasses.replace(loaded, config=config)
     _check_options(loaded, run, fasta, data, split, context)
     lengths = tuple(parse_context(c, "--context") for c in context or [])
     training = None

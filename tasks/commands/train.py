@@ -5,6 +5,7 @@ Every command has four parts: what the run is (`new_run` or `resumed_run`, a Beg
 """
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -153,8 +154,6 @@ def _new_dna_run(out, data, fasta, config, set_, options, splits, valid, test, c
 def _fitting(settings, dataset: Path):
     """The settings with the longest power of two as context that the train split holds a window of, where the preset's, which
     nobody asked for, is longer: a plasmid or a virus is a genome too."""
-    import dataclasses
-
     from seqlab.dataset import TokenStore
 
     sizes = TokenStore.open(dataset).intervals("train")
@@ -510,6 +509,7 @@ def finish(run: Begun, result, metric: Optional[str], json_out: Optional[str], h
         )
     split = held_out_split(run.dataset) if task in ("dna", "audio") else "test"
     loaded = runs.load_run(run.directory)
+    loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, eval=run.settings.eval))  # --resume --set of a run that had ended
     device = "cuda" if resolve_accelerator(run.settings.train) == "gpu" else "cpu"
     if last is result:
         outcome = {"result": last.__dict__}
