@@ -7,6 +7,7 @@ Every command has four parts: what the run is (`new_run` or `resumed_run`, a Beg
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -277,7 +278,8 @@ def train_classify(
         announce(run, f"{size}, strand {model.strand}, {n} seed{'s' * (n != 1)}")
 
         def each_seed(seed, result) -> None:
-            note(f"Seed {seed}: {result.steps:,} steps in {result.minutes:.1f} minutes, {result.ended}; best validation {result.best:.4f}.")
+            best = f"; best validation {result.best:.4f}" if math.isfinite(result.best) else ""  # stopped before the first
+            note(f"Seed {seed}: {result.steps:,} steps in {result.minutes:.1f} minutes, {result.ended}{best}.")
 
         results = classification.train(run.settings, run.dataset, run.directory, init=run.init, resume=resume, each_seed=each_seed)
     finish(run, results, None, json_out, lambda _: [f"predict {quoted(run.directory)} sequences.fa.gz > labels.tsv"])

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from seqlab.classification.dataset import LabelledStore
 from seqlab.errors import UserError
 from seqlab.tokenizers import nucleotide
 from seqlab.training import fit as fit_module
+from seqlab.training.facts import FitResult
 from tasks import classification, runs
 from tasks.classification import ClassificationTask, Config, interpret
 
@@ -292,6 +294,18 @@ def test_predict_reads_sequences(trained, tmp_path):
     rows = [line.split("\t") for line in stdout.splitlines()]
     assert rows[0] == ["name", "label", "lean", "rich", "length"]
     assert [row[:2] for row in rows[1:]] == [["a", "lean"], ["b", "rich"], ["c", "."]]
+
+
+def test_a_seed_stopped_before_its_first_validation_has_no_best(data, tmp_path, monkeypatch):
+    """It was "best validation inf"."""
+
+    def stopped(config, dataset, run_dir, *, each_seed, **rest):
+        each_seed(0, result := FitResult(2, 0.1, math.inf, 0, 128, 20.0, "interrupted"))
+        return {0: result}
+
+    monkeypatch.setattr(classification, "train", stopped)
+    _, stderr = run("train", "classify", "--data", data / "binary", "--out", tmp_path / "run", code=130)
+    assert "Seed 0: 2 steps in 0.1 minutes, interrupted.\n" in stderr
 
 
 def test_one_seed_is_not_gone_on_with_alone(trained):
