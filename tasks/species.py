@@ -51,6 +51,7 @@ from seqlab.files import write_atomic, write_json, write_text
 from seqlab.heads.classification import ADDITIVE, evenly_spread_ends
 from seqlab.heads.homology import scale_of, scaled
 from seqlab.inference.classify import Predictor
+from seqlab.ops.threads import one_thread
 from seqlab.processes import is_main_process
 from seqlab.tokenizers import nucleotide
 from seqlab.training.checkpoint import load_model, read_notes, save_model
@@ -463,6 +464,11 @@ FIT_SHARE, MOST_FIT = 1, 64_000_000
 """Likeness and composition are fitted to as many bases as the network was trained on, but no more than this: some ten times as fast."""
 
 
+CALIBRATION_TILE = 1 << 18
+"""Tokens that are read together on a GPU: gene models go through a row base by base, and more rows take them no longer. (Predictions, whose
+bits depend on no company, are made in tiles that a single sequence can afford.)"""
+
+
 def calibrate(
     run_dir: Path, store: TokenStore, gene_models: list[genes.GeneModel] | None = None, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, float]:
@@ -487,7 +493,8 @@ def calibrate(
     if not lengths:
         return {}
     device = "cuda" if config.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    networks = {name: Predictor(network, device, config.train.precision) for name, network in _networks(run).items()}
+    wide = dict.fromkeys(("tile", "piece"), CALIBRATION_TILE if device == "cuda" else None)
+    networks = {name: Predictor(network, device, config.train.precision, **wide) for name, network in _networks(run).items()}
     beside = _beside(model)  # now that it lies where it will be calibrated: moving a model makes new buffers
     for scale, _ in beside:
         scale.zero_()
@@ -569,19 +576,22 @@ class _Scales:
 def _fit_scales(
     head: nn.Module, outputs: Tensor, label: Tensor, length: Tensor, said: Tensor, beside: list[tuple[Tensor, Callable]]
 ) -> _Scales:
-    """outputs (n classes), label, length (n) of windows; said (n m classes): see `_said_beside`; `beside`: see `_beside`."""
-    outputs, length = outputs.double(), length.double()
+    """outputs (n classes), label, length (n) of windows; said (n m classes): see `_said_beside`; `beside`: see `_beside`. Computed
+    where the head lies."""
+    device = head.linear.bias.device
+    label, said = label.to(device), said.to(device)
+    outputs, length = outputs.to(device).double(), length.to(device).double()
     # each length counts as much as another, and each species within it
     group = torch.unique(torch.stack([length.long(), label]), dim=1, return_inverse=True)[1]
     weight = 1.0 / torch.bincount(group)[group].double()
     weight /= weight.sum()
     has_scale = head.length_scale is not None
-    old = head.length_scale.detach().cpu().double() if has_scale else torch.zeros(2, dtype=torch.float64)
+    old = head.length_scale.detach().double() if has_scale else outputs.new_zeros(2)
     logs = (length / 1024).log()
     raw = outputs / torch.exp(old[0] + old[1] * logs)[:, None]
-    shift = torch.zeros(outputs.shape[1], dtype=torch.float64, requires_grad=True)
+    shift = outputs.new_zeros(outputs.shape[1], requires_grad=True)
     scale = old.clone().requires_grad_(has_scale)
-    free = [torch.zeros(buffer[None].shape if buffer.dim() == 1 else buffer.shape, dtype=torch.float64, requires_grad=True) for buffer, _ in beside]
+    free = [outputs.new_zeros(buffer[None].shape if buffer.dim() == 1 else buffer.shape, requires_grad=True) for buffer, _ in beside]
     each = said.split([len(numbers) for numbers in free], 1)
 
     def nats(all_of_it: bool = True) -> Tensor:
@@ -601,7 +611,8 @@ def _fit_scales(
         loss.backward()
         return loss
 
-    optimizer.step(closure)
+    with one_thread():
+        optimizer.step(closure)
     found = [limit(numbers.detach()) for numbers, (_, limit) in zip(free, beside)]
     return _Scales(shift.detach(), scale.detach() if has_scale else None, found, before, nats().item())
 

@@ -4,8 +4,9 @@ Which thread does which unit never changes a result: units write to places of th
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 import torch
 
@@ -37,6 +38,17 @@ def parallel(kernel: Callable[[int, int, int], None], units: int, threads: int) 
 def thread_count(work: float, worth: float) -> int:
     """How many threads to use for `work`, when a thread should get at least `worth` of it."""
     return max(1, min(torch.get_num_threads(), int(work / worth)))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes on one thread: many small sums in a row take ten times as long where threads wait for each other and for other programs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _get_pool(size: int) -> ThreadPoolExecutor:

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -15,6 +17,7 @@ from data_prep.species import Source, prepare_species
 from seqlab import report
 from seqlab.dataset import TokenStore
 from seqlab.errors import UserError
+from seqlab.heads.homology import scale_of
 from seqlab.tokenizers import nucleotide
 from seqlab.training.module import step_seed
 from tasks import runs, species
@@ -668,3 +671,21 @@ def test_calibration_finds_that_repeats_tell_twins_apart(tmp_path):
     assert trained.model.head.repeat_scale[0] > 0 and trained.model.repeats.held[:, 1].sum() > 150
     figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert figures["lengths"]["1000"]["model"]["accuracy_mean_over_species"] > 0.95
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_calibration_finds_the_same_on_a_gpu():
+    n, rng = 600, torch.Generator().manual_seed(3)
+    label, length = torch.arange(n) % 3, 256 << torch.randint(0, 4, (n,), generator=rng)
+    outputs = torch.randn(n, 3, generator=rng) + F.one_hot(label, 3)
+    said = torch.randn(n, 2, 3, generator=rng, dtype=torch.float64) + F.one_hot(label, 3)[:, None]
+
+    def fit(device):
+        head = SimpleNamespace(linear=torch.nn.Linear(1, 3).to(device), length_scale=torch.zeros(2, device=device))
+        return species._fit_scales(head, outputs, label, length, said, [(torch.zeros(1, 2), scale_of), (torch.zeros(2), scale_of)])
+
+    here, there = fit("cpu"), fit("cuda")
+    assert here.after < here.before and there.after == pytest.approx(here.after, abs=1e-7)
+    for a, b in zip([here.shift, here.scale, *here.beside], [there.shift, there.scale, *there.beside]):
+        torch.testing.assert_close(b.cpu(), a, atol=1e-4, rtol=0)
