@@ -226,6 +226,10 @@ def test_calibration_costs_a_small_share_of_training():
     assert 131_072 in species.calibration_windows(lengths, 131_072, 10**10, 7)
 
 
+def test_likeness_is_fitted_in_as_many_steps_as_its_windows_bear():
+    assert [species.words.fit_steps(n) for n in (10, 820, 4_100, 20_500, 144_000)] == [100, 100, 320, 1500, 1500]
+
+
 def test_calibration_moves_biases_alone_and_for_the_better(trained, data, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "best" / "model.safetensors"
