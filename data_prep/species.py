@@ -272,15 +272,14 @@ def _by_blocks(
             if sequence["class"] != index:
                 continue
             length = sequence["length"]
-            for low, high in ((at, at + length), (at - total, at + length - total)):  # what lies beyond the end comes first
-                for first in range(max(low, 0) // period * period, min(high, total), period):
-                    for start, end, split in edges:
-                        a, b = max(first + start, low, 0), min(first + end, high, total)
-                        if a < b:
-                            table[split].append([i, a - low, b - low])
+            for low in (at, at - total):  # what lies beyond the end of the species is at its beginning
+                for a, b, split in _laid(edges, period, max(low, 0), min(low + length, total)):
+                    table[split].append([i, a - low, b - low])
             at = (at + length) % total
-    part = f"{fold[0] - 1}/{fold[1]}"
-    counted = "0" if fold[0] == 1 else f"base {(fold[0] - 1) * period // fold[1]:,} (where it is shorter than {period:,}: {part} of it) and round its end"
+    counted = "0"
+    if fold[0] > 1:
+        part = f"{fold[0] - 1}/{fold[1]}"
+        counted = f"base {(fold[0] - 1) * period // fold[1]:,} (where it is shorter than {period:,}: {part} of it) and round its end"
     rule = (
         f"in each species, counted from {counted} through its sequences, of every {period:,} bases the first {block:,} test, the "
         f"next {valid:,} validate, the rest train"
@@ -288,6 +287,15 @@ def _by_blocks(
     for rows in table.values():
         rows.sort()
     return table, rule
+
+
+def _laid(edges: Iterable[tuple[int, int, str]], period: int, low: int, high: int) -> Iterator[tuple[int, int, str]]:
+    """(start, end, split) of everything in low .. high, where each period is cut at the `edges`."""
+    for first in range(low // period * period, high, period):
+        for start, end, split in edges:
+            a, b = max(first + start, low), min(first + end, high)
+            if a < b:
+                yield a, b, split
 
 
 def _known_bases(tokens: np.ndarray, classes: list[str], sequences: list[dict], table: Table) -> dict[str, dict[str, int]]:

@@ -95,9 +95,11 @@ def _note_skipped(manifest: dict) -> None:
 
 
 def _fold(text: str) -> tuple[int, int]:
+    from data_prep.genome import is_count
+
     part, _, whole = text.partition("/")
-    if not (part.isdecimal() and whole.isdecimal()):
-        raise UserError(f"--fold {text!r}: expected I/K with I from 1 to K, such as 2/5")
+    if not (is_count(part) and is_count(whole)):
+        raise UserError(f"--fold {text[:40]!r}: expected I/K with I from 1 to K, such as 2/5")
     return int(part), int(whole)
 
 

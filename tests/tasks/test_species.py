@@ -577,6 +577,8 @@ def test_wrong_input_is_one_clear_line(trained, data, tmp_path):
     a, b = genome(tmp_path / "a.fa", 3000, 0.3, 8), genome(tmp_path / "b.fa", 3000, 0.6, 9)
     assert "one species only" in error_of("prep", "species", f"a={a}", "--out", tmp_path / "d")
     assert "two classes" in error_of("prep", "species", f"a={a}", f"b={a}", "--out", tmp_path / "d")
+    for fold in ("2", "two/5", "6/5", f"{'9' * 5000}/5"):
+        assert "expected I/K with I from 1 to K, such as 2/5" in error_of("prep", "species", f"a={a}", f"b={a}", "--fold", fold, "--out", tmp_path / "d")
     run("prep", "species", f"a={a}", f"b={b}", "--out", tmp_path / "d")
     assert "species a is unknown to this run, which knows hi, lo, mid" in error_of("eval", trained, "--data", tmp_path / "d")
     assert "--data" in error_of("train", "species", "--out", tmp_path / "r")
